@@ -1,0 +1,216 @@
+"""The run file: every setting declared once, with its default, its range and one line of help.
+
+The command line, the JSON Schema, the commented run file of `qlora init` and the README's table
+are all made from these declarations. Values are strict: YAML already gives numbers and booleans
+their types, so a quoted number is a mistake and not something to guess about.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+Format = Literal["auto", "text", "prompt-completion", "alpaca", "messages", "sharegpt"]
+
+
+class Settings(BaseModel):
+    """What every section shares: no unknown keys, no coercion, no change after reading."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
+
+
+class ModelSettings(Settings):
+    """The frozen base: where it comes from and in which precision it is held."""
+
+    source: str = Field(min_length=1, description="local folder or hub name of the base model")
+    revision: str | None = Field(
+        None, description="hub branch, tag or commit; the commit found is recorded"
+    )
+    trust_remote_code: bool = Field(False, description="run Python code shipped with the model")
+    quantization: Literal["nf4", "none"] = Field("nf4", description="how linear weights are held")
+    double_quant: bool = Field(True, description="quantize NF4's scales too: 0.37 bits a weight")
+    block_size: Literal[64, 128, 256, 512] = Field(64, description="weights that share one scale")
+    compute_dtype: Literal["auto", "bf16", "fp16", "fp32"] = Field(
+        "auto", description="auto: bf16 where the device has it natively, otherwise fp16"
+    )
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = Field(
+        "auto", description="attention kernel; auto is the model's best without extra packages"
+    )
+    chat_template: str | None = Field(
+        None, description="'chatml' or a Jinja file, for a model that has no template of its own"
+    )
+    keep_unquantized: list[str] = Field(
+        [], description="names of further modules to hold in 16 bit"
+    )
+    device: str = Field(
+        "auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto takes the first GPU"
+    )
+
+
+class LayerChoice(Settings):
+    """Which decoder layers get adapters; exactly one key."""
+
+    last: Annotated[int, Field(ge=1)] | None = Field(None, description="the last N layers")
+    first: Annotated[int, Field(ge=1)] | None = Field(None, description="the first N layers")
+    range: Annotated[list[int], Field(min_length=2, max_length=2)] | None = Field(
+        None, description="[start, stop), counted from 0"
+    )
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> "LayerChoice":
+        given = [self.last, self.first, self.range]
+        if sum(choice is not None for choice in given) != 1:
+            raise ValueError("give exactly one of last, first, range")
+        if self.range is not None and not 0 <= self.range[0] < self.range[1]:
+            raise ValueError("range is [start, stop) with 0 <= start < stop")
+        return self
+
+
+class AdapterSettings(Settings):
+    """The low-rank update that is trained."""
+
+    rank: int = Field(16, ge=1, le=1024, description="rank of the update")
+    alpha: float = Field(32.0, gt=0, description="scale of the update is alpha / rank")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input")
+    rslora: bool = Field(False, description="scale by alpha / sqrt(rank) instead")
+    target_modules: str | list[str] = Field(
+        "all-linear", description="'all-linear', a list of names, or one regular expression"
+    )
+    layers: Literal["all"] | list[int] | LayerChoice = Field(
+        "all", description="all, a list of layer numbers, {last: 8}, {first: 8} or {range: [8, 16]}"
+    )
+    modules_to_save: list[str] = Field([], description="modules trained in full and saved")
+    rank_pattern: dict[str, int] = Field({}, description="rank by module name or expression")
+    alpha_pattern: dict[str, float] = Field({}, description="alpha by module name or expression")
+    dtype: Literal["auto", "bf16", "fp32"] = Field(
+        "auto", description="auto: bf16 with fp32 master values; fp32 where compute is fp16"
+    )
+
+
+class SourceSettings(Settings):
+    """One source of records."""
+
+    path: str = Field(min_length=1, description="file, folder or hub data set")
+    format: Format = Field("auto", description="recognised from the first records unless set")
+    split: str | None = Field(None, description="split of a data set, for example train")
+    name: str | None = Field(None, description="configuration of a data set")
+    weight: float = Field(1.0, gt=0, le=100, description="0.5 takes half the rows, 2 each twice")
+    columns: dict[str, str] = Field({}, description="field name we expect: column name you have")
+
+
+def _as_sources(value: object) -> object:
+    """Accept one path, one mapping or a list of either."""
+    listed = value if isinstance(value, list) else [value]
+    return [{"path": item} if isinstance(item, str) else item for item in listed]
+
+
+Sources = Annotated[list[SourceSettings], BeforeValidator(_as_sources)]
+
+
+class DataSettings(Settings):
+    """Records, and how they become examples."""
+
+    train: Sources = Field(min_length=1, description="training data: a path, or a list of sources")
+    eval: Sources = Field([], description="evaluation data: a path, or a list of sources")
+    eval_fraction: float = Field(
+        0.0, ge=0, le=0.5, description="share of the training rows held out where eval is not given"
+    )
+    max_seq_len: int = Field(1024, ge=8, description="longest example, in tokens")
+    over_length: Literal["raise", "truncate", "drop"] = Field(
+        "raise", description="what to do with longer examples"
+    )
+    packing: bool = Field(
+        False, description="several examples in one sequence; they never see each other"
+    )
+    group_by_length: bool = Field(True, description="batch examples of like length together")
+    loss_on: Literal["assistant", "last", "completion", "all"] = Field(
+        "assistant", description="which tokens are learned"
+    )
+
+
+class TrainSettings(Settings):
+    """The optimization."""
+
+    epochs: int = Field(1, ge=1, le=1000, description="passes over the training data")
+    max_steps: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="stop after so many optimizer steps, whatever epochs says"
+    )
+    micro_batch_size: int = Field(1, ge=1, le=4096, description="sequences per forward pass")
+    gradient_accumulation_steps: int = Field(
+        8, ge=1, le=65536, description="forward passes per optimizer step"
+    )
+    learning_rate: float = Field(2e-4, gt=0, le=1, description="peak learning rate")
+    schedule: Literal["cosine", "linear", "constant"] = Field(
+        "cosine", description="how the learning rate falls after warm-up"
+    )
+    warmup_ratio: float = Field(0.03, ge=0, lt=1, description="share of the steps that warm up")
+    warmup_steps: Annotated[int, Field(ge=0)] | None = Field(
+        None, description="warm-up in steps; takes the place of warmup_ratio"
+    )
+    weight_decay: float = Field(0.0, ge=0, le=1, description="decoupled weight decay")
+    max_grad_norm: float = Field(
+        1.0, ge=0, description="gradients are clipped to this norm; 0 does not clip"
+    )
+    optimizer: Literal["paged_adamw_32bit", "paged_adamw_8bit", "adamw_8bit", "adamw"] = Field(
+        "paged_adamw_32bit", description="AdamW, and where its states are held"
+    )
+    beta1: float = Field(0.9, ge=0, lt=1, description="decay of the first moment")
+    beta2: float = Field(0.999, ge=0, lt=1, description="decay of the second moment")
+    epsilon: float = Field(1e-8, gt=0, description="added to the root of the second moment")
+    activations: Literal["recompute", "keep"] = Field(
+        "recompute", description="recompute: gradient checkpointing per decoder layer"
+    )
+    loss_chunk_tokens: int = Field(
+        1024, ge=1, description="trained tokens whose logits exist at one time"
+    )
+    seed: int = Field(42, ge=0, lt=2**32, description="of the adapter, the order and dropout")
+
+    @model_validator(mode="after")
+    def _warmup_ends_before_training(self) -> "TrainSettings":
+        if None not in (self.warmup_steps, self.max_steps) and self.warmup_steps >= self.max_steps:  # type: ignore[operator]
+            raise ValueError(
+                f"warmup_steps = {self.warmup_steps} must be below max_steps = {self.max_steps}"
+            )
+        return self
+
+
+class EvaluationSettings(Settings):
+    """Held-out loss during training, and what follows from it."""
+
+    every_steps: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="evaluate every N steps; always once at the end"
+    )
+    micro_batch_size: Annotated[int, Field(ge=1, le=4096)] | None = Field(
+        None, description="sequences per evaluation pass; as in training unless set"
+    )
+    max_rows: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="evaluate on the first N held-out rows only"
+    )
+    early_stopping_patience: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="stop after N evaluations without a better loss"
+    )
+
+
+class OutputSettings(Settings):
+    """Where the run lives and what it leaves."""
+
+    folder: str = Field("runs/qlora", min_length=1, description="run folder")
+    save_every_steps: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="save the state every N steps; always at the end and when stopped"
+    )
+    keep_last: int = Field(2, ge=1, le=1000, description="saved states kept")
+    trackers: list[Literal["tensorboard", "wandb"]] = Field(
+        [], description="also log to these (extras of the package)"
+    )
+    log_every_steps: int = Field(1, ge=1, description="steps per line of metrics.jsonl")
+
+
+class RunConfig(Settings):
+    """A whole run, checked as one."""
+
+    task: Literal["causal-lm"] = Field("causal-lm", description="what is learned")
+    model: ModelSettings = Field(description="the frozen base")
+    adapter: AdapterSettings = Field(AdapterSettings(), description="the low-rank update")
+    data: DataSettings = Field(description="records and how they are read")
+    train: TrainSettings = Field(TrainSettings(), description="the optimization")
+    evaluation: EvaluationSettings = Field(EvaluationSettings(), description="held-out loss")
+    output: OutputSettings = Field(OutputSettings(), description="the run folder")
