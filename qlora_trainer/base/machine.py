@@ -1,0 +1,156 @@
+"""What this machine is and can do: devices, memory, disk and the versions a run depends on.
+
+`qlora doctor` shows it with advice, every run folder records it. Nothing here needs a GPU, and
+nothing asks the network.
+"""
+
+import platform
+import shutil
+import sys
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import bitsandbytes
+import psutil
+import torch
+
+from qlora_trainer.units import format_bytes
+
+_PACKAGES = ("torch", "transformers", "bitsandbytes", "accelerate", "safetensors", "datasets")
+_NATIVE_BF16 = (8, 0)  # compute capability; below it torch emulates bf16 and says it is supported
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of `qlora doctor`."""
+
+    topic: str
+    state: str
+    level: str  # "good", "note" or "bad"
+    advice: str = ""
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, the system, this package and what its numbers depend on."""
+    found = {name: metadata.version(name) for name in _PACKAGES}
+    return {
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "qlora-trainer": metadata.version("qlora-trainer"),
+        **found,
+        "cuda": torch.version.cuda or "none",
+    }
+
+
+def choose_device(requested: str) -> torch.device:
+    """The device for `auto`, `cpu`, `cuda` or `cuda:N`.
+
+    Raises:
+        ValueError: A GPU is asked for and torch finds none, or none of that number.
+    """
+    gpus = torch.cuda.device_count()
+    if requested == "auto":
+        return torch.device("cuda", 0) if gpus else torch.device("cpu")
+    device = torch.device(requested)
+    if device.type == "cuda" and (device.index or 0) >= gpus:
+        raise ValueError(f"torch finds {gpus} GPUs; `qlora doctor` says why")
+    return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
+
+
+def compute_capability(device: torch.device) -> tuple[int, int] | None:
+    """Compute capability of a CUDA device; None on others."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+
+
+def host_memory_bytes() -> tuple[int, int]:
+    """Host RAM as (total, available now), in bytes."""
+    memory = psutil.virtual_memory()
+    return memory.total, memory.available
+
+
+def free_disk_bytes(folder: Path) -> int:
+    """Free bytes on the disk that holds the folder, or its nearest existing parent."""
+    absolute = folder.absolute()
+    existing = next(path for path in (absolute, *absolute.parents) if path.exists())
+    return shutil.disk_usage(existing).free
+
+
+def diagnose(folder: Path) -> list[Finding]:
+    """Look at all a run needs of this machine.
+
+    Args:
+        folder: Where runs are going to be written.
+    """
+    findings = [_python(), *_gpus(), _nf4_works(), *_host(folder)]
+    for name, version in versions().items():
+        if name in _PACKAGES:
+            findings.append(Finding(name, version, "good"))
+    return findings
+
+
+def _python() -> Finding:
+    return Finding("python", f"{platform.python_version()} on {platform.system()}", "good")
+
+
+def _gpus() -> list[Finding]:
+    if torch.version.cuda is None and torch.version.hip is None:
+        state = f"torch {torch.__version__} is a CPU build"
+        return [Finding("gpu", state, "note", "fine for small models; for a GPU install a CUDA "
+                        "build of torch as its site tells for your driver")]  # fmt: skip
+    if not torch.cuda.is_available():
+        return [Finding("gpu", "torch has CUDA but finds no usable GPU", "bad",
+                        "run `nvidia-smi`; install or update the driver, and see that "
+                        "CUDA_VISIBLE_DEVICES does not hide the card")]  # fmt: skip
+    return [_gpu(index) for index in range(torch.cuda.device_count())]
+
+
+def _gpu(index: int) -> Finding:
+    properties = torch.cuda.get_device_properties(index)
+    free, total = torch.cuda.mem_get_info(index)
+    capability = (properties.major, properties.minor)
+    native = capability >= _NATIVE_BF16
+    state = (
+        f"{properties.name}, compute capability {properties.major}.{properties.minor}, "
+        f"{format_bytes(free)} free of {format_bytes(total)}, {'bf16' if native else 'fp16'}"
+    )
+    busy = total - free > 0.1 * total
+    advice = [
+        "" if native else "bf16 is emulated on this card, so runs compute in fp16",
+        "close what else uses the card" if busy else "",
+        "the driver may spill into RAM silently: turn off sysmem fallback in the driver's panel"
+        if sys.platform == "win32"
+        else "",
+    ]
+    said = "; ".join(filter(None, advice))
+    return Finding(f"gpu {index}", state, "note" if said else "good", said)
+
+
+def _nf4_works() -> Finding:
+    """Quantize a tensor and read it back, on the device a run would take."""
+    device = choose_device("auto")
+    weight = torch.linspace(-1, 1, 4096, device=device)
+    try:
+        codes, state = bitsandbytes.functional.quantize_4bit(weight, quant_type="nf4")
+        error = (bitsandbytes.functional.dequantize_4bit(codes, state) - weight).abs().max()
+    except (RuntimeError, OSError, AttributeError) as failure:
+        advice = "run `python -m bitsandbytes`; it tells which library is missing"
+        return Finding("nf4", f"bitsandbytes fails on {device}: {failure}", "bad", advice)
+    if not error < 0.2:
+        state_text = f"values come back wrong by {float(error):.3f} on {device}"
+        advice = "reinstall bitsandbytes for your CUDA version"
+        return Finding("nf4", state_text, "bad", advice)
+    return Finding("nf4", f"quantizes and reads back on {device}", "good")
+
+
+def _host(folder: Path) -> list[Finding]:
+    total, available = host_memory_bytes()
+    disk = free_disk_bytes(folder)
+    ram = f"{format_bytes(available)} available of {format_bytes(total)}"
+    low_ram, low_disk = available < 4 * 2**30, disk < 20 * 2**30
+    return [
+        Finding("ram", ram, "note" if low_ram else "good",
+                "loading a 7B base needs about 4.5 GiB on a CPU" if low_ram else ""),
+        Finding("disk", f"{format_bytes(disk)} free at {folder}", "note" if low_disk else "good",
+                "a merged 7B checkpoint needs 14 GiB" if low_disk else ""),
+    ]  # fmt: skip

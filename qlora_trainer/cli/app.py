@@ -1,0 +1,165 @@
+"""The command line: each command parses, calls one function of `run`, prints.
+
+Rooms that need torch are imported inside the commands, so `qlora --help`, `qlora init` and a
+fault in a run file answer at once.
+"""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qlora_trainer.errors import UserError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Fine-tune models in 4 bit on one GPU: foreseen before, exact throughout, proven after.",
+)
+
+RunFile = Annotated[Path, typer.Argument(metavar="RUN.yaml", help="the run file")]
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="a run folder")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="SECTION.SETTING=VALUE", help="change a setting of the run file"),
+]
+
+
+def main() -> None:
+    """Run the command line; a user's fault is one readable message and exit code 2."""
+    try:
+        app()
+    except UserError as error:
+        from qlora_trainer.cli.show import show_error
+
+        show_error(str(error))
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of a pipe, such as `head`, has left
+        sys.stderr.close()
+        sys.exit(141)
+
+
+@app.command()
+def init(
+    path: Annotated[Path, typer.Argument(metavar="RUN.yaml", help="file to write")] = Path(
+        "run.yaml"
+    ),
+    model: Annotated[str, typer.Option(help="local folder or hub name")] = "path/to/model",
+    data: Annotated[str, typer.Option(help="training data")] = "path/to/train.jsonl",
+) -> None:
+    """Write a commented run file with every setting and its default."""
+    from qlora_trainer.config.document import commented_run_file
+
+    if path.exists():
+        raise UserError(f"{path}: exists already; name another file or remove it first")
+    text = commented_run_file({("model", "source"): model, ("data", "train"): data})
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror}") from None
+    typer.echo(f"wrote {path}; next: qlora check {path}")
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of run files."""
+    from qlora_trainer.config.document import json_schema
+
+    typer.echo(json_schema())
+
+
+@app.command()
+def check(run_file: RunFile, overrides: Overrides = None) -> None:
+    """Check a run file and its data: what is trained, what is cut, what is wrong."""
+    from qlora_trainer.cli.show import show_gate
+    from qlora_trainer.config.read import read_run_file
+
+    config = read_run_file(run_file, overrides or ())
+    from qlora_trainer import run
+
+    show_gate(run.check(config))
+
+
+@app.command()
+def audit(run_file: RunFile, overrides: Overrides = None) -> None:
+    """Load the base and print its bytes by role and dtype, and what stayed unquantized and why."""
+    from qlora_trainer.cli.show import show_audit
+    from qlora_trainer.config.read import read_run_file
+
+    config = read_run_file(run_file, overrides or ())
+    from qlora_trainer import run
+
+    show_audit(run.audit(config))
+
+
+@app.command()
+def train(
+    run_file: RunFile,
+    overrides: Overrides = None,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="discard what the run folder holds and start anew")
+    ] = False,
+) -> None:
+    """Train an adapter; an unfinished run in the same folder is resumed exactly."""
+    from qlora_trainer.cli.show import ConsoleReporter
+    from qlora_trainer.config.read import read_run_file
+
+    config = read_run_file(run_file, overrides or ())
+    from qlora_trainer import run
+
+    reporter = ConsoleReporter()
+    reporter.show_result(run.train(config, restart=restart, reporter=reporter))
+
+
+@app.command()
+def generate(
+    run_folder: RunFolder,
+    prompts: Annotated[list[str] | None, typer.Argument(help="prompts; none: read lines")] = None,
+    adapter: Annotated[bool, typer.Option(help="answer with the adapter or the base alone")] = True,
+    compare: Annotated[bool, typer.Option("--compare", help="answer with both")] = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="longest answer")] = 256,
+    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy")] = 0.0,
+    system: Annotated[str | None, typer.Option(help="system message")] = None,
+    seed: Annotated[int, typer.Option(help="of sampling")] = 0,
+) -> None:
+    """Answer prompts with a trained adapter."""
+    from qlora_trainer.cli.show import show_answer
+
+    if not run_folder.is_dir():
+        raise UserError(f"{run_folder}: no such run folder")
+    given = prompts or [line.strip() for line in sys.stdin if line.strip()]
+    if not given:
+        raise UserError("no prompt given: name one, or write one per line on standard input")
+    from qlora_trainer import run
+
+    trained = run.load_trained(run_folder)
+    sides = (True, False) if compare else (adapter,)
+    for side in sides:
+        answers = run.generate(
+            trained,
+            given,
+            adapter=side,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            system=system,
+            seed=seed,
+        )
+        for prompt, answer in zip(given, answers, strict=True):
+            show_answer(prompt, answer, side if compare else None)
+
+
+@app.command()
+def doctor(
+    folder: Annotated[Path, typer.Argument(help="where runs are written")] = Path("."),
+) -> None:
+    """Look at driver, CUDA, bitsandbytes, dtypes, RAM and disk, and say what to do."""
+    from qlora_trainer import run
+    from qlora_trainer.cli.show import show_findings
+
+    if show_findings(run.doctor(folder)):
+        raise typer.Exit(1)
