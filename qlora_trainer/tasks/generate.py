@@ -5,6 +5,7 @@ Legend: B prompts of a batch, T tokens of the longest prompt in it.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -43,7 +44,9 @@ def generate_tokens(
     by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     was_training = model.training
     model.eval()
-    sampling = {"do_sample": True, "temperature": temperature} if temperature else {}
+    sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None}
+    if temperature:
+        sampling = {"do_sample": True, "temperature": temperature}
     done = 0
     for start in range(0, len(by_length), batch_size):
         chosen = by_length[start : start + batch_size]
@@ -55,7 +58,7 @@ def generate_tokens(
             pad_token_id=pad_token_id,
             eos_token_id=list(stop_token_ids),
             use_cache=True,
-            **(sampling or {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}),
+            **sampling,
         )
         new_tokens = output[:, batch["input_ids"].shape[1] :].tolist()
         for index, tokens in zip(chosen, new_tokens, strict=True):

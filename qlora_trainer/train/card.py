@@ -1,0 +1,72 @@
+"""The model card beside an adapter: what it is, how it was made, how to load it.
+
+Only facts of the run go in; no paths of the user's machine beyond the names they chose to
+publish under, no environment variables, no tokens.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+def model_card(
+    *,
+    base_source: str,
+    revision: str | None,
+    settings: Mapping[str, Any],
+    metrics: Mapping[str, float],
+    rows: Mapping[str, int],
+    versions: Mapping[str, str],
+) -> str:
+    """Write the card as Markdown with the metadata block that model hubs read.
+
+    Args:
+        base_source: The base as the user named it; of a local folder only its name is told.
+        revision: Commit of a hub model.
+        settings: Sections `adapter` and `train` of the run are shown.
+        metrics: Name and value of each final figure.
+        rows: Rows per split.
+        versions: Package versions.
+    """
+    base = Path(base_source).name if Path(base_source).is_dir() else base_source
+    header = yaml.safe_dump(
+        {
+            "base_model": base,
+            "library_name": "peft",
+            "pipeline_tag": "text-generation",
+            "tags": ["qlora", "lora", "nf4", "qlora_trainer"],
+        },
+        sort_keys=False,
+    )
+    pinned = f" at `{revision}`" if revision else ""
+    lines = [
+        f"---\n{header}---\n",
+        f"# Adapter for {base}\n",
+        f"A low-rank adapter trained on `{base}`{pinned} by qlora_trainer.\n",
+        "## Result\n",
+        *_table(("figure", "value"), {name: f"{value:.4f}" for name, value in metrics.items()}),
+        "## Data\n",
+        *_table(("split", "rows"), rows),
+        "## Settings\n",
+        "```yaml",
+        yaml.safe_dump(
+            {section: settings[section] for section in ("adapter", "train") if section in settings},
+            sort_keys=False,
+        ).rstrip(),
+        "```\n",
+        "## Use\n",
+        "```python",
+        "from peft import AutoPeftModelForCausalLM",
+        'model = AutoPeftModelForCausalLM.from_pretrained("path/to/this/folder")',
+        "```\n",
+        "## Made with\n",
+        *_table(("package", "version"), versions),
+    ]
+    return "\n".join(lines)
+
+
+def _table(head: tuple[str, str], rows: Mapping[str, Any]) -> list[str]:
+    body = [f"| {name} | {value} |" for name, value in rows.items()]
+    return [f"| {head[0]} | {head[1]} |", "|---|---|", *body, ""]
