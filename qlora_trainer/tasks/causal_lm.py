@@ -1,0 +1,215 @@
+"""Next-token prediction: the loss of a decoder, through a head that never makes all its logits.
+
+The fast path runs the decoder without its head and gives hidden states and head weight to
+`linear_cross_entropy`. What an architecture does between head and logits (Gemma 2 soft-caps, Cohere
+multiplies, Granite divides) is read from its configuration *and held against the model's own logits
+on a few tokens*; a head we do not understand keeps the plain path, with the reason to be said
+aloud. Labels are aligned with inputs (the field's convention); the shift happens here, once.
+
+B rows, T tokens of a row, N trained tokens, V vocabulary.
+"""
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qlora_trainer.errors import UserError
+from qlora_trainer.tasks.linear_cross_entropy import (
+    chunk_logits,
+    default_chunk_tokens,
+    linear_cross_entropy,
+)
+from qlora_trainer.tasks.task import Batch
+
+NOT_TRAINED = -100
+_PROBE_TOKENS = 6
+
+
+@dataclass(frozen=True)
+class LossPath:
+    """How logits come from hidden states: chunked by us, or by the model itself.
+
+    Attributes:
+        chunked: Our loss that never builds all logits; else the model's own logits.
+        reason: Why, in words for the user.
+        logit_scale: What the head's output is multiplied by.
+        softcap: Soft-capping of the logits, if any.
+    """
+
+    chunked: bool
+    reason: str
+    logit_scale: float = 1.0
+    softcap: float | None = None
+
+
+def choose_loss_path(model: nn.Module) -> LossPath:
+    """Decide by the model's structure and, with real weights, by its own logits.
+
+    On `meta` there are no logits to compare: the structure alone decides.
+    """
+    net: Any = model
+    head = net.get_output_embeddings() if hasattr(net, "get_output_embeddings") else None
+    if type(head) is not nn.Linear:
+        kind = "none" if head is None else type(head).__name__
+        return LossPath(False, f"the output head is {kind}, not a plain linear layer")
+    if getattr(net, "base_model", net) is net:
+        return LossPath(False, "the model has no decoder apart from its head")
+    config = net.config.get_text_config() if hasattr(net.config, "get_text_config") else net.config
+    scale = float(getattr(config, "logit_scale", None) or 1.0)
+    scale *= float(getattr(config, "lm_head_multiplier", None) or 1.0)
+    scale /= float(getattr(config, "logits_scaling", None) or 1.0)
+    path = LossPath(
+        True,
+        "logits are made in chunks of trained tokens",
+        scale,
+        getattr(config, "final_logit_softcapping", None),
+    )
+    if head.weight.is_meta:
+        return path
+    difference = _probe_difference(net, head, path)
+    allowed = {torch.bfloat16: 3e-2, torch.float16: 5e-3}.get(head.weight.dtype, 1e-4)
+    if difference <= allowed:
+        return path
+    return LossPath(
+        False,
+        f"{type(model).__name__} makes its logits in a way we do not know (they differ by "
+        f"{difference:.1%} from head times hidden states); full logits are kept, which needs "
+        "more memory",
+    )
+
+
+@torch.no_grad()
+def _probe_difference(model: Any, head: nn.Linear, path: LossPath) -> float:
+    """Largest difference between our logits and the model's own, relative to the largest."""
+    was_training = model.training
+    model.eval()
+    try:
+        step = max(1, head.weight.shape[0] // (_PROBE_TOKENS + 1))
+        tokens = torch.arange(1, _PROBE_TOKENS + 1, device=head.weight.device).mul_(step)
+        inputs = {"input_ids": tokens[None], "use_cache": False}
+        own = model(**inputs).logits[0].float()
+        hidden = model.base_model(**inputs).last_hidden_state[0]
+        ours = chunk_logits(hidden, head.weight, head.bias, path.logit_scale, path.softcap)
+    finally:
+        model.train(was_training)
+    if own.shape != ours.shape:
+        return float("inf")
+    return float((own - ours).abs().max() / own.abs().max().clamp_min(1e-12))
+
+
+@dataclass(frozen=True)
+class CausalLM:
+    """The causal language modelling task of one model.
+
+    Attributes:
+        loss_path: From `choose_loss_path`.
+        takes_positions: The decoder takes `position_ids`; needed for packing.
+        chunk_tokens: Tokens whose logits exist at one time; None chooses by vocabulary.
+    """
+
+    loss_path: LossPath
+    takes_positions: bool = True
+    chunk_tokens: int | None = None
+
+    @classmethod
+    def for_model(cls, model: nn.Module, *, chunk_tokens: int | None = None) -> "CausalLM":
+        """Look at the model once: its loss path and what its decoder takes."""
+        decoder = getattr(model, "base_model", model)
+        takes = "position_ids" in inspect.signature(decoder.forward).parameters
+        return cls(choose_loss_path(model), takes, chunk_tokens)
+
+    @property
+    def metrics(self) -> Mapping[str, bool]:
+        """Held-out loss falls, token accuracy rises."""
+        return {"loss": False, "token_accuracy": True}
+
+    def prepare(self, batch: Batch) -> dict[str, Tensor]:
+        """Find trained positions; drop a mask and positions that say nothing.
+
+        Without them transformers takes its fused causal kernels, and never asks the device
+        whether a row is packed.
+        """
+        input_ids, labels = batch["input_ids"], batch["labels"]
+        shifted = nn.functional.pad(labels[:, 1:], (0, 1), value=NOT_TRAINED).reshape(-1)
+        positions = (shifted != NOT_TRAINED).nonzero().squeeze(1)  # (N,)
+        prepared = {
+            "input_ids": input_ids,
+            "loss_positions": positions,
+            "loss_targets": shifted.index_select(0, positions),
+        }
+        mask = batch.get("attention_mask")
+        if mask is not None and not bool(mask.all()):
+            prepared["attention_mask"] = mask
+        order = batch.get("position_ids")
+        if order is not None and not bool((order == torch.arange(order.shape[1])).all()):
+            if self.takes_positions:
+                prepared["position_ids"] = order
+            elif "attention_mask" not in prepared:
+                raise UserError(
+                    "data.packing: this model takes no position_ids, so packed examples would "
+                    "see each other; set data.packing: false"
+                )
+        return prepared
+
+    def loss_weight(self, batch: Batch) -> int:
+        """Trained tokens, after the shift."""
+        return batch["loss_targets"].shape[0]
+
+    def loss_sum(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Cross-entropy summed over trained tokens."""
+        path, net = self.loss_path, _untyped(model)
+        if not path.chunked:
+            logits = net(**_inputs(batch)).logits
+            logits = logits.flatten(0, 1).index_select(0, batch["loss_positions"])
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            return nn.functional.cross_entropy(logits, batch["loss_targets"], reduction="sum")
+        hidden = net.base_model(**_inputs(batch)).last_hidden_state  # (B, T, D)
+        head = net.get_output_embeddings()
+        return linear_cross_entropy(
+            hidden,
+            head.weight,
+            head.bias,
+            batch["loss_positions"],
+            batch["loss_targets"],
+            chunk_tokens=self.chunk_tokens,
+            logit_scale=path.logit_scale,
+            softcap=path.softcap,
+        )
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        """Loss and right tokens, summed; the largest logit is found chunk by chunk."""
+        path, net = self.loss_path, _untyped(model)
+        rows, targets = batch["loss_positions"], batch["loss_targets"]
+        head = None
+        if path.chunked:
+            hidden = net.base_model(**_inputs(batch)).last_hidden_state.flatten(0, 1)
+            head = net.get_output_embeddings()
+            chunk = self.chunk_tokens or default_chunk_tokens(head.weight.shape[0])
+        else:
+            hidden = net(**_inputs(batch)).logits.flatten(0, 1)
+            chunk = self.chunk_tokens or default_chunk_tokens(hidden.shape[-1])
+        loss = torch.zeros((), dtype=torch.float32, device=rows.device)
+        right = torch.zeros((), dtype=torch.int64, device=rows.device)
+        for part, labels in zip(rows.split(chunk), targets.split(chunk), strict=True):
+            logits = hidden.index_select(0, part)
+            if head is not None:
+                logits = chunk_logits(
+                    logits, head.weight, head.bias, path.logit_scale, path.softcap
+                )
+            loss += nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
+            right += (logits.argmax(1) == labels).sum()
+        return {"loss": loss, "token_accuracy": right}
+
+
+def _untyped(model: nn.Module) -> Any:
+    return model  # transformers' attributes (base_model, ...) are unknown to the type checker
+
+
+def _inputs(batch: Batch) -> dict[str, Any]:
+    names = ("input_ids", "attention_mask", "position_ids")
+    return {"use_cache": False, **{name: batch[name] for name in names if name in batch}}

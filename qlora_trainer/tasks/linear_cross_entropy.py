@@ -1,0 +1,167 @@
+"""The output head and the cross-entropy as one function that never holds the logits of all tokens.
+
+Full logits of 4,096 tokens over a vocabulary of 128,256 are 2 GiB in fp32, several times over. Only
+tokens whose label is trained reach the head, a chunk at a time; the gradient with respect to the
+hidden states is computed in the forward while the chunk's probabilities are at hand (Cut
+Cross-Entropy, Wijmans et al. 2024, arXiv:2411.09009 and Liger Kernel do the same), written into
+one buffer the size of the decoder's output, and merely scaled in the backward. Given up: double
+backward, and a second backward through the same graph.
+
+M tokens of the batch, N trained tokens, C tokens of a chunk, D hidden size, V vocabulary.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+CHUNK_ELEMENTS = 2**24  # logits of one chunk: 64 MiB in fp32
+
+
+def default_chunk_tokens(vocabulary_size: int) -> int:
+    """Tokens of a chunk such that its fp32 logits take about 64 MiB.
+
+    >>> default_chunk_tokens(128_256), default_chunk_tokens(49_152)
+    (130, 341)
+    """
+    return max(16, CHUNK_ELEMENTS // vocabulary_size)
+
+
+def chunk_logits(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, logit_scale: float, softcap: float | None
+) -> Tensor:
+    """Logits of a few tokens in fp32 (fp64 for fp64 inputs), scaled and soft-capped: (C, V)."""
+    logits = torch.nn.functional.linear(hidden.to(weight.dtype), weight, bias)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if logit_scale != 1.0:
+        logits.mul_(logit_scale)
+    if softcap is not None:
+        logits.div_(softcap).tanh_().mul_(softcap)
+    return logits
+
+
+def _chunk_gradient(
+    logits: Tensor, targets: Tensor, logit_scale: float, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    """Loss sum and its gradient with respect to the head's raw output; overwrites the logits."""
+    targets = targets.unsqueeze(1)
+    log_total = logits.logsumexp(dim=1, keepdim=True)
+    loss = (log_total - logits.gather(1, targets)).sum()
+    capped_slope = None if softcap is None else (logits / softcap).square_().neg_().add_(1.0)
+    gradient = logits.sub_(log_total).exp_()
+    gradient.scatter_add_(1, targets, gradient.new_full((), -1.0).expand_as(targets))
+    if capped_slope is not None:
+        gradient.mul_(capped_slope)  # d tanh(x) = 1 - tanh(x)^2
+    if logit_scale != 1.0:
+        gradient.mul_(logit_scale)
+    return loss, gradient
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,  # (M, D)
+        weight: Tensor,  # (V, D)
+        bias: Tensor | None,  # (V,)
+        positions: Tensor,  # (N,) rows of hidden
+        targets: Tensor,  # (N,)
+        chunk_tokens: int,
+        logit_scale: float,
+        softcap: float | None,
+        wanted: tuple[bool, bool, bool],
+    ) -> Tensor:
+        accumulator = torch.promote_types(hidden.dtype, torch.float32)
+        total = hidden.new_zeros((), dtype=accumulator)
+        grad_hidden = torch.zeros_like(hidden) if wanted[0] else None
+        grad_weight = torch.zeros_like(weight, dtype=accumulator) if wanted[1] else None
+        grad_bias = None
+        if wanted[2] and bias is not None:
+            grad_bias = torch.zeros_like(bias, dtype=accumulator)
+        for rows, labels in zip(
+            positions.split(chunk_tokens), targets.split(chunk_tokens), strict=True
+        ):
+            inputs = hidden.index_select(0, rows)  # (C, D)
+            logits = chunk_logits(inputs, weight, bias, logit_scale, softcap)  # (C, V)
+            loss, exact = _chunk_gradient(logits, labels, logit_scale, softcap)
+            total += loss
+            gradient = exact.to(weight.dtype)
+            if grad_hidden is not None:
+                grad_hidden.index_copy_(0, rows, (gradient @ weight).to(hidden.dtype))
+            if grad_weight is not None:
+                grad_weight += gradient.T @ inputs.to(weight.dtype)
+            if grad_bias is not None:
+                grad_bias += exact.sum(0)
+        ctx.gradients = (
+            grad_hidden,
+            None if grad_weight is None else grad_weight.to(weight.dtype),
+            None if grad_bias is None or bias is None else grad_bias.to(bias.dtype),
+        )
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.gradients is None:
+            raise RuntimeError("linear_cross_entropy: its gradients were used by an earlier call")
+        gradients, ctx.gradients = ctx.gradients, None
+        for gradient in gradients:
+            if gradient is not None:
+                _scale_rows(gradient, grad_output)
+        return (*gradients, None, None, None, None, None, None)
+
+
+def _scale_rows(tensor: Tensor, factor: Tensor) -> None:
+    """Multiply in place, with the factor in fp32: a 16-bit factor would shift every gradient."""
+    if tensor.dtype == factor.dtype:
+        tensor.mul_(factor)
+        return
+    for rows in tensor.split(4096):
+        rows.copy_(rows.to(factor.dtype).mul_(factor))
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    positions: Tensor,
+    targets: Tensor,
+    *,
+    chunk_tokens: int | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+) -> Tensor:
+    """Cross-entropy of a linear head, summed over the trained tokens.
+
+    Args:
+        hidden: The decoder's output, (..., D).
+        weight: The head, (V, D).
+        bias: Its bias, (V,), if it has one.
+        positions: Flat indices of the tokens whose next token is trained, (N,).
+        targets: The next token of each, (N,).
+        chunk_tokens: Tokens whose logits exist at one time.
+        logit_scale: The head's output is multiplied by it (Cohere; Granite divides).
+        softcap: Logits pass through ``softcap * tanh(logits / softcap)`` (Gemma 2).
+
+    Returns:
+        The sum, a scalar in fp32 (fp64 for fp64 inputs).
+    """
+    graph = torch.is_grad_enabled()
+    wanted = (
+        graph and hidden.requires_grad,
+        graph and weight.requires_grad,
+        graph and bias is not None and bias.requires_grad,
+    )
+    loss: Tensor = _LinearCrossEntropy.apply(
+        hidden.reshape(-1, hidden.shape[-1]),
+        weight,
+        bias,
+        positions,
+        targets,
+        chunk_tokens or default_chunk_tokens(weight.shape[0]),
+        logit_scale,
+        softcap,
+        wanted,
+    )
+    return loss
