@@ -1,0 +1,195 @@
+"""Weights to NF4 codes: bit for bit what bitsandbytes computes, in cache-sized pieces on a CPU.
+
+NF4 (QLoRA, https://arxiv.org/abs/2305.14314, section 3) scales every block of `block_size` weights
+by its largest magnitude and keeps the number of the nearest of 16 fixed values. bitsandbytes'
+CPU kernel searches the 15 midpoints for each weight by bisection, over whole-tensor fp32 copies;
+here the tensor goes through in pieces that stay in cache, each code being the count of midpoints
+below the scaled weight: the same comparisons, vectorised. On any other device, and for the
+double quantization of the block scales, bitsandbytes' own kernels do the work.
+"""
+
+import math
+import sys
+from dataclasses import dataclass
+
+import bitsandbytes.functional as bnb
+import torch
+from torch import Tensor
+
+BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+SCALE_BLOCK_SIZE = 256  # block scales per second-level scale, fixed by bitsandbytes' format
+QUANTIZABLE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_PIECE = 2**18  # weights per piece: 1 MiB in fp32; a multiple of every block size
+
+
+@dataclass(frozen=True)
+class NF4Tensors:
+    """One quantized weight: packed codes and the scales of its blocks.
+
+    Attributes:
+        codes: uint8 (ceil(weights / 2),), two codes a byte, the earlier weight in the high half.
+        absmax: fp32 (blocks,), or uint8 (blocks,) when double-quantized; then also:
+        absmax_scale: fp32 (ceil(blocks / 256),).
+        absmax_code: fp32 (256,), the value of each 8-bit code.
+        absmax_offset: fp32 (), the mean that was taken off before.
+    """
+
+    codes: Tensor
+    absmax: Tensor
+    absmax_scale: Tensor | None = None
+    absmax_code: Tensor | None = None
+    absmax_offset: Tensor | None = None
+
+
+def quantize_nf4(weight: Tensor, *, block_size: int = 64, double_quant: bool = True) -> NF4Tensors:
+    """Quantize a weight on the device it is on, without changing it.
+
+    Args:
+        weight: fp32, fp16 or bf16, any shape; blocks run over its row-major order.
+        block_size: Weights per scale.
+        double_quant: Also keep the scales in 8 bits.
+
+    Raises:
+        ValueError: Another dtype or block size, or a weight that is not finite.
+    """
+    if weight.dtype not in QUANTIZABLE_DTYPES:
+        raise ValueError(f"cannot quantize {weight.dtype}; cast to float32 first")
+    if block_size not in BLOCK_SIZES:
+        raise ValueError(f"block_size = {block_size}: must be one of {BLOCK_SIZES}")
+    with torch.no_grad():
+        codes, absmax = _quantize_blocks(weight, block_size)
+        if absmax.device.type != "meta" and not bool(torch.isfinite(absmax).all()):
+            raise ValueError("holds values that are not finite (NaN or infinity)")
+        if not double_quant:
+            return NF4Tensors(codes, absmax)
+        offset = absmax.mean()
+        absmax_codes, state = bnb.quantize_blockwise(
+            absmax - offset, code=_dynamic_map(absmax.device), blocksize=SCALE_BLOCK_SIZE
+        )
+        return NF4Tensors(absmax=absmax_codes, codes=codes, absmax_scale=state.absmax,
+                          absmax_code=state.code, absmax_offset=offset)  # fmt: skip
+
+
+def empty_nf4(
+    elements: int, *, block_size: int, double_quant: bool, device: torch.device
+) -> NF4Tensors:
+    """The tensors `quantize_nf4` would return for so many weights, with nothing in them."""
+    blocks = -(-elements // block_size)
+    codes = torch.empty(-(-elements // 2), dtype=torch.uint8, device=device)
+    if not double_quant:
+        return NF4Tensors(codes, torch.empty(blocks, dtype=torch.float32, device=device))
+    return NF4Tensors(
+        codes,
+        absmax=torch.empty(blocks, dtype=torch.uint8, device=device),
+        absmax_scale=torch.empty(-(-blocks // SCALE_BLOCK_SIZE), device=device),
+        absmax_code=torch.empty(256, device=device),
+        absmax_offset=torch.empty((), device=device),
+    )
+
+
+def dequantize_absmax(tensors: NF4Tensors) -> Tensor:
+    """The fp32 scale of every block. -> (blocks,)."""
+    if tensors.absmax_scale is None:
+        return tensors.absmax
+    absmax = torch.ops.bitsandbytes.dequantize_blockwise.default(
+        tensors.absmax, tensors.absmax_scale, tensors.absmax_code, SCALE_BLOCK_SIZE, torch.float32
+    )
+    return absmax.add_(tensors.absmax_offset)
+
+
+def dequantize_nf4(
+    tensors: NF4Tensors, shape: tuple[int, ...], block_size: int, dtype: torch.dtype
+) -> Tensor:
+    """The weight its codes stand for, as bitsandbytes computes it. -> `shape` in `dtype`."""
+    absmax = dequantize_absmax(tensors)
+    elements = math.prod(shape)
+    # bitsandbytes' fast CPU kernel wants rows of even length; blocks run over the flat order, so
+    # an odd row is read as one long row, with the spare half byte at the end cut off.
+    odd = shape[-1] % 2 != 0
+    read_shape = (1, elements + elements % 2) if odd else shape
+    dense: Tensor = torch.ops.bitsandbytes.dequantize_4bit.default(
+        tensors.codes, absmax, block_size, "nf4", read_shape, dtype
+    )
+    return dense.view(-1)[:elements].view(shape) if odd else dense
+
+
+def _quantize_blocks(weight: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    """Codes and fp32 scales: our pieces on a CPU, bitsandbytes' kernel elsewhere."""
+    flat = weight.detach().reshape(-1)
+    # In pieces the packing below reads pairs of bytes as one number, low byte first.
+    whole = flat.numel() - flat.numel() % block_size
+    if weight.device.type != "cpu" or sys.byteorder != "little" or whole == 0:
+        return _bitsandbytes_blocks(flat, block_size)
+    codes = torch.empty(-(-flat.numel() // 2), dtype=torch.uint8)
+    absmax = torch.empty(-(-flat.numel() // block_size), dtype=torch.float32)
+    midpoints = _nf4_midpoints()
+    scratch = _Scratch.of_size(min(_PIECE, whole))
+    for start in range(0, whole, _PIECE):
+        stop = min(start + _PIECE, whole)
+        _quantize_piece(
+            flat[start:stop], midpoints, scratch,
+            codes[start // 2 : stop // 2], absmax[start // block_size : stop // block_size],
+        )  # fmt: skip
+    if whole < flat.numel():  # the last, shorter block: bitsandbytes rounds it in its own way
+        codes[whole // 2 :], absmax[whole // block_size :] = _bitsandbytes_blocks(
+            flat[whole:], block_size
+        )
+    return codes, absmax
+
+
+def _bitsandbytes_blocks(flat: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    codes, absmax = torch.ops.bitsandbytes.quantize_4bit.default(
+        flat, block_size, "nf4", torch.uint8
+    )
+    return codes.view(-1), absmax
+
+
+@dataclass(frozen=True)
+class _Scratch:
+    """Memory one piece needs, reused by all pieces of a tensor."""
+
+    scaled: Tensor  # fp32 (piece,)
+    count: Tensor  # bool (piece,), read as uint8: midpoints passed so far
+    above: Tensor  # bool (piece,)
+
+    @classmethod
+    def of_size(cls, size: int) -> "_Scratch":
+        return cls(
+            torch.empty(size),
+            torch.empty(size, dtype=torch.bool),
+            torch.empty(size, dtype=torch.bool),
+        )
+
+
+def _quantize_piece(
+    piece: Tensor, midpoints: list[float], scratch: _Scratch, codes: Tensor, absmax: Tensor
+) -> None:
+    """Quantize whole blocks of a flat CPU tensor into `codes` and `absmax`."""
+    size = piece.numel()
+    scaled, count, above = (
+        scratch.scaled[:size], scratch.count[:size], scratch.above[:size],
+    )  # fmt: skip
+    scaled.copy_(piece)
+    blocks = scaled.view(absmax.numel(), -1)
+    torch.amax(blocks.abs(), dim=-1, out=absmax)
+    # bitsandbytes multiplies by the reciprocal; dividing would round differently.
+    blocks.mul_((1.0 / absmax.clamp(min=1e-38)).view(-1, 1)).clamp_(-1, 1)
+    torch.gt(scaled, midpoints[0], out=count)
+    code = count.view(torch.uint8)
+    for midpoint in midpoints[1:]:
+        torch.gt(scaled, midpoint, out=above)
+        code.add_(above.view(torch.uint8))
+    pairs = code.view(torch.int16)  # second code of each pair in the high byte
+    codes.copy_((pairs << 4) | (pairs >> 8))
+
+
+def _nf4_midpoints() -> list[float]:
+    values = bnb.get_4bit_type("nf4", "cpu")
+    midpoints: list[float] = ((values[:-1] + values[1:]) / 2).tolist()
+    return midpoints
+
+
+def _dynamic_map(device: torch.device) -> Tensor:
+    """The 8-bit code book of block scales (https://arxiv.org/abs/2110.02861, section 2.1)."""
+    code_book: Tensor = bnb.create_dynamic_map()
+    return code_book.to(device)
