@@ -1,0 +1,87 @@
+"""What may change between a run and its resumption, and what cannot hold.
+
+A saved state fits one model, one set of adapters, one order of data. Settings that touch those are
+refused; what only changes the road from here on (length, learning rate, evaluation, output) is
+allowed and said aloud, because the result is then no longer that of an uninterrupted run.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from qlora_trainer.errors import UserError
+
+# Anything not listed is refused: a new setting is safe until someone has thought about it.
+MAY_CHANGE = (
+    "output",
+    "evaluation",
+    "model.device",
+    "model.attention",
+    "model.trust_remote_code",
+    "train.epochs",
+    "train.max_steps",
+    "train.learning_rate",
+    "train.schedule",
+    "train.warmup_ratio",
+    "train.warmup_steps",
+    "train.weight_decay",
+    "train.max_grad_norm",
+    "train.beta1",
+    "train.beta2",
+    "train.epsilon",
+    "train.activations",
+    "train.loss_chunk_tokens",
+)
+
+
+@dataclass(frozen=True)
+class SettingsDifferences:
+    """Differences between the saved run's settings and this run's, one line each."""
+
+    refused: list[str]
+    allowed: list[str]
+
+
+def compare_settings(
+    old: Mapping[str, Any], new: Mapping[str, Any], *, may_change: tuple[str, ...] = MAY_CHANGE
+) -> SettingsDifferences:
+    """Compare two resolved run files, leaf by leaf.
+
+    >>> found = compare_settings({"train": {"seed": 1, "epochs": 1}}, {"train": {"seed": 2}})
+    >>> found.refused, found.allowed
+    (['train.seed: was 1, now 2'], ["train.epochs: was 1, now 'not set'"])
+    """
+    before, after = dict(_leaves(old)), dict(_leaves(new))
+    refused: list[str] = []
+    allowed: list[str] = []
+    for key in sorted(before.keys() | after.keys()):
+        was, now = before.get(key, "not set"), after.get(key, "not set")
+        if was == now:
+            continue
+        may = any(key == prefix or key.startswith(f"{prefix}.") for prefix in may_change)
+        (allowed if may else refused).append(f"{key}: was {was!r}, now {now!r}")
+    return SettingsDifferences(refused, allowed)
+
+
+def require_same_run(differences: SettingsDifferences) -> None:
+    """Refuse what cannot hold.
+
+    Raises:
+        UserError: With every difference that stands in the way.
+    """
+    if differences.refused:
+        raise UserError.from_faults(
+            "the run file differs from the saved run where it cannot; put these back, name "
+            "another output.folder, or pass --restart to discard the saved run",
+            differences.refused,
+        )
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    found: list[tuple[str, Any]] = []
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            found += _leaves(value, f"{prefix}{key}.")
+        else:
+            found.append((f"{prefix}{key}", list(value) if isinstance(value, tuple) else value))
+    return found

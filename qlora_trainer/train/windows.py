@@ -1,0 +1,85 @@
+"""From a step's number to its micro-batches: a pure function, so that resuming is an index.
+
+An epoch is a sequence of micro-batches in an order of its own; a window takes
+`gradient_accumulation_steps` of them, the last of an epoch what is left. Windows never cross
+epochs.
+"""
+
+from bisect import bisect_right
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from qlora_trainer.tasks.task import Batch
+
+
+class EpochBatches(Protocol):
+    """The micro-batches of one epoch, by number."""
+
+    def __len__(self) -> int:
+        """How many."""
+        ...
+
+    def __getitem__(self, index: int) -> Batch:
+        """Collate one, on the host."""
+        ...
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a step stands: its epoch, and the numbers of its micro-batches."""
+
+    epoch: int
+    first: int
+    stop: int
+
+
+class Windows:
+    """All windows of a run.
+
+    Args:
+        epoch_batches: Gives the micro-batches of an epoch; a pure function of its number.
+        accumulation: Micro-batches of a window.
+    """
+
+    def __init__(self, epoch_batches: Callable[[int], EpochBatches], accumulation: int) -> None:
+        self._epoch_batches = epoch_batches
+        self._accumulation = accumulation
+        self._ends: list[int] = []  # steps up to and including each epoch seen so far
+        self._current: tuple[int, EpochBatches] | None = None
+
+    def steps_of(self, epochs: int) -> int:
+        """Steps of the first `epochs` epochs."""
+        while len(self._ends) < epochs:
+            count = len(self._epoch(len(self._ends)))
+            if count == 0:
+                raise ValueError("an epoch without micro-batches")
+            before = self._ends[-1] if self._ends else 0
+            self._ends.append(before - (-count // self._accumulation))
+        return self._ends[epochs - 1]
+
+    def place(self, step: int) -> Place:
+        """Find a step, counted from 0."""
+        while not self._ends or self._ends[-1] <= step:
+            self.steps_of(len(self._ends) + 1)
+        epoch = bisect_right(self._ends, step)
+        first = (step - (self._ends[epoch - 1] if epoch else 0)) * self._accumulation
+        return Place(epoch, first, min(first + self._accumulation, len(self._epoch(epoch))))
+
+    def position(self, steps: int) -> float:
+        """Epochs passed after so many steps, for people."""
+        if steps == 0:
+            return 0.0
+        place = self.place(steps - 1)
+        return round(place.epoch + place.stop / len(self._epoch(place.epoch)), 4)
+
+    def window(self, step: int) -> list[Batch]:
+        """Collate the micro-batches of a step."""
+        place = self.place(step)
+        batches = self._epoch(place.epoch)
+        return [batches[index] for index in range(place.first, place.stop)]
+
+    def _epoch(self, epoch: int) -> EpochBatches:
+        if self._current is None or self._current[0] != epoch:
+            self._current = (epoch, self._epoch_batches(epoch))
+        return self._current[1]
