@@ -94,7 +94,7 @@ def kind_of(module: nn.Module) -> Kind | None:
     subclass of nn.Linear whose weight is not a plain (out, in) matrix (packed 4-bit) has none.
     """
     if hasattr(module, "dense_weight"):
-        return CONV1D if getattr(module, "transposed", False) else LINEAR
+        return CONV1D if getattr(module, "fan_in_fan_out", False) else LINEAR
     if isinstance(module, Conv1D):
         return CONV1D
     if isinstance(module, nn.Linear):

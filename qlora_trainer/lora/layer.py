@@ -3,7 +3,8 @@
 The base stays frozen and whole in `.base`; the trained factors are the plain parameters `lora_A`
 and `lora_B` in PEFT's shapes (LoRA: Hu et al. 2021, arXiv 2106.09685). What differs between a
 linear map, a convolution and an embedding is a `Kind`, not a class. Linear maps run in one fused
-autograd function while gradients are recorded, and through the base's own forward otherwise.
+autograd function; evaluation without gradients goes through the base's own forward, which may know
+a faster kernel for few rows.
 """
 
 import hashlib
@@ -90,10 +91,13 @@ class LowRankLayer(nn.Module):
             return self.base(x, *args, **kwargs)
         self.reached = True
         dropout = self.dropout if self.training else 0.0
-        if self.fused and torch.is_grad_enabled():
+        if self.fused and (self.training or torch.is_grad_enabled()):
+            # Training without recording is a checkpoint's first pass: the same bits are due.
+            # A 4-bit base says what it computes in, and answers in the dtype it was asked in.
+            computed = x.to(getattr(self.base, "compute_dtype", x.dtype))
             return LowRankLinearFunction.apply(
-                x, self.lora_A, self.lora_B, self.base, self.scale, dropout
-            )
+                computed, self.lora_A, self.lora_B, self.base, self.scale, dropout
+            ).to(x.dtype)
         y = self.base(x, *args, **kwargs)
 
         def drop(z: Tensor) -> Tensor:
