@@ -1,0 +1,328 @@
+"""Sources to one encoded data set on disk: read, shape, encode, fit to length, store.
+
+Rows stream through in small batches, so memory does not grow with the data. The result is cached
+under a hash of the sources' content, the tokenizer and the settings; the same run finds it again.
+
+A source's weight decides how often its rows are used: 2 lists each row twice, 0.5 lists half of
+them (chosen by hash, the same half every time). Nothing is encoded or stored twice for it.
+"""
+
+import hashlib
+import itertools
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from qlora_trainer.data.encode import IGNORED, Example
+from qlora_trainer.data.faults import Fault, FaultLog, RowError, TooManyFaults
+from qlora_trainer.data.files import Row
+from qlora_trainer.data.formats import FORMATS, Shape, recognise_format, rename, to_shape
+from qlora_trainer.data.length import OVER_LENGTH, LengthPolicy
+from qlora_trainer.data.order import hash_order, mix
+from qlora_trainer.data.read import DataSource, OpenedSource, no_rows, open_source
+from qlora_trainer.data.store import STORE_VERSION, Store, StoreWriter, read_meta
+from qlora_trainer.errors import UserError
+
+ROWS_PER_CALL = 256  # rows per tokenizer call
+ROWS_RECOGNISED = 100  # rows looked at to tell the format
+
+_Array = np.ndarray[Any, np.dtype[Any]]
+
+
+class ShapeEncoder(Protocol):
+    """What a data set is encoded with; `encode.Encoder` is one."""
+
+    @property
+    def as_chat(self) -> bool: ...  # noqa: D102
+    @property
+    def identity(self) -> str: ...  # noqa: D102
+    def encode(self, shapes: Sequence[Shape]) -> list[list[Example] | RowError]: ...  # noqa: D102
+
+
+@dataclass(frozen=True)
+class EncodedDataset:
+    """Examples in random access; `rows` lists the stored rows in use, repeats included.
+
+    Attributes:
+        store: The rows on disk.
+        rows: (N,) Index into the store for each of our examples.
+        source_paths: The sources, by the index the store keeps.
+    """
+
+    store: Store
+    rows: _Array
+    source_paths: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @cached_property
+    def lengths(self) -> _Array:
+        """(N,) Tokens of every example."""
+        lengths: _Array = self.store.lengths[self.rows]
+        return lengths
+
+    @cached_property
+    def trained_counts(self) -> _Array:
+        """(N,) Trained tokens of every example."""
+        counts: _Array = self.store.trained_counts[self.rows]
+        return counts
+
+    @cached_property
+    def hashes(self) -> _Array:
+        """(N,) 64-bit content hash of every example."""
+        hashes: _Array = self.store.hashes[self.rows]
+        return hashes
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of the encoded rows and of which of them are used."""
+        whole = hashlib.sha256(self.store.meta["fingerprint"].encode())
+        whole.update(self.rows.astype("<i8").tobytes())
+        return whole.hexdigest()
+
+    @property
+    def counts(self) -> dict[str, Any]:
+        """What encoding counted: rows read, truncated, dropped, cut answers, split chats ..."""
+        return dict(self.store.meta)
+
+    def input_ids(self, index: int) -> _Array:
+        """(T,) int32, a view into the mapped file."""
+        return self.store.input_ids(int(self.rows[index]))
+
+    def trained(self, index: int) -> list[tuple[int, int]]:
+        """Trained position ranges of an example."""
+        return self.store.trained(int(self.rows[index]))
+
+    def labels(self, index: int) -> _Array:
+        """(T,) int64: the token at trained positions, else -100; aligned with `input_ids`."""
+        ids = self.input_ids(index)
+        labels = np.full(len(ids), IGNORED, np.int64)
+        for start, end in self.trained(index):
+            labels[start:end] = ids[start:end]
+        return labels
+
+    def where(self, index: int) -> str:
+        """File and line, or data set and row, an example came from."""
+        return self.store.where(int(self.rows[index]))
+
+    def select(self, indices: _Array | Sequence[int]) -> "EncodedDataset":
+        """These examples, in this order."""
+        chosen = self.rows[np.asarray(indices, np.int64)]
+        return EncodedDataset(self.store, chosen, self.source_paths)
+
+
+def build_dataset(
+    sources: Sequence[DataSource],
+    encoder: ShapeEncoder,
+    *,
+    max_seq_len: int,
+    over_length: str = "raise",
+    cache_dir: Path,
+    seed: int = 0,
+    progress: Callable[[int], None] | None = None,
+) -> EncodedDataset:
+    """Encode sources, or find them encoded.
+
+    Args:
+        sources: Where the rows are.
+        encoder: Makes examples of rows.
+        max_seq_len: Most tokens an example may have.
+        over_length: What to do with longer ones: `raise`, `truncate` (the end is cut) or `drop`.
+        cache_dir: Folder the encoded rows are kept in.
+        seed: Decides which rows a fractional weight takes.
+        progress: Called with the number of rows read so far.
+
+    Raises:
+        UserError: All faults of all sources in one message. Nothing is stored then.
+    """
+    if over_length not in OVER_LENGTH:
+        raise UserError(f"over_length = {over_length!r}: must be one of {', '.join(OVER_LENGTH)}")
+    if max_seq_len < 2:
+        raise UserError(f"max_seq_len = {max_seq_len}: must be at least 2 to hold a trained token")
+    if not sources:
+        raise UserError("no data source is given; name at least one file, folder or data set")
+    opened = [open_source(source) for source in sources]
+    key = _cache_key(opened, encoder, max_seq_len, over_length)
+    folder = Path(cache_dir) / key[:32]
+    meta = read_meta(folder)
+    if meta is None:
+        _encode_into(folder, opened, encoder, LengthPolicy(max_seq_len, over_length), progress)
+        meta = read_meta(folder)
+    if meta is None:
+        raise UserError(f"the encoded data could not be kept in {folder}; mend or empty cache_dir")
+    store = Store(folder, meta)
+    weights = [source.weight for source in sources]
+    paths = tuple(source.path for source in sources)
+    return EncodedDataset(store, _weighted_rows(store, weights, seed), paths)
+
+
+def split_eval(
+    dataset: EncodedDataset, fraction: float, seed: int = 0
+) -> tuple[EncodedDataset, EncodedDataset]:
+    """Hold out a fraction of the distinct rows, the same ones every time.
+
+    Rows are chosen by the hash of their content, so equal rows fall on the same side.
+
+    Returns:
+        Training and evaluation part; the latter uses each row once, whatever its weight.
+
+    Raises:
+        UserError: The fraction is not between 0 and 1, or leaves one side empty.
+    """
+    if not 0 < fraction < 1:
+        raise UserError(f"eval_fraction = {fraction}: must be above 0 and below 1")
+    distinct = np.unique(dataset.hashes)
+    held_count = max(1, round(len(distinct) * fraction))
+    if held_count >= len(distinct):
+        raise UserError(
+            f"eval_fraction = {fraction}: {len(distinct)} distinct rows leave none to train on; "
+            "give more rows or a source of its own for evaluation"
+        )
+    held = distinct[np.argsort(mix(distinct, seed), kind="stable")[:held_count]]
+    is_held = np.isin(dataset.hashes, held)
+    eval_rows = np.unique(dataset.rows[is_held])
+    train = EncodedDataset(dataset.store, dataset.rows[~is_held], dataset.source_paths)
+    return train, EncodedDataset(dataset.store, eval_rows, dataset.source_paths)
+
+
+def _cache_key(
+    opened: Sequence[OpenedSource], encoder: ShapeEncoder, max_seq_len: int, over_length: str
+) -> str:
+    parts = {
+        "sources": [
+            [item.identity, item.source.format, dict(item.source.columns), item.source.path]
+            for item in opened
+        ],
+        "encoder": encoder.identity,
+        "max_seq_len": max_seq_len,
+        "over_length": over_length,
+        "version": STORE_VERSION,
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _encode_into(
+    folder: Path,
+    opened: Sequence[OpenedSource],
+    encoder: ShapeEncoder,
+    policy: LengthPolicy,
+    progress: Callable[[int], None] | None,
+) -> None:
+    faults = FaultLog()
+    per_source: list[dict[str, Any]] = []
+    done = 0
+    with StoreWriter(folder) as writer:
+        try:
+            for index, item in enumerate(opened):
+                tally = _Tally(item.source.path)
+                for rows in _encoded(item, encoder, tally, faults):
+                    for row, examples in rows:
+                        for example in examples:
+                            kept = policy.fit(example, row.where, faults)
+                            if kept is not None:
+                                writer.add(kept, row.where, index)
+                                tally.examples += 1
+                    if progress is not None:
+                        progress(done + tally.rows)
+                done += tally.rows
+                if tally.rows == 0 and not faults.faults:
+                    faults.add(no_rows(item))
+                per_source.append({**asdict(tally), "identity": item.identity})
+        except TooManyFaults:
+            pass
+        faults.raise_if_any("the data cannot be trained on")
+        policy.check()
+        if writer.count == 0:
+            raise UserError(
+                f"over_length = drop: every row is longer than max_seq_len = {policy.max_seq_len}; "
+                f"the longest has {policy.longest} tokens"
+            )
+        writer.finish({"sources": per_source, **policy.counts()})
+
+
+@dataclass
+class _Tally:
+    path: str
+    format: str = ""
+    rows: int = 0
+    examples: int = 0
+    split_chats: int = 0
+    merged_joins: int = 0
+
+
+def _encoded(
+    item: OpenedSource, encoder: ShapeEncoder, tally: _Tally, faults: FaultLog
+) -> Iterator[list[tuple[Row, list[Example]]]]:
+    """Batches of rows with their examples; rows that are wrong go to `faults`."""
+    rows = item.rows(faults)
+    head = list(itertools.islice(rows, ROWS_RECOGNISED))
+    if not head:
+        return
+    columns = item.source.columns
+    tally.format = _format_of(item, head)
+    for batch in _batched(itertools.chain(head, rows), ROWS_PER_CALL):
+        tally.rows += len(batch)
+        good: list[Row] = []
+        shapes: list[Shape] = []
+        for row in batch:
+            try:
+                record = rename(row.record, columns)
+                shapes.append(to_shape(record, tally.format, as_chat=encoder.as_chat))
+                good.append(row)
+            except RowError as error:
+                faults.add(error.at(row.where))
+        encoded: list[tuple[Row, list[Example]]] = []
+        for row, result in zip(good, encoder.encode(shapes), strict=True):
+            if isinstance(result, RowError):
+                faults.add(result.at(row.where))
+                continue
+            tally.split_chats += len(result) > 1
+            tally.merged_joins += any(example.merged_join for example in result)
+            encoded.append((row, result))
+        yield encoded
+
+
+def _format_of(item: OpenedSource, head: Sequence[Row]) -> str:
+    source = item.source
+    if source.format == "auto":
+        try:
+            return recognise_format((row.record for row in head), source.columns)
+        except UserError as error:
+            raise UserError(f"data source {source.path}: {error}") from error
+    if source.format not in FORMATS:
+        raise UserError(
+            f"format = {source.format!r} of data source {source.path}: must be auto or one of "
+            f"{', '.join(FORMATS)}"
+        )
+    return source.format
+
+
+def _batched(rows: Iterator[Row], size: int) -> Iterator[list[Row]]:
+    while batch := list(itertools.islice(rows, size)):
+        yield batch
+
+
+def _weighted_rows(store: Store, weights: Sequence[float], seed: int) -> _Array:
+    """Store rows in use: each source's rows `weight` times, the fraction chosen by hash."""
+    parts: list[_Array] = []
+    for source, weight in enumerate(weights):
+        rows = np.flatnonzero(store.sources == source)
+        whole = int(weight)
+        count = (
+            max(1, round(len(rows) * (weight - whole)))
+            if weight < 1
+            else round(len(rows) * (weight - whole))
+        )
+        parts += [rows] * whole
+        if count and len(rows):
+            parts.append(np.sort(rows[hash_order(len(rows), seed, source)[:count]]))
+    return np.concatenate(parts) if parts else np.zeros(0, np.int64)
+
+
+__all__ = ["EncodedDataset", "Fault", "ShapeEncoder", "build_dataset", "split_eval"]

@@ -1,0 +1,254 @@
+"""Rows to tokens and the positions that are trained.
+
+The whole text is tokenized once, and the character spans that are trained are mapped to tokens by
+the fast tokenizer's offsets: a token is trained if it covers a trained character. So no character
+is lost or doubled where prompt and answer join, even if the tokenizer merges across the join (the
+merged token is trained, and the gate counts such rows). Labels are made from positions, never from
+token ids: a pad id that equals EOS cannot hide an EOS that must be learned.
+
+BOS is put in front of raw text if the tokenizer does so, and never twice; a chat begins as its
+template says. EOS ends raw text, and a chat whose template has no end-of-turn token.
+"""
+
+import hashlib
+import json
+from bisect import bisect_left, bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import transformers
+
+from qlora_trainer.data.faults import RowError
+from qlora_trainer.data.formats import Chat, PlainText, Prompted, Shape
+from qlora_trainer.data.template import LOSS_ON, ChatTemplate, Rendered, choose_template
+from qlora_trainer.errors import UserError
+
+IGNORED = -100  # the label of a position that is not trained, as everywhere in transformers
+
+
+@dataclass(frozen=True)
+class Example:
+    """Tokens and the half-open position ranges trained among them; position 0 never is.
+
+    Attributes:
+        input_ids: (T,)
+        trained: Ascending, disjoint `(start, end)`.
+        merged_join: A token covers the end of the prompt and the beginning of the answer.
+    """
+
+    input_ids: list[int]
+    trained: tuple[tuple[int, int], ...]
+    merged_join: bool = False
+
+    @property
+    def labels(self) -> list[int]:
+        """(T,) The token ids at trained positions, else -100; aligned with `input_ids`."""
+        labels = [IGNORED] * len(self.input_ids)
+        for start, end in self.trained:
+            labels[start:end] = self.input_ids[start:end]
+        return labels
+
+
+class Encoder:
+    """Turns the shapes of `formats` into examples for one tokenizer.
+
+    Args:
+        tokenizer: A transformers tokenizer with an EOS token.
+        chat_template: A built-in name or a file; None takes the tokenizer's own.
+        loss_on: One of `LOSS_ON`. `assistant`: every assistant turn; `last` and `completion`: the
+            last turn, or the completion; `all`: every token. Plain text is always trained whole.
+        template_variables: Further variables of the chat template.
+
+    Raises:
+        UserError: `loss_on` or the template is unknown, or the tokenizer has no EOS.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        chat_template: str | None = None,
+        loss_on: str = "assistant",
+        template_variables: Mapping[str, Any] | None = None,
+    ) -> None:
+        if loss_on not in LOSS_ON:
+            raise UserError(f"loss_on = {loss_on!r}: must be one of {', '.join(LOSS_ON)}")
+        if tokenizer.eos_token_id is None:
+            raise UserError(
+                "the tokenizer has no EOS token, so no answer could be taught to end; set "
+                "`eos_token` in the model folder's tokenizer_config.json"
+            )
+        self.tokenizer = tokenizer
+        self.loss_on = loss_on
+        text = choose_template(tokenizer, chat_template)
+        self.template = ChatTemplate(tokenizer, text, template_variables) if text else None
+        self.eos_id: int = tokenizer.eos_token_id
+        self.bos_ids = _bos_ids(tokenizer)
+
+    @property
+    def as_chat(self) -> bool:
+        """Whether a chat template is there."""
+        return self.template is not None
+
+    @property
+    def identity(self) -> str:
+        """A hash of all that decides what a row becomes."""
+        template = self.template
+        parts = {
+            "tokenizer": _tokenizer_hash(self.tokenizer),
+            "loss_on": self.loss_on,
+            "template": template.text if template else None,
+            "variables": template.variables if template else None,
+            "transformers": transformers.__version__,
+        }
+        return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+    def encode(self, shapes: Sequence[Shape]) -> list[list[Example] | RowError]:
+        """Encode rows in one tokenizer call.
+
+        Returns:
+            For each row its examples (several if the chat had to be split), or what is wrong.
+        """
+        rendered: list[list[Rendered] | RowError] = []
+        for shape in shapes:
+            try:
+                rendered.append(self._render(shape))
+            except RowError as error:
+                rendered.append(error)
+        flat = [part for parts in rendered if isinstance(parts, list) for part in parts]
+        tokenized = iter(self._tokenize(flat))
+        results: list[list[Example] | RowError] = []
+        for shape, parts in zip(shapes, rendered, strict=True):
+            if isinstance(parts, RowError):
+                results.append(parts)
+                continue
+            found = [next(tokenized) for _ in parts]
+            try:
+                is_chat = isinstance(shape, Chat)
+                results.append(
+                    [
+                        self._example(part, *ids, is_chat=is_chat)
+                        for part, ids in zip(parts, found, strict=True)
+                    ]
+                )
+            except RowError as error:
+                results.append(error)
+        return results
+
+    def _render(self, shape: Shape) -> list[Rendered]:
+        if isinstance(shape, PlainText):
+            return [Rendered(shape.text, ((0, len(shape.text)),), True)]
+        if isinstance(shape, Prompted):
+            text = shape.prompt + shape.completion
+            start = 0 if self.loss_on == "all" else len(shape.prompt)
+            return [Rendered(text, ((start, len(text)),), True)]
+        if self.template is None:
+            raise RowError(
+                "the tokenizer has no chat template",
+                "name one: `chat_template: chatml` or `alpaca`, or a file",
+                "no template",
+            )
+        return self.template.render(shape.messages, shape.tools, self.loss_on)
+
+    def _tokenize(
+        self, parts: Sequence[Rendered]
+    ) -> list[tuple[list[int], list[tuple[int, int, bool]]]]:
+        """Ids of every text, and its spans in tokens with whether a token straddles their start."""
+        if not parts:
+            return []
+        texts = [part.text for part in parts]
+        plain = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+        if not self.tokenizer.is_fast:
+            every = self.tokenizer(texts, **plain)["input_ids"]
+            return [
+                (
+                    list(ids),
+                    [self._span_without_offsets(part.text, ids, span) for span in part.spans],
+                )
+                for ids, part in zip(every, parts, strict=True)
+            ]
+        batch = self.tokenizer(texts, return_offsets_mapping=True, **plain)
+        return [
+            (list(ids), [_token_span(offsets, span) for span in part.spans])
+            for ids, offsets, part in zip(
+                batch["input_ids"], batch["offset_mapping"], parts, strict=True
+            )
+        ]
+
+    def _span_without_offsets(
+        self, text: str, ids: Sequence[int], span: tuple[int, int]
+    ) -> tuple[int, int, bool]:
+        """A slow tokenizer gives no offsets: the ids of the text before must begin the whole."""
+        bounds = []
+        for end in span:
+            head = self.tokenizer(text[:end], add_special_tokens=False, verbose=False)["input_ids"]
+            if list(ids[: len(head)]) != list(head):
+                raise UserError(
+                    "this tokenizer is a slow one that merges prompt and answer into one token, so "
+                    "what is trained cannot be told; use a model with a fast tokenizer "
+                    "(tokenizer.json)"
+                )
+            bounds.append(len(head))
+        return bounds[0], bounds[1], False
+
+    def _example(
+        self, part: Rendered, ids: list[int], spans: list[tuple[int, int, bool]], *, is_chat: bool
+    ) -> Example:
+        bos = [] if is_chat or ids[: len(self.bos_ids)] == self.bos_ids else self.bos_ids
+        ids = bos + ids
+        bos_id = self.tokenizer.bos_token_id
+        if bos_id is not None and ids[:2] == [bos_id, bos_id]:
+            raise RowError(
+                "begins with two BOS tokens", "remove the BOS text from the row", "double BOS"
+            )
+        moved = [(start + len(bos), end + len(bos)) for start, end, _ in spans]
+        if part.append_eos:
+            if ids[-1:] != [self.eos_id]:
+                ids = [*ids, self.eos_id]
+            moved[-1] = (moved[-1][0], len(ids))
+        trained = tuple((max(start, 1), end) for start, end in moved if end > max(start, 1))
+        if not trained:
+            raise RowError(
+                "nothing is trained in this row", "give it an answer or drop it", "nothing trained"
+            )
+        return Example(ids, trained, any(merged for _, _, merged in spans))
+
+
+def _token_span(offsets: Sequence[tuple[int, int]], span: tuple[int, int]) -> tuple[int, int, bool]:
+    """The tokens that cover the characters of `span`, as a range of positions.
+
+    >>> _token_span([(0, 2), (2, 5), (5, 6)], (3, 6))
+    (1, 3, True)
+    """
+    start = bisect_right(offsets, span[0], key=lambda offset: offset[1])
+    end = bisect_left(offsets, span[1], key=lambda offset: offset[0])
+    merged = start < end and offsets[start][0] < span[0]
+    return start, end, merged
+
+
+def _bos_ids(tokenizer: Any) -> list[int]:
+    """What the tokenizer puts in front of raw text: BOS, or nothing."""
+    plain = list(tokenizer("a", add_special_tokens=False)["input_ids"])
+    whole = list(tokenizer("a")["input_ids"])
+    for start in range(len(whole) - len(plain) + 1):
+        if whole[start : start + len(plain)] == plain:
+            return whole[:start]
+    return []
+
+
+def _tokenizer_hash(tokenizer: Any) -> str:
+    if tokenizer.is_fast:
+        text = tokenizer.backend_tokenizer.to_str()
+    else:
+        text = json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    specials = json.dumps(tokenizer.special_tokens_map, sort_keys=True, default=str)
+    return hashlib.sha256(f"{type(tokenizer).__name__}\n{specials}\n{text}".encode()).hexdigest()
+
+
+def choose_pad_id(tokenizer: Any) -> int:
+    """The id that fills rows; its value teaches nothing, since padding is never labelled."""
+    for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if candidate is not None:
+            return int(candidate)
+    return 0

@@ -1,0 +1,77 @@
+"""Faults in the user's rows, gathered so that all of them can be mended in one go.
+
+A fault knows where it stands (file and line, or data set and row), what is wrong and the way out.
+Reading stops only when there are so many that the file as a whole must be of another kind.
+"""
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from qlora_trainer.errors import UserError
+
+MAX_FAULTS = 1000  # a file with more is not "a few bad rows", so reading on tells nothing new
+SHOWN_PER_KIND = 5  # a thousand faults of one kind must not hide the one of another
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One thing wrong in one place, and what to do about it."""
+
+    where: str
+    problem: str
+    remedy: str
+    kind: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.problem}; {self.remedy}"
+
+
+class RowError(Exception):
+    """A row that cannot be used; the reader turns it into a `Fault` by adding the place."""
+
+    def __init__(self, problem: str, remedy: str, kind: str = "") -> None:
+        super().__init__(problem)
+        self.problem, self.remedy, self.kind = problem, remedy, kind or problem
+
+    def at(self, where: str) -> Fault:
+        """This error as a fault that stands at `where`."""
+        return Fault(where, self.problem, self.remedy, self.kind)
+
+
+class TooManyFaults(Exception):
+    """Raised by `FaultLog.add` when reading on is pointless."""
+
+
+@dataclass
+class FaultLog:
+    """The faults met so far."""
+
+    faults: list[Fault] = field(default_factory=list)
+
+    def add(self, fault: Fault) -> None:
+        """Keep a fault.
+
+        Raises:
+            TooManyFaults: `MAX_FAULTS` are kept; the caller stops reading.
+        """
+        self.faults.append(fault)
+        if len(self.faults) >= MAX_FAULTS:
+            raise TooManyFaults
+
+    def raise_if_any(self, title: str) -> None:
+        """Raise one `UserError` that lists the faults, each kind represented.
+
+        Raises:
+            UserError: At least one fault was added.
+        """
+        if not self.faults:
+            return
+        seen: Counter[str] = Counter()
+        first: list[str] = []
+        rest: list[str] = []
+        for fault in self.faults:
+            seen[fault.kind] += 1
+            (first if seen[fault.kind] <= SHOWN_PER_KIND else rest).append(str(fault))
+        if len(self.faults) >= MAX_FAULTS:
+            title += f": stopped reading after {MAX_FAULTS} faults"
+        raise UserError.from_faults(title, [*first, *rest], shown=max(20, len(first)))

@@ -1,0 +1,262 @@
+"""Rows out of one file, streamed, each with the line or row it stands on.
+
+Files are parsed here and not by `datasets`, for three reasons: its readers cannot say which line is
+broken; they force all rows into one Arrow type, which fills the JSON schemas under `tools` with
+nulls and refuses mixed types; and they write a second copy of the data. Text is read as bytes and
+decoded piece by piece, so that a byte that is not UTF-8 is located too. Nothing is held but the
+row at hand (for a JSON list: the row at hand and one buffer).
+"""
+
+import codecs
+import csv
+import gzip
+import json
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from qlora_trainer.data.faults import Fault, FaultLog
+
+_BUFFER_CHARS = 1 << 20
+_ONE_PER_LINE = "write one JSON object per line (JSONL), or one list of objects"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One record and where it came from (`train.jsonl:17`, `train.parquet row 3`)."""
+
+    record: dict[str, Any]
+    where: str
+
+
+def _open(path: Path) -> IO[bytes]:
+    if path.suffix == ".gz":
+        return gzip.open(path, "rb")
+    return path.open("rb")
+
+
+def _not_utf8(path: Path, line: int, error: UnicodeDecodeError) -> Fault:
+    bad = error.object[error.start]
+    return Fault(
+        f"{path}:{line}",
+        f"not UTF-8 (byte 0x{bad:02x} at byte {error.start + 1} of the line)",
+        "save the file as UTF-8 (for example `iconv -f LATIN1 -t UTF-8 OLD > NEW`)",
+        "not UTF-8",
+    )
+
+
+def _looks_utf16(path: Path) -> bool:
+    with _open(path) as handle:
+        return handle.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+
+
+def _lines(path: Path, faults: FaultLog) -> Iterator[tuple[int, str]]:
+    """Number and text of every line; a line that is not UTF-8 becomes a fault and is left out."""
+    with _open(path) as handle:
+        for number, raw in enumerate(handle, 1):
+            try:
+                yield number, raw.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                faults.add(_not_utf8(path, number, error))
+
+
+def _as_row(value: Any, where: str, faults: FaultLog) -> Iterator[Row]:
+    if isinstance(value, dict):
+        yield Row(value, where)
+    else:
+        kind = type(value).__name__
+        faults.add(
+            Fault(where, f"a row is a {kind}, not an object", _ONE_PER_LINE, "not an object")
+        )
+
+
+def read_json_lines(path: Path, faults: FaultLog) -> Iterator[Row]:
+    """One object per line; blank lines are skipped, broken ones become faults."""
+    for number, line in _lines(path, faults):
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        try:
+            value = json.loads(line)
+        except json.JSONDecodeError as error:
+            problem = f"broken JSON: {error.msg} at column {error.colno}"
+            faults.add(Fault(where, problem, f"mend the line; {_ONE_PER_LINE}", "broken JSON"))
+            continue
+        except RecursionError:
+            faults.add(Fault(where, "JSON nested too deeply", "flatten the row", "too deep"))
+            continue
+        yield from _as_row(value, where, faults)
+
+
+def read_json_list(path: Path, faults: FaultLog) -> Iterator[Row]:
+    """The objects of one JSON list, parsed out of a moving buffer."""
+    decode = json.JSONDecoder().raw_decode
+    with _open(path) as handle:
+        text = codecs.getreader("utf-8-sig")(handle)
+        buffer, line, number = "", 1, 0
+        want = _BUFFER_CHARS
+        opened = ended = False
+        while True:
+            try:
+                more = "" if ended else text.read(want)
+            except UnicodeDecodeError as error:
+                at = line + buffer.count("\n") + error.object[: error.start].count(b"\n")
+                faults.add(_not_utf8(path, at, error))
+                return
+            ended = ended or not more
+            buffer += more
+            position = 0
+            try:
+                while True:
+                    position = _skip_space(buffer, position)
+                    if not opened:  # the caller saw the bracket
+                        line += buffer.count("\n", 0, position)
+                        opened, buffer, position = True, buffer[position + 1 :], 0
+                        continue
+                    if buffer[position : position + 1] == "]":
+                        return _after_list(path, buffer, position + 1, line, faults)
+                    if number and buffer[position : position + 1] == ",":
+                        start = _skip_space(buffer, position + 1)
+                    elif number:
+                        raise json.JSONDecodeError("Expecting ',' delimiter", buffer, position)
+                    else:
+                        start = position
+                    value, end = decode(buffer, start)
+                    if end == len(buffer) and not ended:
+                        raise json.JSONDecodeError("cut by the buffer", buffer, end)
+                    number += 1
+                    where = f"{path}:{line + buffer.count(chr(10), 0, start)} (row {number})"
+                    line += buffer.count("\n", 0, end)
+                    buffer, position = buffer[end:], 0
+                    yield from _as_row(value, where, faults)
+            except json.JSONDecodeError as error:
+                if ended:
+                    at = line + buffer.count("\n", 0, error.pos)
+                    problem = f"broken JSON: {error.msg} (after {number} whole rows)"
+                    faults.add(Fault(f"{path}:{at}", problem, "mend the list", "broken JSON"))
+                    return
+                want *= 2  # so that one huge row costs linear time
+            except RecursionError:
+                faults.add(Fault(f"{path}:{line}", "JSON nested too deeply", "flatten the row"))
+                return
+
+
+def _skip_space(text: str, position: int) -> int:
+    while position < len(text) and text[position].isspace():
+        position += 1
+    return position
+
+
+def _after_list(path: Path, buffer: str, end: int, line: int, faults: FaultLog) -> None:
+    rest = _skip_space(buffer, end)
+    if rest < len(buffer):
+        at = line + buffer.count("\n", 0, rest)
+        faults.add(Fault(f"{path}:{at}", "text after the end of the JSON list", _ONE_PER_LINE))
+
+
+def read_json(path: Path, faults: FaultLog) -> Iterator[Row]:
+    """A JSON list or JSON lines, told apart by the first character, whatever the file's suffix."""
+    with _open(path) as handle:
+        head = handle.read(4096).removeprefix(codecs.BOM_UTF8).lstrip()
+    return (read_json_list if head.startswith(b"[") else read_json_lines)(path, faults)
+
+
+def read_csv(path: Path, faults: FaultLog) -> Iterator[Row]:
+    """Comma, semicolon or tab separated values under one header line."""
+    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
+    lines = (line for _, line in _lines(path, faults))
+    header_line = next(lines, "")
+    counts = {mark: header_line.count(mark) for mark in (",", "\t", ";")}
+    delimiter = max(counts, key=lambda mark: counts[mark])
+
+    def again() -> Iterator[str]:
+        yield header_line
+        yield from lines
+
+    reader = csv.reader(again(), delimiter=delimiter, strict=True)
+    header: list[str] | None = None
+    try:
+        for cells in reader:
+            if header is None:
+                header = [cell.strip() for cell in cells]
+                continue
+            if not cells:
+                continue
+            where = f"{path}:{reader.line_num}"
+            if len(cells) != len(header):
+                problem = f"{len(cells)} cells under a header of {len(header)}"
+                remedy = "put cells that hold a comma or a line break in double quotes"
+                faults.add(Fault(where, problem, remedy, "cells"))
+                continue
+            yield Row(dict(zip(header, cells, strict=True)), where)
+    except csv.Error as error:
+        remedy = 'close every double quote, and write a quote inside a cell as ""'
+        faults.add(Fault(f"{path}:{reader.line_num}", f"broken CSV: {error}", remedy, "broken CSV"))
+
+
+def read_text(path: Path, faults: FaultLog) -> Iterator[Row]:
+    """Every line that is not blank is one row with a `text` field."""
+    for number, line in _lines(path, faults):
+        if line.strip():
+            yield Row({"text": line.rstrip("\r\n")}, f"{path}:{number}")
+
+
+def read_parquet(path: Path, faults: FaultLog) -> Iterator[Row]:
+    """Rows of a Parquet file, read one batch at a time."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    number = 0
+    try:
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=512):
+                for record in batch.to_pylist():
+                    number += 1
+                    yield Row(without_nulls(record), f"{path} row {number}")
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
+        problem = f"not a whole Parquet file ({str(error).splitlines()[0]})"
+        faults.add(Fault(f"{path}", problem, "write or download the file again", "broken Parquet"))
+
+
+def without_nulls(value: Any) -> Any:
+    """Drop the nulls Arrow puts where one row's struct has a field that another row's lacks."""
+    if isinstance(value, dict):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [without_nulls(item) for item in value]
+    return value
+
+
+READERS: dict[str, Callable[[Path, FaultLog], Iterator[Row]]] = {
+    ".jsonl": read_json,
+    ".ndjson": read_json,
+    ".json": read_json,
+    ".csv": read_csv,
+    ".tsv": read_csv,
+    ".txt": read_text,
+    ".parquet": read_parquet,
+}
+
+
+def file_type(path: Path) -> str | None:
+    """The suffix that decides the reader (`.jsonl` of `a.jsonl.gz`), or None if unknown."""
+    suffix = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
+    known = suffix.lower() in READERS and not (path.suffix == ".gz" and suffix == ".parquet")
+    return suffix.lower() if known else None
+
+
+def read_file(path: Path, faults: FaultLog) -> Iterator[Row]:
+    """The rows of one file of a known type."""
+    reader = READERS[file_type(path) or ".jsonl"]
+    try:
+        if reader is not read_parquet and _looks_utf16(path):
+            remedy = "save it as UTF-8 (for example `iconv -f UTF-16 -t UTF-8 OLD > NEW`)"
+            faults.add(Fault(f"{path}:1", "not UTF-8 but UTF-16", remedy, "not UTF-8"))
+            return
+        yield from reader(path, faults)
+    except (gzip.BadGzipFile, EOFError) as error:
+        faults.add(Fault(str(path), f"broken gzip file ({error})", "write or download it again"))
+    except PermissionError as error:
+        faults.add(Fault(str(path), f"cannot be read ({error.strerror})", "mend its permissions"))
