@@ -1,8 +1,8 @@
 """Which examples stand in which micro-batch, and the tensors of one.
 
-The order is a pure function of (seed, epoch). Every example is in exactly one row of one micro-batch per epoch, and every epoch has the same
-number of micro-batches, so micro-batch number n of a run is known without going through those
-before it: to resume is to go on at n.
+The order is a pure function of (seed, epoch). Every example is in exactly one row of one
+micro-batch per epoch, and every epoch has the same number of micro-batches, so micro-batch number n
+of a run is known without going through those before it: to resume is to go on at n.
 
     B rows, T tokens per row (the longest of the batch)
 """

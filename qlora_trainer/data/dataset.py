@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from qlora_trainer.data.encode import IGNORED, Example
-from qlora_trainer.data.faults import Fault, FaultLog, RowError, TooManyFaults
+from qlora_trainer.data.faults import FaultLog, RowError, TooManyFaults
 from qlora_trainer.data.files import Row
 from qlora_trainer.data.formats import FORMATS, Shape, recognise_format, rename, to_shape
 from qlora_trainer.data.length import OVER_LENGTH, LengthPolicy
@@ -323,6 +323,3 @@ def _weighted_rows(store: Store, weights: Sequence[float], seed: int) -> _Array:
         if count and len(rows):
             parts.append(np.sort(rows[hash_order(len(rows), seed, source)[:count]]))
     return np.concatenate(parts) if parts else np.zeros(0, np.int64)
-
-
-__all__ = ["EncodedDataset", "Fault", "ShapeEncoder", "build_dataset", "split_eval"]

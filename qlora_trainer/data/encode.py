@@ -164,7 +164,7 @@ class Encoder:
             return [
                 (
                     list(ids),
-                    [self._span_without_offsets(part.text, ids, span) for span in part.spans],
+                    [self._span_by_prefix(part.text, ids, span) for span in part.spans],
                 )
                 for ids, part in zip(every, parts, strict=True)
             ]
@@ -176,7 +176,7 @@ class Encoder:
             )
         ]
 
-    def _span_without_offsets(
+    def _span_by_prefix(
         self, text: str, ids: Sequence[int], span: tuple[int, int]
     ) -> tuple[int, int, bool]:
         """A slow tokenizer gives no offsets: the ids of the text before must begin the whole."""

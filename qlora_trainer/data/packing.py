@@ -22,12 +22,7 @@ def pack(lengths: Sequence[int] | np.ndarray[Any, Any], capacity: int) -> list[l
         ValueError: A length is not between 1 and `capacity`.
 
     >>> pack([3, 5, 2, 6, 1], 8)
-    [[3, 2], [1, 0]]
-
-    The remaining example of length 1 would make a third row only if it fitted nowhere:
-
-    >>> pack([3, 5, 2, 6, 1], 9)
-    [[3, 0], [1, 2, 4]]
+    [[3, 2], [1, 0], [4]]
     """
     sizes = np.asarray(lengths, np.int64)
     if len(sizes) and not 1 <= int(sizes.min()) <= int(sizes.max()) <= capacity:

@@ -64,7 +64,7 @@ def _fixed_now(format: str) -> str:
 
 
 def choose_template(tokenizer: Any, template: str | None) -> str | None:
-    """The template's text: a built-in name, a file, or else the tokenizer's own (None if it has none).
+    """The template's text: a built-in name, a file, or else the tokenizer's own (None without).
 
     Raises:
         UserError: The name is neither built in nor a file.
@@ -185,7 +185,8 @@ class ChatTemplate:
         before = self._text(messages[:turn], tools, add_generation_prompt=True)
         upto = text if turn == len(messages) - 1 else self._text(messages[: turn + 1], tools)
         if not text.startswith(before) or len(upto) <= len(before):
-            shared = next((i for i, (a, b) in enumerate(zip(before, text)) if a != b), len(text))
+            pairs = enumerate(zip(before, text, strict=False))
+            shared = next((i for i, (a, b) in pairs if a != b), min(len(before), len(text)))
             raise RowError(
                 f"messages[{turn}]: the chat template does not write the answer where its own "
                 f"generation prompt ends (it asks with {before[shared:][:60]!r}, the row reads "
@@ -217,10 +218,8 @@ class ChatTemplate:
 
     def _end_of_turn(self, text: str, start: int, end: int) -> int:
         """`end`, without the white space after the special token that ends the turn."""
-        last = None
-        for last in self._special.finditer(text, start, end):
-            pass
-        return last.end() if last and not text[last.end() : end].strip() else end
+        ends = [match.end() for match in self._special.finditer(text, start, end)]
+        return ends[-1] if ends and not text[ends[-1] : end].strip() else end
 
     def _ends_with_special(self, text: str) -> bool:
         end = self._end_of_turn(text, 0, len(text))
