@@ -1,0 +1,68 @@
+import hashlib
+
+import assets
+import pytest
+from assets import Package, Product, is_whole, make
+from steps import Stop
+
+
+@pytest.fixture
+def product(tmp_path, monkeypatch):
+    monkeypatch.setattr(assets, "CACHE", tmp_path)
+    source = b"source package"
+    package = Package("toy", "1.0", "toy-1.0.tar.gz", hashlib.sha256(source).hexdigest(), 0.1)
+    package.path.parent.mkdir()
+    package.path.write_bytes(source)
+
+    def write(package, folder, python):
+        (folder / "rows.txt").write_bytes(package.path.read_bytes())
+
+    return Product("data/toy", package, 1, "a licence", write)
+
+
+def test_a_made_folder_is_whole_and_says_its_licence(product, tmp_path):
+    assert not is_whole(product)
+    make(product, tmp_path)
+    assert is_whole(product)
+    assert (product.path / "SOURCE.txt").read_text() == "a licence\n"
+    assert [path.name for path in product.path.parent.iterdir()] == ["toy"]  # no scratch is left
+
+
+@pytest.mark.parametrize("harm", ["change", "cut", "lose", "old recipe", "no manifest"])
+def test_harm_is_noticed_and_repaired(product, tmp_path, harm):
+    make(product, tmp_path)
+    rows = product.path / "rows.txt"
+    if harm == "change":
+        rows.write_bytes(b"source pakcage")
+    elif harm == "cut":
+        rows.write_bytes(b"")
+    elif harm == "lose":
+        rows.unlink()
+    elif harm == "old recipe":
+        manifest = product.path / assets.MANIFEST
+        manifest.write_text(manifest.read_text().replace('"recipe": 1', '"recipe": 0'))
+    else:
+        (product.path / assets.MANIFEST).unlink()
+    assert not is_whole(product)
+    make(product, tmp_path)
+    assert is_whole(product)
+    assert rows.read_bytes() == b"source package"
+
+
+def test_a_failed_conversion_leaves_the_place_empty(product, tmp_path):
+    def fail(*_):
+        raise Stop("disk full")
+
+    with pytest.raises(Stop, match="disk full"):
+        make(Product("data/toy", product.package, 1, "a licence", fail), tmp_path)
+    assert list(product.path.parent.iterdir()) == []
+
+
+def test_the_right_package_file_is_not_downloaded_again(product, tmp_path):
+    assets.fetch(product.package, tmp_path / "no-such-python")
+
+
+def test_a_broken_package_file_is_downloaded_again(product, tmp_path):
+    product.package.path.write_bytes(b"half a download")
+    with pytest.raises(Stop, match="no-such-python could not be started"):
+        assets.fetch(product.package, tmp_path / "no-such-python")
