@@ -26,6 +26,19 @@ class EpochBatches(Protocol):
 
 
 @dataclass(frozen=True)
+class _Numbered:
+    start: int
+    count: int
+    make: Callable[[int], Batch]
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Batch:
+        return self.make(self.start + index)
+
+
+@dataclass(frozen=True)
 class Place:
     """Where a step stands: its epoch, and the numbers of its micro-batches."""
 
@@ -47,6 +60,17 @@ class Windows:
         self._accumulation = accumulation
         self._ends: list[int] = []  # steps up to and including each epoch seen so far
         self._current: tuple[int, EpochBatches] | None = None
+
+    @classmethod
+    def numbered(cls, count: int, make: Callable[[int], Batch], accumulation: int) -> "Windows":
+        """Windows over epochs of equal length whose micro-batches are numbered through the run.
+
+        Args:
+            count: Micro-batches of every epoch.
+            make: Collates one, by its number over all epochs.
+            accumulation: Micro-batches of a window.
+        """
+        return cls(lambda epoch: _Numbered(epoch * count, count, make), accumulation)
 
     def steps_of(self, epochs: int) -> int:
         """Steps of the first `epochs` epochs."""

@@ -1,0 +1,213 @@
+"""The training loop: steps, evaluations, saves, and a way back from every interruption.
+
+It takes plain values and callables. All that decides what comes next stands in `Course`, which is
+saved with the state; everything else (learning rate, data order, random numbers) is a pure function
+of the step, so a resumed run cannot tell that it was interrupted.
+"""
+
+import time
+from dataclasses import asdict
+
+from qlora_trainer.base.files import replace_folder
+from qlora_trainer.errors import UserError
+from qlora_trainer.tasks.task import Batch
+from qlora_trainer.train.attempt import StepRunner
+from qlora_trainer.train.checks import LearningChecks
+from qlora_trainer.train.evaluate import evaluate
+from qlora_trainer.train.log import Phase
+from qlora_trainer.train.plan import Course, Run, TrainingOutcome, TrainingPlan
+from qlora_trainer.train.schedule import learning_rate_factor
+from qlora_trainer.train.signals import StopRequest, stop_on_signals
+from qlora_trainer.train.state import newest_good_state, restore, save_state
+
+
+def run_training(run: Run, plan: TrainingPlan) -> TrainingOutcome:
+    """Train to the end, from the newest whole state if there is one.
+
+    Raises:
+        UserError: Something the user must decide: a loss that is not finite, out of memory with
+            one sequence, a saved state that does not fit, an adapter that does not learn.
+    """
+    return _Loop(run, plan).run()
+
+
+class _Loop:
+    def __init__(self, run: Run, plan: TrainingPlan) -> None:
+        self._run, self._plan = run, plan
+        self._states = run.folder / "states"
+        self._checks = LearningChecks(run.model, run.log.say)
+        self._steps = StepRunner(
+            run.model,
+            task=run.task,
+            optimizer=run.optimizer,
+            checks=self._checks,
+            device=run.device,
+            seed=plan.seed,
+            max_grad_norm=plan.max_grad_norm,
+            scaler=run.scaler,
+            failure_folder=run.folder / "failed-batch",
+            decode=run.decode,
+            say=run.log.say,
+        )
+        self._course = Course()
+        self._saved_step: int | None = None
+
+    def run(self) -> TrainingOutcome:
+        run, course = self._run, self._resume()
+        run.log.begin(course.step)
+        verify = True  # the first step of a process, and the first after each evaluation
+        with stop_on_signals(run.log.say) as stop:
+            while course.step < self._plan.total_steps and not course.stopped_early and not stop:
+                self._step(verify)
+                verify = self._due(self._plan.evaluate_every_steps)
+                if verify:
+                    self._evaluate()
+                if self._due(self._plan.save_every_steps):
+                    self._save()
+            return self._finish(stop)
+
+    def _due(self, every: int | None) -> bool:
+        return every is not None and self._course.step % every == 0
+
+    def _resume(self) -> Course:
+        run = self._run
+        saved = newest_good_state(self._states, run.log.say)
+        if saved is None:
+            return self._course
+        old = saved.trainer["identity"].get("data_fingerprint")
+        if old != run.identity.get("data_fingerprint"):
+            raise UserError(
+                f"{saved.folder}: the training data have changed since this state was saved "
+                "(other rows, template or order); put them back, or pass --restart"
+            )
+        restore(saved, run.optimizer)
+        self._course = Course(**saved.trainer["course"])
+        self._steps.micro_batch_parts = self._course.micro_batch_parts
+        if run.scaler is not None and saved.trainer["scaler"] is not None:
+            run.scaler.load(saved.trainer["scaler"])
+        self._saved_step = saved.step
+        run.log.say(f"resuming after step {saved.step} of {self._plan.total_steps}")
+        return self._course
+
+    def _step(self, verify: bool) -> None:
+        run, plan, step = self._run, self._plan, self._course.step
+        share = learning_rate_factor(
+            step,
+            total_steps=plan.total_steps,
+            warmup_steps=plan.warmup_steps,
+            schedule=plan.schedule,
+        )
+        start = time.perf_counter()
+        with run.log.timed("step"):
+            window = run.windows.window(step)
+            result, loss, norm = self._steps.run(
+                window, step=step, learning_rate=plan.learning_rate * share, verify=verify
+            )
+        seconds = time.perf_counter() - start
+        tokens = sum(_tokens(batch) for batch in window)
+        self._course.step = step + 1
+        self._course.micro_batch_parts = self._steps.micro_batch_parts
+        values = {
+            "step": step + 1,
+            "epoch": run.windows.position(step + 1),
+            "loss": loss,
+            "learning_rate": plan.learning_rate * share,
+            "gradient_norm": norm,
+            "trained_tokens": result.trained_tokens,
+            "tokens": tokens,
+            "seconds": round(seconds, 4),
+            "tokens_per_second": round(tokens / seconds, 1),
+        }
+        if run.scaler is not None:
+            values["loss_scale"] = run.scaler.scale
+        run.log.step(values, self._counts_left())
+
+    def _counts_left(self) -> dict[Phase, int]:
+        def events(every: int | None) -> int:
+            return 0 if every is None else total // every - done // every
+
+        done, total = self._course.step, self._plan.total_steps
+        held_out = self._run.eval_batches is not None
+        return {
+            "step": total - done,
+            "evaluate": events(self._plan.evaluate_every_steps) + 1 if held_out else 0,
+            "save": events(self._plan.save_every_steps) + 1,
+        }
+
+    def _evaluate(self) -> None:
+        run, plan, course = self._run, self._plan, self._course
+        if run.eval_batches is None:
+            return
+        with run.log.timed("evaluate"):
+            metrics = evaluate(run.model, run.eval_batches(), task=run.task, device=run.device)
+            if run.extra_metrics is not None:
+                metrics.update(run.extra_metrics())
+        run.log.evaluation(course.step, metrics)
+        course.last_evaluation, course.last_evaluation_step = metrics, course.step
+        if plan.best_metric not in metrics:
+            raise UserError(f"no metric named {plan.best_metric!r}; there are {sorted(metrics)}")
+        value, best = metrics[plan.best_metric], course.best_value
+        if best is None or (value > best if plan.greater_is_better else value < best):
+            course.best_value, course.best_step = value, course.step
+            course.evaluations_without_gain = 0
+            replace_folder(run.folder / "adapter", run.save_adapter)
+            return
+        course.evaluations_without_gain += 1
+        if plan.patience is not None and course.evaluations_without_gain >= plan.patience:
+            course.stopped_early = True
+            run.log.say(
+                f"step {course.step}: stopping early; {plan.best_metric} has not been better than "
+                f"{best:.4f} (step {course.best_step}) in {plan.patience} evaluations"
+            )
+
+    def _save(self) -> None:
+        if self._saved_step == self._course.step:
+            return
+        run = self._run
+        with run.log.timed("save"):
+            save_state(
+                self._states,
+                self._course.step,
+                optimizer=run.optimizer,
+                trainer={
+                    "course": asdict(self._course),
+                    "scaler": run.scaler.state() if run.scaler is not None else None,
+                    "seed": self._plan.seed,
+                    "epoch": run.windows.position(self._course.step),
+                    "identity": dict(run.identity),
+                },
+                keep_last=self._plan.keep_last,
+            )
+        self._saved_step = self._course.step
+
+    def _finish(self, stop: StopRequest) -> TrainingOutcome:
+        run, course = self._run, self._course
+        complete = course.stopped_early or course.step >= self._plan.total_steps
+        reason = f"stopped by {stop.signal_name}; the same command goes on from here"
+        if complete:
+            reason = "stopped early" if course.stopped_early else "all steps done"
+            self._checks.require_movement(run.optimizer.steps)
+            if course.last_evaluation_step != course.step:
+                self._evaluate()
+        self._save()
+        if complete:
+            # "adapter" is the best one; without held-out rows the last is all there is to choose.
+            if course.best_step is None:
+                replace_folder(run.folder / "adapter", run.save_adapter)
+            elif course.best_step != course.step:
+                replace_folder(run.folder / "adapter-last", run.save_adapter)
+        return TrainingOutcome(
+            step=course.step,
+            complete=complete,
+            reason=reason,
+            best_step=course.best_step,
+            best_value=course.best_value,
+            last_evaluation=course.last_evaluation,
+            overflows=run.scaler.overflows if run.scaler is not None else 0,
+            micro_batch_parts=course.micro_batch_parts,
+        )
+
+
+def _tokens(batch: Batch) -> int:
+    mask = batch.get("attention_mask")
+    return batch["input_ids"].numel() if mask is None else int(mask.sum())

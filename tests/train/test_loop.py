@@ -1,0 +1,189 @@
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from qlora_trainer.errors import UserError
+from qlora_trainer.train.log import read_metrics
+from qlora_trainer.train.loop import run_training
+from qlora_trainer.train.plan import TrainingPlan
+from tests.train.tiny import adapted_llama, held_out, make_run, trained_values
+
+
+def plan(total_steps: int, **settings: object) -> TrainingPlan:
+    return TrainingPlan(total_steps=total_steps, learning_rate=1e-2, seed=5, **settings)  # type: ignore[arg-type]
+
+
+class StopAt:
+    """A metric that asks the process to stop, as a user's Ctrl-C or a scheduler's SIGTERM does."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __call__(self) -> dict[str, float]:
+        os.kill(os.getpid(), self.number)
+        return {}
+
+
+def test_training_learns_and_leaves_adapter_metrics_and_state(tmp_path: Path) -> None:
+    model = adapted_llama()
+    run = make_run(tmp_path, model, total_steps=40, eval_batches=held_out())
+    outcome = run_training(run, plan(40, evaluate_every_steps=10, save_every_steps=10))
+    records = read_metrics(tmp_path / "metrics.jsonl")
+    losses = [r["loss"] for r in records if r["kind"] == "train"]
+    assert len(losses) == 40
+    assert sum(losses[-5:]) < 0.97 * sum(losses[:5])
+    assert outcome.complete
+    assert [r["step"] for r in records if r["kind"] == "eval"] == [10, 20, 30, 40]
+    assert (tmp_path / "adapter" / "adapter.pt").is_file()
+    assert sorted(p.name for p in (tmp_path / "states").iterdir()) == [
+        "step-00000030",
+        "step-00000040",
+    ]
+
+
+@pytest.mark.parametrize("kind", ["paged_adamw_32bit", "adamw_8bit", "adamw"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_run_stopped_inside_an_epoch_resumes_bit_for_bit(
+    tmp_path: Path, kind: str, dtype: torch.dtype
+) -> None:
+    settings = {"evaluate_every_steps": 3, "save_every_steps": 2}
+    whole = adapted_llama(dtype, dropout=0.2)
+    run_training(
+        make_run(tmp_path / "a", whole, total_steps=11, kind=kind, eval_batches=held_out()),  # type: ignore[arg-type]
+        plan(11, **settings),
+    )
+    parted = adapted_llama(dtype, dropout=0.2)
+    first = make_run(
+        tmp_path / "b",
+        parted,
+        total_steps=11,
+        kind=kind,  # type: ignore[arg-type]
+        eval_batches=held_out(),
+        extra_metrics=StopAt(signal.SIGTERM),
+    )
+    outcome = run_training(first, plan(11, **settings))
+    assert not outcome.complete
+    assert outcome.step == 3
+    torch.manual_seed(123)  # whatever the new process happened to draw
+    resumed = adapted_llama(dtype, dropout=0.2)
+    lines: list[str] = []
+    again = make_run(
+        tmp_path / "b",
+        resumed,
+        total_steps=11,
+        kind=kind,  # type: ignore[arg-type]
+        eval_batches=held_out(),
+        lines=lines,
+    )
+    assert run_training(again, plan(11, **settings)).complete
+    assert "resuming after step 3 of 11" in "\n".join(lines)
+    expected, got = trained_values(whole), trained_values(resumed)
+    assert all(torch.equal(expected[name], got[name]) for name in expected)
+    a, b = (
+        [
+            {k: v for k, v in r.items() if k in ("kind", "step", "loss", "eval_loss")}
+            for r in read_metrics(tmp_path / name / "metrics.jsonl")
+        ]
+        for name in ("a", "b")
+    )
+    assert a == b
+
+
+def test_steps_past_the_last_save_are_made_again_and_logged_once(tmp_path: Path) -> None:
+    model = adapted_llama()
+    run_training(make_run(tmp_path, model, total_steps=6), plan(6, save_every_steps=4))
+    expected = trained_values(model)
+    newest = tmp_path / "states" / "step-00000006"
+    (newest / "optimizer.safetensors").write_bytes(b"torn")
+    lines: list[str] = []
+    again = adapted_llama()
+    outcome = run_training(make_run(tmp_path, again, total_steps=6, lines=lines), plan(6))
+    assert "damaged" in "\n".join(lines)
+    assert outcome.complete
+    assert [r["step"] for r in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
+    assert all(torch.equal(v, trained_values(again)[k]) for k, v in expected.items())
+
+
+def test_other_training_data_are_refused_on_resume(tmp_path: Path) -> None:
+    run_training(make_run(tmp_path, adapted_llama(), total_steps=2), plan(2))
+    other = make_run(
+        tmp_path, adapted_llama(), total_steps=4, identity={"data_fingerprint": "other"}
+    )
+    with pytest.raises(UserError, match="training data have changed"):
+        run_training(other, plan(4))
+
+
+def test_early_stopping_keeps_the_best_adapter_and_stays_stopped(tmp_path: Path) -> None:
+    values = iter([3.0, 2.0, 2.5, 2.4, 2.3])
+    model = adapted_llama()
+    seen: list[dict[str, torch.Tensor]] = []
+
+    def score() -> dict[str, float]:
+        seen.append(trained_values(model))
+        return {"score": next(values)}
+
+    lines: list[str] = []
+    run = make_run(
+        tmp_path, model, total_steps=20, eval_batches=held_out(), extra_metrics=score, lines=lines
+    )
+    stop = plan(20, evaluate_every_steps=2, patience=2, best_metric="score")
+    outcome = run_training(run, stop)
+    assert (outcome.step, outcome.best_step, outcome.best_value) == (8, 4, 2.0)
+    assert outcome.reason == "stopped early"
+    best = torch.load(tmp_path / "adapter" / "adapter.pt")
+    assert all(torch.equal(best[name], seen[1][name]) for name in best)
+    last = torch.load(tmp_path / "adapter-last" / "adapter.pt")
+    assert all(torch.equal(last[name], trained_values(model)[name]) for name in last)
+    again = make_run(tmp_path, adapted_llama(), total_steps=20, eval_batches=held_out())
+    assert run_training(again, stop).step == 8
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_saves_leaves_cleanly_and_gives_the_handler_back(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    before = signal.getsignal(number)
+    lines: list[str] = []
+    run = make_run(
+        tmp_path,
+        adapted_llama(),
+        total_steps=9,
+        eval_batches=held_out(),
+        extra_metrics=StopAt(number),
+        lines=lines,
+    )
+    outcome = run_training(run, plan(9, evaluate_every_steps=4))
+    assert (outcome.step, outcome.complete) == (4, False)
+    assert number.name in outcome.reason
+    assert (tmp_path / "states" / "step-00000004" / "manifest.json").is_file()
+    assert signal.getsignal(number) is before
+    assert any(number.name in line for line in lines)
+
+
+def test_loss_that_is_not_finite_stops_with_the_batch_kept(tmp_path: Path) -> None:
+    model = adapted_llama()
+    run = make_run(
+        tmp_path, model, total_steps=5, decode=lambda ids: " ".join(map(str, ids)), accumulation=1
+    )
+    with torch.no_grad():
+        model.lm_head.weight[3] = float("nan")
+    before = trained_values(model)
+    with pytest.raises(UserError, match=r"step 0: the loss is nan.*failed-batch"):
+        run_training(run, plan(5))
+    assert all(torch.equal(v, trained_values(model)[k]) for k, v in before.items())
+    text = (tmp_path / "failed-batch" / "batch.txt").read_text()
+    first = run.windows.window(0)[0]["input_ids"][0].tolist()
+    assert text.startswith(" ".join(map(str, first)))
+    assert (tmp_path / "failed-batch" / "batch.safetensors").is_file()
+
+
+def test_state_says_where_the_run_stands(tmp_path: Path) -> None:
+    run_training(make_run(tmp_path, adapted_llama(), total_steps=5), plan(5))
+    trainer = json.loads((tmp_path / "states/step-00000005/trainer.json").read_text())
+    assert trainer["course"]["step"] == 5
+    assert trainer["epoch"] == pytest.approx(1 + 2 / 7, abs=1e-4)
+    assert trainer["identity"] == {"data_fingerprint": "tiny"}
