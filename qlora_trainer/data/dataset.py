@@ -254,6 +254,7 @@ class _Tally:
     examples: int = 0
     split_chats: int = 0
     merged_joins: int = 0
+    control_rows: int = 0
 
 
 def _encoded(
@@ -284,6 +285,7 @@ def _encoded(
                 continue
             tally.split_chats += len(result) > 1
             tally.merged_joins += any(example.merged_join for example in result)
+            tally.control_rows += any(example.control_tokens for example in result)
             encoded.append((row, result))
         yield encoded
 

@@ -35,11 +35,13 @@ class Example:
         input_ids: (T,)
         trained: Ascending, disjoint `(start, end)`.
         merged_join: A token covers the end of the prompt and the beginning of the answer.
+        control_tokens: A message holds special tokens in its text.
     """
 
     input_ids: list[int]
     trained: tuple[tuple[int, int], ...]
     merged_join: bool = False
+    control_tokens: bool = False
 
     @property
     def labels(self) -> list[int]:
@@ -126,9 +128,10 @@ class Encoder:
             found = [next(tokenized) for _ in parts]
             try:
                 is_chat = isinstance(shape, Chat)
+                control = self.template is not None and self.template.holds_control(shape)
                 results.append(
                     [
-                        self._example(part, *ids, is_chat=is_chat)
+                        self._example(part, *ids, is_chat=is_chat, control=control)
                         for part, ids in zip(parts, found, strict=True)
                     ]
                 )
@@ -193,7 +196,13 @@ class Encoder:
         return bounds[0], bounds[1], False
 
     def _example(
-        self, part: Rendered, ids: list[int], spans: list[tuple[int, int, bool]], *, is_chat: bool
+        self,
+        part: Rendered,
+        ids: list[int],
+        spans: list[tuple[int, int, bool]],
+        *,
+        is_chat: bool,
+        control: bool,
     ) -> Example:
         bos = [] if is_chat or ids[: len(self.bos_ids)] == self.bos_ids else self.bos_ids
         ids = bos + ids
@@ -212,7 +221,7 @@ class Encoder:
             raise RowError(
                 "nothing is trained in this row", "give it an answer or drop it", "nothing trained"
             )
-        return Example(ids, trained, any(merged for _, _, merged in spans))
+        return Example(ids, trained, any(merged for _, _, merged in spans), control)
 
 
 def _token_span(offsets: Sequence[tuple[int, int]], span: tuple[int, int]) -> tuple[int, int, bool]:

@@ -57,7 +57,9 @@ class LengthPolicy:
             remedy = "raise max_seq_len, shorten the prompt, or set over_length: drop"
             faults.add(Fault(where, problem, remedy, "nothing trained after cutting"))
             return None
-        return Example(example.input_ids[:limit], trained, example.merged_join)
+        return Example(
+            example.input_ids[:limit], trained, example.merged_join, example.control_tokens
+        )
 
     def check(self) -> None:
         """Refuse long rows under `raise`.

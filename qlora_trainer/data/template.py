@@ -26,6 +26,7 @@ import jinja2
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from qlora_trainer.data.faults import RowError
+from qlora_trainer.data.formats import Chat, Shape
 from qlora_trainer.errors import UserError
 
 LOSS_ON = ("assistant", "last", "completion", "all")
@@ -150,6 +151,12 @@ class ChatTemplate:
             return rendered
         return [self._one(text, marked, messages, tools, turns)]
 
+    def holds_control(self, shape: Shape) -> bool:
+        """Whether a chat's messages hold special tokens as text, which the model takes for real."""
+        return isinstance(shape, Chat) and any(
+            self._special.search(message["content"]) for message in shape.messages
+        )
+
     def _rewrites(
         self, text: str, messages: list[dict[str, Any]], tools: Any, turns: Sequence[int]
     ) -> bool:
@@ -177,6 +184,8 @@ class ChatTemplate:
         has_end = self._ends_with_special(text[spans[-1][0] : spans[-1][1]])
         if not has_end:  # what follows (white space at most) is kept, so that EOS comes right after
             spans[-1] = (spans[-1][0], len(text))
+        else:  # nothing after the last end of turn is trained or asked for
+            text = text[: spans[-1][1]]
         return Rendered(text, tuple(spans), not has_end)
 
     def _prefix_span(

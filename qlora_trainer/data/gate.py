@@ -1,0 +1,341 @@
+"""What the data is, seen before anything heavy starts: counts, balance, copies, three examples.
+
+What cannot be trained on was refused while the rows were encoded. What is left here is what a
+person should look at: tokens trained and masked, what truncation cost, rows that are copies of
+others or stand in the evaluation too, answers that do not end. The report is plain data; colouring
+is the command line's business.
+"""
+
+import itertools
+from collections import Counter
+from collections.abc import Collection
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from qlora_trainer.data.dataset import EncodedDataset
+from qlora_trainer.data.order import hash_order
+from qlora_trainer.data.packing import pack
+
+_SHORT_ANSWER_TOKENS = 8
+_MOST_LABELS = 100  # more distinct short answers than this are no classes
+_Array = np.ndarray[Any, np.dtype[Any]]
+
+
+@dataclass(frozen=True)
+class LengthSummary:
+    """Tokens per row. `histogram` holds (from, to, rows) with `to` excluded."""
+
+    shortest: int
+    median: int
+    mean: float
+    p95: int
+    p99: int
+    longest: int
+    histogram: list[tuple[int, int, int]]
+
+
+@dataclass(frozen=True)
+class PartReport:
+    """Rows and tokens of the training or the evaluation part.
+
+    What was cut, dropped or read is counted per source, so for a part held out of the training
+    sources it covers both parts.
+    """
+
+    rows: int
+    distinct_rows: int
+    tokens: int
+    trained_tokens: int
+    masked_tokens: int
+    lengths: LengthSummary
+    long_rows: int
+    truncated_rows: int
+    dropped_rows: int
+    lost_tokens: int
+    lost_trained_tokens: int
+    cut_answers: int
+    copies: int
+    first_copies: list[tuple[str, str]]
+    sources: list[dict[str, Any]]
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class PackingSummary:
+    """Packed rows per epoch and the share of their positions that holds tokens."""
+
+    rows: int
+    capacity: int
+    efficiency: float
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One example as pieces of text, each with whether it is trained."""
+
+    where: str
+    pieces: list[tuple[str, bool]]
+
+
+@dataclass(frozen=True)
+class GateReport:
+    """All that `qlora check` shows about the data.
+
+    Attributes:
+        train: The training part.
+        evaluation: The evaluation part, if there is one.
+        packing: Present if packing is on.
+        labels: Distinct short answers and their rows, most frequent first; empty if the answers
+            are not classes.
+        end_of_turn: The token most answers end with.
+        unended_rows: Rows whose last trained token does not end an answer.
+        shared_rows: Evaluation rows that also stand in training.
+        first_shared: Where the first of them are, in evaluation and training.
+        samples: Three examples.
+        warnings: What to look at, one sentence each.
+    """
+
+    train: PartReport
+    evaluation: PartReport | None
+    packing: PackingSummary | None
+    labels: list[tuple[str, int]]
+    end_of_turn: str
+    unended_rows: int
+    shared_rows: int
+    first_shared: list[tuple[str, str]]
+    samples: list[Sample]
+    warnings: list[str]
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as plain lists and dictionaries."""
+        return asdict(self)
+
+
+def inspect_data(
+    train: EncodedDataset,
+    tokenizer: Any,
+    *,
+    evaluation: EncodedDataset | None = None,
+    packing_capacity: int | None = None,
+    stop_ids: Collection[int] = (),
+    samples: int = 3,
+) -> GateReport:
+    """Look through encoded data.
+
+    Args:
+        train: Training examples.
+        tokenizer: The one they were encoded with.
+        evaluation: Evaluation examples.
+        packing_capacity: Tokens of a packed row, if packing is on.
+        stop_ids: Ids generation stops at besides EOS (`generation_config.eos_token_id`).
+        samples: How many examples to show.
+    """
+    shared, first_shared = _shared(train, evaluation)
+    last_ids, labels = _answers(train, tokenizer)
+    ends = {int(tokenizer.eos_token_id), *stop_ids}
+    specials = ends | set(tokenizer.all_special_ids)
+    specials |= {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    end_id = last_ids.most_common(1)[0][0]
+    report = GateReport(
+        train=_part(train),
+        evaluation=_part(evaluation) if evaluation is not None else None,
+        packing=_packing(train, packing_capacity) if packing_capacity else None,
+        labels=labels,
+        end_of_turn=tokenizer.decode([end_id]),
+        unended_rows=sum(count for token, count in last_ids.items() if token not in specials),
+        shared_rows=shared,
+        first_shared=first_shared,
+        samples=_samples(train, tokenizer, samples),
+        warnings=[],
+    )
+    stops = end_id in ends
+    report.warnings.extend(_warnings(report, tokenizer, stops=stops or end_id not in specials))
+    return report
+
+
+def _part(dataset: EncodedDataset) -> PartReport:
+    counts = dataset.counts
+    used = np.unique(dataset.rows)
+    copies, first_copies = _copies(dataset, used)
+    tokens, trained = int(dataset.lengths.sum()), int(dataset.trained_counts.sum())
+    truncates = counts["over_length"] == "truncate"
+    return PartReport(
+        rows=len(dataset),
+        distinct_rows=len(used) - copies,
+        tokens=tokens,
+        trained_tokens=trained,
+        masked_tokens=tokens - trained,
+        lengths=_lengths(dataset.lengths),
+        long_rows=counts["long_rows"],
+        truncated_rows=counts["long_rows"] if truncates else 0,
+        dropped_rows=0 if truncates else counts["long_rows"],
+        lost_tokens=counts["lost_tokens"],
+        lost_trained_tokens=counts["lost_trained_tokens"],
+        cut_answers=counts["cut_answers"],
+        copies=copies,
+        first_copies=first_copies,
+        sources=list(counts["sources"]),
+        fingerprint=dataset.fingerprint,
+    )
+
+
+def _lengths(lengths: _Array) -> LengthSummary:
+    marks = np.percentile(lengths, [50, 95, 99], method="higher").astype(int).tolist()
+    longest = int(lengths.max())
+    edges = [0]
+    while edges[-1] <= longest:  # powers of two: short chats and long documents in one picture
+        edges.append(max(16, edges[-1] * 2))
+    filled, _ = np.histogram(lengths, edges)
+    bars = list(zip(edges[:-1], edges[1:], filled.tolist(), strict=True))
+    return LengthSummary(
+        int(lengths.min()), marks[0], float(lengths.mean()), marks[1], marks[2], longest, bars
+    )
+
+
+def _copies(dataset: EncodedDataset, used: _Array) -> tuple[int, list[tuple[str, str]]]:
+    """Stored rows that repeat an earlier one, whatever the weights."""
+    hashes = dataset.store.hashes[used]
+    _, first, inverse = np.unique(hashes, return_index=True, return_inverse=True)
+    original = first[inverse]
+    copies = np.flatnonzero(original != np.arange(len(used)))
+    where = dataset.store.where
+    pairs = [(where(int(used[original[i]])), where(int(used[i]))) for i in copies[:5]]
+    return len(copies), pairs
+
+
+def _shared(
+    train: EncodedDataset, evaluation: EncodedDataset | None
+) -> tuple[int, list[tuple[str, str]]]:
+    if evaluation is None:
+        return 0, []
+    hashes, first = np.unique(train.hashes, return_index=True)
+    both = np.flatnonzero(np.isin(evaluation.hashes, hashes))
+    pairs = []
+    for index in both[:5].tolist():
+        twin = int(first[np.searchsorted(hashes, evaluation.hashes[index])])
+        pairs.append((evaluation.where(index), train.where(twin)))
+    return len(both), pairs
+
+
+def _answers(dataset: EncodedDataset, tokenizer: Any) -> tuple[Counter[int], list[tuple[str, int]]]:
+    """How often each token ends a row's training, and the balance of short answers."""
+    last: Counter[int] = Counter()
+    short: Counter[bytes] = Counter()
+    for index in range(len(dataset)):
+        ids, trained = dataset.input_ids(index), dataset.trained(index)
+        start, end = trained[-1]
+        last[int(ids[end - 1])] += 1
+        if end - start <= _SHORT_ANSWER_TOKENS and len(short) <= _MOST_LABELS:
+            short[ids[start:end].tobytes()] += 1
+    if len(short) > _MOST_LABELS or short.total() < 0.8 * len(dataset):
+        return last, []
+    if len(short) > 0.5 * short.total():
+        return last, []  # hardly an answer comes twice: no classes
+    texts: Counter[str] = Counter()
+    for content, count in short.items():
+        ids = np.frombuffer(content, np.int32).tolist()
+        texts[tokenizer.decode(ids, skip_special_tokens=True).strip()] += count
+    return last, texts.most_common()
+
+
+def _packing(dataset: EncodedDataset, capacity: int) -> PackingSummary:
+    rows = len(pack(dataset.lengths, capacity))
+    return PackingSummary(rows, capacity, float(dataset.lengths.sum()) / (rows * capacity))
+
+
+def _samples(dataset: EncodedDataset, tokenizer: Any, count: int) -> list[Sample]:
+    """Examples drawn by hash among those of at most median length, so that they can be read."""
+    readable = np.flatnonzero(dataset.lengths <= np.median(dataset.lengths))
+    drawn = readable[hash_order(len(readable), 0)[:count]]
+    return [
+        Sample(dataset.where(i), decode_pieces(tokenizer, dataset.input_ids(i), dataset.trained(i)))
+        for i in sorted(drawn.tolist())
+    ]
+
+
+def decode_pieces(
+    tokenizer: Any, input_ids: _Array, trained: list[tuple[int, int]]
+) -> list[tuple[str, bool]]:
+    """The text of an example in pieces, alternating between masked and trained.
+
+    Pieces are differences of decoded prefixes: a piece decoded by itself would lose a leading
+    space with some tokenizers.
+    """
+    cuts = [0, *(bound for span in trained for bound in span), len(input_ids)]
+    ids = input_ids.tolist()
+    texts = [
+        tokenizer.decode(ids[:cut], clean_up_tokenization_spaces=False) if cut else ""
+        for cut in cuts
+    ]
+    pieces = [
+        (after[len(before) :], number % 2 == 1)
+        for number, (before, after) in enumerate(itertools.pairwise(texts))
+    ]
+    return [piece for piece in pieces if piece[0]]
+
+
+def _warnings(report: GateReport, tokenizer: Any, *, stops: bool) -> list[str]:
+    train, found = report.train, []
+    if report.shared_rows:
+        evaluation, twin = report.first_shared[0]
+        found.append(
+            f"{report.shared_rows} evaluation rows also stand in training (first: {evaluation} is "
+            f"{twin}): the held-out loss will flatter; remove them from one side"
+        )
+    if train.copies:
+        original, copy = train.first_copies[0]
+        found.append(
+            f"{train.copies} training rows are exact copies of others (first: {copy} is "
+            f"{original}); to use rows more often, set the source's weight"
+        )
+    if train.truncated_rows:
+        found.append(
+            f"{train.truncated_rows} rows are cut to max_seq_len: {train.lost_tokens} tokens lost, "
+            f"{train.cut_answers} answers cut"
+        )
+    if train.dropped_rows:
+        found.append(
+            f"{train.dropped_rows} rows are longer than max_seq_len and dropped: "
+            f"{train.lost_tokens} tokens lost"
+        )
+    unended = report.unended_rows - train.cut_answers
+    if unended > 0:
+        found.append(
+            f"{unended} rows do not end with an end-of-turn or EOS token: the model will not "
+            "learn to stop; check the chat template"
+        )
+    if not stops:
+        found.append(
+            f"answers end with {report.end_of_turn!r}, which is not the tokenizer's EOS "
+            f"({tokenizer.eos_token!r}): generation must be told to stop there"
+        )
+    if report.labels and report.labels[0][1] > 0.9 * train.rows:
+        answer, rows = report.labels[0]
+        found.append(f"{rows} of {train.rows} rows have the same answer {answer!r}")
+    for source in train.sources:
+        found.extend(_source_warnings(source))
+    return found
+
+
+def _source_warnings(source: dict[str, Any]) -> list[str]:
+    found = []
+    if source["split_chats"]:
+        found.append(
+            f"{source['path']}: the chat template rewrites earlier turns, so "
+            f"{source['split_chats']} chats became one example per answer ({source['rows']} rows, {source['examples']} "
+            "examples); `loss_on: last` trains the last answers only"
+        )
+    if source["merged_joins"]:
+        found.append(
+            f"{source['path']}: in {source['merged_joins']} rows a token covers the end of the "
+            "prompt and the start of the answer; end prompts with a line break, or begin "
+            "completions with a space"
+        )
+    if source["control_rows"]:
+        found.append(
+            f"{source['path']}: {source['control_rows']} rows hold special tokens such as the end "
+            "of turn in their text; the model reads them as the real ones"
+        )
+    return found
