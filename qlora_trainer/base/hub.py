@@ -1,0 +1,230 @@
+"""From what the user wrote to a folder on disk: a local path, or a hub model pinned to a commit.
+
+A local folder needs no network. From the hub only configuration, tokenizer and safetensors come,
+never a pickle; downloads resume, and land in huggingface_hub's own cache, so that a model another
+tool brought is found. Which files, is read from the repository's list first: copies of the weights
+in other formats stay where they are, and a model without safetensors or a full disk is said before
+the first byte. `HF_HUB_OFFLINE=1` is respected.
+"""
+
+import json
+import logging
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+from huggingface_hub import HfApi, constants, errors, hf_hub_download, snapshot_download
+from huggingface_hub.utils._validators import validate_repo_id
+
+from qlora_trainer.base.checkpoint import INDEX_FILE, SINGLE_FILE
+from qlora_trainer.errors import UserError
+from qlora_trainer.units import format_bytes
+
+_LOG = logging.getLogger(__name__)
+_TEXT_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+# What huggingface_hub and the HTTP library below it raise when the network or the hub says no.
+_HUB_FAILURES: tuple[type[Exception], ...] = (
+    OSError,
+    errors.EntryNotFoundError,
+    *(kind for kind in (getattr(errors, "HTTPError", None),) if kind is not None),
+)
+
+
+@dataclass(frozen=True)
+class ResolvedModel:
+    """A model on disk.
+
+    Attributes:
+        folder: Where its files are.
+        source: What the user wrote.
+        revision: The full commit it is pinned to; None for a local folder.
+    """
+
+    folder: Path
+    source: str
+    revision: str | None
+
+
+def resolve_model(
+    source: str,
+    revision: str | None = None,
+    *,
+    cache_dir: Path | None = None,
+    trust_remote_code: bool = False,
+) -> ResolvedModel:
+    """Find a model on disk or bring it from the hub.
+
+    Args:
+        source: A folder, or `owner/name` on the hub. A folder that exists wins.
+        revision: Branch, tag or commit on the hub; None for its main branch.
+        cache_dir: Where hub models are kept; None for huggingface_hub's own place.
+        trust_remote_code: Bring the model's Python files too.
+
+    Raises:
+        UserError: No such folder or model, no right to it, no network, no safetensors, no space.
+    """
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        if revision is not None:
+            raise UserError(
+                f"base.revision = {revision!r}: {source} is a local folder, which has no "
+                "revisions; leave it out"
+            )
+        return ResolvedModel(folder.resolve(), source, None)
+    _check_hub_name(source)
+    try:
+        patterns = _wanted_files(source, revision, cache_dir, trust_remote_code)
+        found = snapshot_download(
+            source, revision=revision, cache_dir=cache_dir, allow_patterns=patterns
+        )
+    except _HUB_FAILURES as error:
+        raise explain_hub_error(error, source, revision) from error
+    snapshot = Path(found)
+    commit = snapshot.name if _COMMIT.fullmatch(snapshot.name) else None
+    return ResolvedModel(snapshot, source, commit)
+
+
+def explain_hub_error(error: Exception, source: str, revision: str | None) -> UserError:
+    """What a failure means and what to do about it."""
+    page = f"{constants.ENDPOINT}/{source}"
+    if isinstance(error, errors.GatedRepoError):
+        text = (
+            f"{source} is gated: accept its conditions at {page} with your account, then run "
+            "`hf auth login` (or set HF_TOKEN) on this machine"
+        )
+    elif isinstance(error, errors.RepositoryNotFoundError):
+        text = (
+            f"{source} is not on the hub, or is private: check the spelling at {page}; for a "
+            "private model run `hf auth login`; for a local model name its folder, which must exist"
+        )
+    elif isinstance(error, errors.RevisionNotFoundError):
+        text = f"{source} has no revision {revision!r}; branches and tags: {page}/branches"
+    elif _is_offline():
+        text = (
+            f"{source} (revision {revision or 'main'}) is not whole in the cache "
+            f"({constants.HF_HUB_CACHE}) and HF_HUB_OFFLINE forbids fetching it; unset it for one "
+            "run, or name a folder that holds the model"
+        )
+    elif isinstance(error, OSError) and error.errno == 28:
+        text = f"{source}: the disk is full ({constants.HF_HUB_CACHE}); free space, or set HF_HOME"
+    elif _status(error) in (401, 403):
+        text = (
+            f"{source}: the hub refuses access ({_status(error)}); run `hf auth login` with an "
+            f"account that may read {page}"
+        )
+    else:
+        text = (
+            f"{source} cannot be fetched ({type(error).__name__}: {_first_line(error)}); check the "
+            "network and run again: a download resumes. A local folder needs no network"
+        )
+    return UserError(text)
+
+
+def choose_files(names: list[str], shards: list[str], *, trust_remote_code: bool) -> list[str]:
+    """Of a repository's files, those a run needs.
+
+    Args:
+        names: All of its files.
+        shards: The weight files, from the index or the single file.
+        trust_remote_code: Take Python files as well.
+    """
+    suffixes = (*_TEXT_SUFFIXES, ".py") if trust_remote_code else _TEXT_SUFFIXES
+    chosen = set(shards)
+    for name in names:
+        folder, _, file = name.rpartition("/")
+        in_place = not folder or (file.endswith(".jinja") and folder == "additional_chat_templates")
+        if in_place and file.endswith(suffixes) and not file.endswith(".bin.index.json"):
+            chosen.add(name)
+    return sorted(chosen)
+
+
+def _check_hub_name(source: str) -> None:
+    looks_local = source.startswith(("/", "./", "../", "~", ".\\")) or "\\" in source
+    if looks_local or source.count("/") > 1:
+        raise UserError(f"{source}: no such folder; name a model folder, or owner/name on the hub")
+    if Path(source).exists():
+        raise UserError(f"{source} is a file; name the folder that holds config.json")
+    try:
+        validate_repo_id(source)
+    except errors.HFValidationError as error:
+        raise UserError(
+            f"{source!r} is neither a folder nor a hub name (owner/name): {_first_line(error)}"
+        ) from error
+
+
+def _wanted_files(
+    source: str, revision: str | None, cache_dir: Path | None, trust_remote_code: bool
+) -> list[str] | None:
+    """The files to bring, or None when the hub cannot be asked and the cache has to do."""
+    if _is_offline():
+        return None
+    try:
+        info = HfApi().model_info(source, revision=revision, files_metadata=True)
+    except errors.HfHubHTTPError:
+        raise
+    except _HUB_FAILURES as error:  # no network: what is cached serves, and we say so
+        _LOG.warning(
+            "%s: the hub cannot be reached (%s); looking in the cache", source, _first_line(error)
+        )
+        return None
+    sizes = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or ()}
+    if SINGLE_FILE in sizes:
+        shards = [SINGLE_FILE]
+    elif INDEX_FILE in sizes:
+        shards = _index_shards(source, revision, cache_dir)
+    else:
+        others = sorted(name for name in sizes if name.endswith((".bin", ".pt", ".gguf")))
+        raise UserError(
+            f"{source} has no safetensors weights, only: {', '.join(others) or 'none'}; "
+            "pickles are never loaded. Take a revision with safetensors (often a pull request: "
+            "refs/pr/N), or convert it with https://huggingface.co/spaces/safetensors/convert"
+        )
+    wanted = choose_files(list(sizes), shards, trust_remote_code=trust_remote_code)
+    missing_bytes = sum(
+        sizes.get(name, 0)
+        for name in wanted
+        if not isinstance(
+            huggingface_hub.try_to_load_from_cache(
+                source, name, cache_dir=cache_dir, revision=info.sha
+            ),
+            str,
+        )
+    )
+    _check_space(source, missing_bytes, Path(cache_dir or constants.HF_HUB_CACHE))
+    return wanted
+
+
+def _index_shards(source: str, revision: str | None, cache_dir: Path | None) -> list[str]:
+    path = hf_hub_download(source, INDEX_FILE, revision=revision, cache_dir=cache_dir)
+    try:
+        content: Any = json.loads(Path(path).read_text(encoding="utf-8"))
+        return sorted({str(shard) for shard in content["weight_map"].values()})
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{source}: its {INDEX_FILE} is broken ({error})") from error
+
+
+def _check_space(source: str, missing_bytes: int, cache: Path) -> None:
+    place = next(path for path in (cache, *cache.absolute().parents) if path.exists())
+    free_bytes = shutil.disk_usage(place).free
+    if missing_bytes > free_bytes:
+        raise UserError(
+            f"{source}: {format_bytes(missing_bytes)} are still to come, {cache} has "
+            f"{format_bytes(free_bytes)} free; free space, or set HF_HOME to another disk"
+        )
+
+
+def _is_offline() -> bool:
+    return bool(constants.HF_HUB_OFFLINE)
+
+
+def _status(error: Exception) -> int | None:
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    return status if isinstance(status, int) else None
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
