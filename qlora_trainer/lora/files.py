@@ -7,6 +7,7 @@ Writing goes beside the final place and is renamed, so a reader sees the old ada
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -22,12 +23,13 @@ from qlora_trainer.lora.layer import LowRankLayer
 from qlora_trainer.lora.peft_config import (
     CONFIG_NAME,
     config_from_model,
-    implied_heads,
+    peft_saved_paths,
     read_json,
     spec_from_config,
+    untrained_saved_paths,
 )
 from qlora_trainer.lora.select import select_modules
-from qlora_trainer.lora.spec import AdapterSpec, is_named
+from qlora_trainer.lora.spec import AdapterSpec
 from qlora_trainer.lora.trained import select_saved_modules, tied_groups, trained_copies
 
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -74,7 +76,7 @@ def save_adapter(
         base_revision: The base's revision.
     """
     tensors = adapter_tensors(model)
-    for path in implied_heads(model, task_type):
+    for path in untrained_saved_paths(model, task_type):
         tensors.update(_module_tensors(path, model.get_submodule(path)))
     # Own memory for each: tied copies share theirs, which the format has no words for.
     tensors = {key: value.detach().cpu().clone().contiguous() for key, value in tensors.items()}
@@ -153,7 +155,7 @@ def load_adapter(
         trainable: Whether they require gradients.
 
     Returns:
-        What the file says, `modules_to_save` without names this model does not have.
+        What the file says, `modules_to_save` as the paths it means in this model.
 
     Raises:
         UserError: The files are broken, unsupported, or do not fit the model; keys that are
@@ -162,6 +164,8 @@ def load_adapter(
     folder = Path(folder)
     spec = read_adapter_config(folder)
     found = read_tensors(folder)
+    meant = tuple(peft_saved_paths(model, spec.modules_to_save))
+    spec = replace(spec, modules_to_save=meant)
     selected = select_modules(model, spec, strict=False)
     saved = select_saved_modules(model, spec.modules_to_save, strict=False)
     expected: dict[str, tuple[int, ...]] = {}
@@ -180,8 +184,7 @@ def load_adapter(
     _copy_into(model, found)
     for tensor in (*_factors(model), *_copied(model)):
         tensor.requires_grad_(trainable and tensor.is_floating_point())
-    known = tuple(n for n in spec.modules_to_save if any(is_named(path, (n,)) for path in saved))
-    return AdapterSpec(**{**spec.__dict__, "modules_to_save": known})
+    return spec
 
 
 def restore_adapter(model: nn.Module, folder: Path) -> None:

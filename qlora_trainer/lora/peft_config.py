@@ -178,7 +178,7 @@ def config_from_model(
 ) -> dict[str, Any]:
     """PEFT's fields for the adapter a model carries."""
     layers = adapted_layers(model)
-    saved = [*trained_copies(model), *implied_heads(model, task_type)]
+    saved = [*trained_copies(model), *untrained_saved_paths(model, task_type)]
     if any(_carries_adapter(model, name) for name in _implied(model, task_type)):
         task_type = None  # PEFT would train that head in full instead
     return {
@@ -215,20 +215,30 @@ def _target_names(model: nn.Module, adapted: list[str], saved: list[str]) -> lis
     return list(endings) if sorted(meant) == sorted(adapted) else sorted(adapted)
 
 
+def peft_saved_paths(model: nn.Module, names: tuple[str, ...]) -> list[str]:
+    """Modules PEFT trains in full for these names: any whose path *ends* so, dot or no dot."""
+    found: list[str] = []
+    for path in candidates(model):
+        if path.endswith(names) and not f"{path}.".startswith(tuple(f"{f}." for f in found)):
+            found.append(path)
+    return found
+
+
 def _implied(model: nn.Module, task_type: str | None) -> list[str]:
-    names = IMPLIED_HEADS.get(task_type or "", ())
-    return [path for path in candidates(model) if is_named(path, names)] if names else []
+    return peft_saved_paths(model, IMPLIED_HEADS.get(task_type or "", ()))
 
 
 def _carries_adapter(model: nn.Module, path: str) -> bool:
     return any(isinstance(m, LowRankLayer) for m in model.get_submodule(path).modules())
 
 
-def implied_heads(model: nn.Module, task_type: str | None) -> list[str]:
-    """Heads PEFT will look for in the file although they were not trained in full."""
-    within = tuple(f"{path}." for path in trained_copies(model))
+def untrained_saved_paths(model: nn.Module, task_type: str | None) -> list[str]:
+    """Modules PEFT will look for in the file although they were not trained in full."""
+    trained = list(trained_copies(model))
+    within = tuple(f"{path}." for path in trained)
+    meant = [*_implied(model, task_type), *peft_saved_paths(model, tuple(trained))]
     return [
         path
-        for path in _implied(model, task_type)
+        for path in dict.fromkeys(meant)
         if not f"{path}.".startswith(within) and not _carries_adapter(model, path)
     ]
