@@ -1,0 +1,291 @@
+"""Watch every storage of a program be born and die, without weights and without a GPU.
+
+How: one `TorchDispatchMode` sees each operator's outputs. A storage not seen before is a birth; a
+`weakref` on it tells its death at the very moment reference counting or the autograd engine drops
+it. The result is a log, not a number: replayed through `memory/allocator.py` it gives the peaks of
+any card. Works alike on `meta` tensors (foresight) and on real ones (`memory/measure.py`).
+
+What an operator log does not show by itself (workspaces, temporaries inside a CUDA kernel's
+wrapper) comes from a table of rules handed in; the CUDA one is `memory/cuda_rules.py`.
+
+Given up: operators that allocate inside one fused call and are in no rule are under-counted.
+"""
+
+import functools
+import sys
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import CodeType, FrameType
+from typing import Any, TypeAlias
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from qlora_trainer.errors import UserError
+
+# kinds of event; the second element says what it is about
+ALLOCATE, FREE, PHASE, EMPTY_CACHE, RESET_PEAK, RECORD_STREAM, SYNCHRONIZE = range(7)
+
+Event: TypeAlias = tuple[int, int | str]
+Rule: TypeAlias = Callable[["AllocationTracker", Any, tuple[Any, ...], dict[str, Any]], Any]
+
+
+@dataclass(slots=True)
+class Allocation:
+    """One storage (or one workspace) of the program, whatever views share it."""
+
+    size_bytes: int
+    phase: str
+    operator: str
+    code: CodeType | None
+    line: int
+    component: str
+    stream: int = 0
+    on_host: bool = False
+
+    @property
+    def where(self) -> str:
+        """File and line of the Python code that made it."""
+        if self.code is None:
+            return "(inside torch)"
+        name = self.code.co_filename
+        for marker in ("/site-packages/", "/qlora_trainer/"):
+            if marker in name:
+                name = ("qlora_trainer/" if "qlora" in marker else "") + name.split(marker)[-1]
+                break
+        return f"{name}:{self.line} in {self.code.co_name}"
+
+
+@dataclass
+class Log:
+    """Births and deaths in order: `events` refer to `allocations` by index."""
+
+    allocations: list[Allocation] = field(default_factory=list)
+    events: list[Event] = field(default_factory=list)
+    kernels: dict[str, int] = field(default_factory=dict)
+    notes: dict[str, str] = field(default_factory=dict)
+
+
+class UnforeseeableOperator(UserError):
+    """An operator whose result depends on values, which weightless tensors do not have."""
+
+
+_SKIP = ("/torch/", "/memory/tracker.py", "/memory/cuda_rules.py", "/memory/simulate.py")
+
+
+@functools.cache
+def _is_plumbing(code: CodeType) -> bool:
+    name = code.co_filename
+    return name.startswith("<") or any(part in name for part in _SKIP)
+
+
+def _maker(frame: FrameType | None) -> tuple[CodeType | None, int]:
+    """The nearest Python frame that is not torch's own or this room's plumbing."""
+    while frame is not None:
+        if not _is_plumbing(frame.f_code):
+            return frame.f_code, frame.f_lineno
+        frame = frame.f_back
+    return None, 0
+
+
+class AllocationTracker(TorchDispatchMode):
+    """Log births and deaths of storages on one device type.
+
+    Args:
+        device_type: Storages of this device count as the card's memory (`meta` stands for CUDA).
+        rules: What to do instead of, or around, an operator; by operator overload.
+        answers: For Python branches on a tensor's value, which weightless tensors do not have:
+            name of the asking function -> value. Anything else raises `UnforeseeableOperator`.
+    """
+
+    def __init__(
+        self,
+        device_type: str = "meta",
+        rules: Mapping[Any, Rule] | None = None,
+        answers: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.log = Log()
+        self.device_type = device_type
+        self.rules = dict(rules or {})
+        self.answers = dict(answers or {})
+        self.state: dict[str, Any] = {}  # for rules: workspaces already made, and the like
+        self._phase = "start"
+        self._component: str | None = None
+        self._known: dict[int, int] = {}  # storage address -> allocation
+        self._refs: dict[int, Any] = {}
+        self._free_base: int | None = None
+
+    # ---- phases and components -------------------------------------------------------------
+    @property
+    def current_phase(self) -> str:
+        """Name of the phase that allocations are booked under."""
+        return self._phase
+
+    def set_phase(self, name: str) -> None:
+        """Book what follows under `name`."""
+        self._phase = name
+        self.log.events.append((PHASE, name))
+
+    @contextmanager
+    def component(self, name: str) -> Iterator[None]:
+        """Tag what is born inside as `name` (base weights, adapters, ...)."""
+        before, self._component = self._component, name
+        try:
+            yield
+        finally:
+            self._component = before
+
+    def tag(self, tensor: torch.Tensor, component: str) -> None:
+        """Give an already recorded storage its component afterwards."""
+        index = self._known.get(tensor.untyped_storage()._cdata)
+        if index is not None and index >= 0:
+            self.log.allocations[index].component = component
+
+    def mark(self, kind: int, about: int | str = 0) -> None:
+        """Put a bare event (empty the cache, reset the peak, ...) into the log."""
+        self.log.events.append((kind, about))
+
+    # ---- births and deaths -----------------------------------------------------------------
+    def allocate(
+        self, size_bytes: int, operator: str, component: str = "workspaces", stream: int = 0
+    ) -> int:
+        """Log memory that no tensor shows; the caller frees it with `free`."""
+        code, line = _maker(sys._getframe(1))
+        index = len(self.log.allocations)
+        self.log.allocations.append(
+            Allocation(int(size_bytes), self._phase, operator, code, line, component, stream)
+        )
+        self.log.events.append((ALLOCATE, index))
+        return index
+
+    def free(self, index: int) -> None:
+        """Log the death of memory made by `allocate`."""
+        self.log.events.append((FREE, index))
+
+    @contextmanager
+    def temporary(self, size_bytes: int, operator: str) -> Iterator[None]:
+        """Memory that lives inside one operator."""
+        index = self.allocate(size_bytes, operator)
+        try:
+            yield
+        finally:
+            self.free(index)
+
+    def count_kernel(self, name: str) -> None:
+        """Remember that a kernel was chosen, to be printed with the prediction."""
+        self.log.kernels[name] = self.log.kernels.get(name, 0) + 1
+
+    def adopt(self, tensor: torch.Tensor, operator: str = "", component: str | None = None) -> None:
+        """Record a tensor that was made outside the watch (a birth now)."""
+        self._birth(tensor, operator or "adopted", sys._getframe(1), component)
+
+    def ignore(self, tensor: torch.Tensor) -> None:
+        """A tensor that on the real device would not be on the card."""
+        storage = tensor.untyped_storage()
+        address = storage._cdata
+        self._known[address] = -1
+        self._refs[address] = weakref.ref(storage, functools.partial(self._forget, address))
+
+    def _forget(self, address: int, _ref: Any) -> None:
+        self._known.pop(address, None)
+        self._refs.pop(address, None)
+
+    def _birth(
+        self, tensor: torch.Tensor, operator: str, frame: FrameType | None, component: str | None
+    ) -> None:
+        if tensor.device.type != self.device_type or tensor.layout is not torch.strided:
+            return
+        storage = tensor.untyped_storage()
+        address = storage._cdata
+        if address in self._known:
+            return
+        size_bytes = storage.nbytes()
+        if size_bytes == 0:
+            return
+        code, line = _maker(frame)
+        index = len(self.log.allocations)
+        label = component or self._component or self._guess_component()
+        self.log.allocations.append(
+            Allocation(size_bytes, self._phase, operator, code, line, label)
+        )
+        self.log.events.append((ALLOCATE, index))
+        self._known[address] = index
+        self._refs[address] = weakref.ref(storage, functools.partial(self._death, address, index))
+
+    def _death(self, address: int, index: int, _ref: Any) -> None:
+        self._known.pop(address, None)
+        self._refs.pop(address, None)
+        self.log.events.append((FREE, index))
+
+    def _guess_component(self) -> str:
+        if self._phase == "backward":
+            return "recomputed layer" if torch.is_grad_enabled() else "backward temporaries"
+        return "kept activations" if self._phase == "forward" else self._phase
+
+    def close(self) -> None:
+        """Stop listening to deaths (the log stays as it is)."""
+        self._refs.clear()
+        self._known.clear()
+
+    # ---- the mode itself -------------------------------------------------------------------
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Run the operator (or its rule) and record its new storages."""
+        kwargs = kwargs or {}
+        rule = self.rules.get(func)
+        if rule is not None:
+            result = rule(self, func, args, kwargs)
+        elif func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
+            return self._answer(sys._getframe(1))
+        elif func is torch.ops.aten.add.Tensor and self._engine_adds(args, kwargs, sys._getframe(1)):
+            # InputBuffer::accumulate (torch/csrc/autograd/input_buffer.cpp) adds in place when it
+            # holds the last reference, but never while a mode is active
+            result = torch.ops.aten.add_.Tensor(*args)
+        else:
+            result = func(*args, **kwargs)
+        if isinstance(result, torch.Tensor):
+            self._birth(result, func.__name__, sys._getframe(1), None)
+        elif isinstance(result, (tuple, list)):
+            for part in result:
+                if isinstance(part, torch.Tensor):
+                    self._birth(part, func.__name__, sys._getframe(1), None)
+        return result
+
+    def _answer(self, frame: FrameType | None) -> Any:
+        asked = frame
+        while asked is not None:
+            if asked.f_code.co_name in self.answers:
+                return self.answers[asked.f_code.co_name]
+            asked = asked.f_back
+        code, line = _maker(frame)
+        where = f"{code.co_filename}:{line} in {code.co_name}" if code else "torch"
+        raise UnforeseeableOperator(
+            f"memory foresight: {where} branches on a tensor's value, which weightless tensors do "
+            "not have; measure this model with `--measure` instead"
+        )
+
+    def _engine_adds(self, args: Any, kwargs: Any, frame: FrameType) -> bool:
+        if kwargs or len(args) != 2 or torch.is_grad_enabled():
+            return False
+        if frame.f_code.co_name != "_engine_run_backward":
+            return False
+        old, new = args
+        return (
+            isinstance(new, torch.Tensor)
+            and old.shape == new.shape
+            and old.dtype == new.dtype
+            and (old.is_contiguous() or torch.ops.aten.is_non_overlapping_and_dense(old))
+            and self._is_last_reference(old)
+        )
+
+    def _is_last_reference(self, tensor: torch.Tensor) -> bool:
+        if self._free_base is None:
+            with torch.utils._python_dispatch._disable_current_modes():
+                fresh = torch.empty(4, device=tensor.device)
+            self._free_base = torch._C._storage_Use_Count(fresh.untyped_storage()._cdata)
+        uses: int = torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
+        return uses <= self._free_base

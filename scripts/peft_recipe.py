@@ -1,0 +1,355 @@
+"""One measured training recipe of PEFT + bitsandbytes, run on weightless tensors.
+
+Runs in a process of its own (`validate_memory.py` starts it): other people's library code must be
+steered here, which the package never does. What is steered, and why:
+
+- `Params4bit.to`: quantizes when it reaches the card; `meta` stands for the card here;
+- `torch.nn.functional.softmax` from half precision to fp32: on CUDA one kernel without a copy of the
+  input (aten/src/ATen/native/SoftMax.cpp), elsewhere cast first;
+- `scaled_dot_product_attention`: the memory-efficient kernel the measurements pinned, with keys and
+  values expanded to all heads first;
+- `torch.cuda.empty_cache` inside `prepare_model_for_kbit_training` becomes an event of the log.
+
+Source of the recipe: scripts/measure.py of fitcheck-llm 0.3.1 (MIT), and the measurements' README.
+"""
+
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import transformers
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers.core_model_loading import convert_and_load_state_dict_in_model
+from transformers.modeling_utils import LoadStateDictConfig, get_total_byte_count
+from transformers.quantizers.auto import AutoHfQuantizer
+
+from qlora_trainer.memory.cuda_rules import Gpu
+from qlora_trainer.memory.simulate import Trace, simulate
+from qlora_trainer.memory.tracker import EMPTY_CACHE, RESET_PEAK, AllocationTracker
+
+MIB = 2**20
+CARD = torch.device("meta")
+GPUS = {
+    "Tesla T4": Gpu("Tesla T4", (7, 5), 40),
+    "A100": Gpu("A100", (8, 0), 108),
+    "L40S": Gpu("L40S", (8, 9), 142),
+}
+DTYPES = {
+    "fp16": torch.float16,
+    "float16": torch.float16,
+    "bf16": torch.bfloat16,
+    "bfloat16": torch.bfloat16,
+    "fp32": torch.float32,
+    "float32": torch.float32,
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What one measured row says, in plain values."""
+
+    gpu: str
+    model: dict[str, Any]  # values of the model's config, with `family`
+    quantization: str
+    double_quant: bool
+    attention: str  # eager, sdpa (memory-efficient kernel)
+    batch_size: int
+    seq_len: int
+    rank: int
+    targets: tuple[str, ...]
+    compute_dtype: str
+    gradient_checkpointing: bool
+    optimizer: str = "adamw"
+
+
+# ---- the model -----------------------------------------------------------------------------------
+def model_config(values: dict[str, Any], use_cache: bool = False) -> Any:
+    """The transformers config of a row's architecture."""
+    family = values["family"]
+    config_class = getattr(transformers, f"{family}Config")
+    known: dict[str, Any] = {
+        "num_hidden_layers": values["num_layers"],
+        "hidden_size": values["hidden_size"],
+        "intermediate_size": values["intermediate_size"],
+        "num_attention_heads": values["num_attention_heads"],
+        "num_key_value_heads": values["num_kv_heads"],
+        "head_dim": values["head_dim"],
+        "vocab_size": values["vocab_size"],
+        "tie_word_embeddings": values["tie_word_embeddings"],
+        "max_position_embeddings": max(values.get("seq_len", 0), 4096),
+        "use_cache": use_cache,
+    }
+    if family == "Phi3":
+        known |= {"pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0}
+    if "sliding_window" in values:
+        known["sliding_window"] = values["sliding_window"]
+    return config_class(**known)
+
+
+def build_skeleton(config: Any, attention: str, dtype: torch.dtype) -> Any:
+    """The architecture with no storage the tracker knows of."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+
+
+class _Slice:
+    """Stands for a tensor in a safetensors file; read, it is born on the card."""
+
+    def __init__(self, shape: torch.Size, dtype: torch.dtype) -> None:
+        self.shape, self.dtype = shape, dtype
+
+    def __getitem__(self, _index: Any) -> torch.Tensor:
+        return torch.empty(self.shape, dtype=self.dtype, device=CARD)
+
+    def get_shape(self) -> list[int]:
+        return list(self.shape)
+
+    def get_dtype(self) -> str:
+        return {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}[self.dtype]
+
+
+def _fresh_on_card(tracker: AllocationTracker) -> Callable[[torch.Tensor], torch.Tensor]:
+    def move(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage()._cdata in tracker._known:
+            return tensor  # a tied weight is already there
+        return torch.empty_like(tensor, device=CARD)
+
+    return move
+
+
+def load_whole_then_move(model: Any, tracker: AllocationTracker) -> Any:
+    """`from_pretrained` on the CPU, then `.cuda()`: parameter by parameter, in module order."""
+    return model._apply(_fresh_on_card(tracker))
+
+
+def load_quantized(
+    model: Any, tracker: AllocationTracker, dtype: torch.dtype, double_quant: bool
+) -> Any:
+    """`from_pretrained(quantization_config=..., device_map={"": 0})`, transformers' own order."""
+    quantizer = AutoHfQuantizer.from_config(
+        BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=dtype,
+            bnb_4bit_use_double_quant=double_quant,
+        ),
+        pre_quantized=False,
+    )
+    tied = set(model.all_tied_weights_keys) if model.config.tie_word_embeddings else set()
+    slices = {
+        name: _Slice(value.shape, dtype)
+        for name, value in model.state_dict().items()
+        if name not in tied
+    }
+    device_map = {"": "meta"}
+    quantizer.preprocess_model(model=model, dtype=dtype, device_map=device_map)
+    expected = dict.fromkeys(model.state_dict(), CARD)
+    warm_up = get_total_byte_count(model, expected, quantizer)[CARD]
+    del expected
+    torch.empty(int(warm_up // 2), dtype=torch.float16, device=CARD)  # caching_allocator_warmup
+    convert_and_load_state_dict_in_model(
+        model=model,
+        state_dict=slices,
+        load_config=LoadStateDictConfig(
+            device_map=device_map, dtype=dtype, hf_quantizer=quantizer, weight_mapping=[]
+        ),
+    )
+    for module in model.modules():
+        for name in module._non_persistent_buffers_set:
+            setattr(module, name, torch.empty_like(getattr(module, name), device=CARD))
+    model.tie_weights()
+    quantizer.postprocess_model(model)
+    return model
+
+
+# ---- steering other people's code ----------------------------------------------------------------
+def _steer_quantization() -> None:
+    from bitsandbytes.nn import Params4bit  # noqa: PLC0415
+
+    plain_to = Params4bit.to
+
+    def to(self: Any, *args: Any, **kwargs: Any) -> Any:
+        device = torch._C._nn._parse_to(*args, **kwargs)[0]
+        if device is not None and device.type == "meta" and not self.bnb_quantized:
+            return self._quantize(device)
+        return plain_to(self, *args, **kwargs)
+
+    Params4bit.to = to
+
+
+def _steer_attention() -> None:
+    plain_softmax = F.softmax
+
+    def softmax(
+        input: torch.Tensor,
+        dim: int | None = None,
+        _stacklevel: int = 3,
+        dtype: torch.dtype | None = None,
+    ) -> torch.Tensor:
+        if input.is_meta and input.dtype == torch.float16 and dtype == torch.float32:
+            return torch.ops.aten._softmax(input, dim, True)
+        return plain_softmax(input, dim, _stacklevel, dtype)
+
+    def attention(
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> torch.Tensor:
+        if key.size(-3) != query.size(-3):
+            groups = query.size(-3) // key.size(-3)
+            key = key.repeat_interleave(groups, dim=-3)
+            value = value.repeat_interleave(groups, dim=-3)
+        needs_grad = query.requires_grad or key.requires_grad or value.requires_grad
+        if attn_mask is not None:
+            attn_mask = _bias_of(attn_mask, query)
+        return torch.ops.aten._scaled_dot_product_efficient_attention(
+            query,
+            key,
+            value,
+            attn_mask,
+            torch.is_grad_enabled() and needs_grad,
+            dropout_p,
+            is_causal,
+            scale=scale,
+        )[0]
+
+    F.softmax = softmax
+    F.scaled_dot_product_attention = attention
+
+
+def _bias_of(mask: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+    """A boolean mask becomes a padded additive one (convert_boolean_attn_mask, pad_bias)."""
+    if mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(mask.logical_not(), -1e9)
+    size = mask.shape[-1]
+    if size % 16:
+        mask = F.pad(mask, (0, 16 - size % 16))[..., :size]
+    return mask.expand(query.shape[0], query.shape[1], -1, -1)
+
+
+@contextlib.contextmanager
+def _logged_empty_cache(tracker: AllocationTracker) -> Iterator[None]:
+    available, empty = torch.cuda.is_available, torch.cuda.empty_cache
+    torch.cuda.is_available = lambda: True
+    torch.cuda.empty_cache = lambda: tracker.mark(EMPTY_CACHE)
+    try:
+        yield
+    finally:
+        torch.cuda.is_available, torch.cuda.empty_cache = available, empty
+
+
+# ---- the recipe ----------------------------------------------------------------------------------
+def run_t4(recipe: Recipe) -> Trace:
+    """measure.py of fitcheck-llm, line by line."""
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training  # noqa: PLC0415
+
+    _steer_quantization()
+    _steer_attention()
+    dtype = DTYPES[recipe.compute_dtype]
+    skeleton = build_skeleton(
+        model_config(recipe.model | {"seq_len": recipe.seq_len}), recipe.attention, dtype
+    )
+
+    def program(tracker: AllocationTracker) -> None:
+        tracker.set_phase("load")
+        with tracker.component("base weights"):
+            if recipe.quantization == "nf4":
+                model = load_quantized(skeleton, tracker, dtype, recipe.double_quant)
+            else:
+                model = load_whole_then_move(skeleton, tracker)
+            model.config.use_cache = False
+            if recipe.quantization != "none":
+                with _logged_empty_cache(tracker):
+                    model = prepare_model_for_kbit_training(
+                        model, use_gradient_checkpointing=recipe.gradient_checkpointing
+                    )
+        with tracker.component("adapters"):
+            model = get_peft_model(
+                model,
+                LoraConfig(
+                    r=recipe.rank,
+                    lora_alpha=2 * recipe.rank,
+                    lora_dropout=0.0,
+                    bias="none",
+                    task_type="CAUSAL_LM",
+                    target_modules=list(recipe.targets),
+                ),
+            )
+        if recipe.gradient_checkpointing:
+            model.gradient_checkpointing_enable(
+                gradient_checkpointing_kwargs={"use_reentrant": False}
+            )
+            model.enable_input_require_grads()
+        model.train()
+        tracker.set_phase("setup")
+        optimizer, batch = _prepare(model, recipe)
+        _train(model, optimizer, batch, tracker)
+
+    return simulate(program, GPUS[recipe.gpu], answers={"find_packed_sequence_indices": True})
+
+
+def _prepare(model: Any, recipe: Recipe) -> tuple[Any, torch.Tensor]:
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    for parameter in parameters:
+        if parameter.dtype != torch.float32:
+            parameter.data = parameter.data.float()
+    # foreach is what torch.optim chooses by itself on CUDA
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, foreach=True)
+    batch = torch.empty((recipe.batch_size, recipe.seq_len), dtype=torch.int64, device=CARD)
+    return optimizer, batch
+
+
+def _train(model: Any, optimizer: Any, batch: torch.Tensor, tracker: AllocationTracker) -> None:
+    def step(name: str) -> None:
+        tracker.set_phase(f"{name} zero_grad")
+        optimizer.zero_grad(set_to_none=True)
+        tracker.set_phase(f"{name} forward")
+        out = model(input_ids=batch, labels=batch)
+        tracker.set_phase(f"{name} backward")
+        out.loss.backward()
+        tracker.set_phase(f"{name} optimizer")
+        optimizer.step()
+
+    step("warm-up")
+    tracker.set_phase("between")
+    tracker.mark(RESET_PEAK)
+    step("measured")
+
+
+def main() -> None:
+    """Read a recipe as JSON on stdin, write what the replay found as JSON on stdout."""
+    request = json.load(sys.stdin)
+    recipe = Recipe(**request["recipe"])
+    trace = run_t4(recipe)
+    capacity = request.get("capacity_bytes")
+    peaks = trace.replay(capacity)
+    answer = {
+        "allocated": peaks.allocated_bytes,
+        "reserved": peaks.reserved_bytes,
+        "after_load": peaks.after_phase["load"],
+        "forward": peaks.allocated_by_phase["measured forward"],
+        "backward": peaks.allocated_by_phase["measured backward"],
+        "optimizer": peaks.allocated_by_phase["measured optimizer"],
+        "by_component": peaks.by_component,
+        "reserved_by_phase": peaks.reserved_by_phase,
+        "peak_phase": peaks.peak_phase,
+        "kernels": trace.log.kernels,
+        "alive": [asdict(tensor) for tensor in peaks.alive[:40]],
+        "retries": peaks.retries,
+        "fits": peaks.fits,
+    }
+    json.dump(answer, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()
