@@ -5,8 +5,8 @@ tensors and the audit see them. A product rebuilds the dense weight, multiplies 
 backward pass rebuilds it again, saves no activation and computes a gradient for the input only.
 
 bitsandbytes' own `Linear4bit` is not used for computing: on CPUs with avx512_bf16 it re-packs its
-weight in place at the first product in evaluation mode, and every later gradient through it is
-wrong or fails.
+weight in place at the first product in evaluation mode, rounds its scales to bf16, and lets no
+gradient through from then on.
 
 Legend: I in_features, O out_features.
 """
@@ -161,14 +161,18 @@ class NF4Linear(nn.Module):
         """Take over a quantized bitsandbytes `Linear4bit`, its bits unchanged.
 
         Raises:
-            ValueError: It is not quantized yet, or in another format than NF4.
+            ValueError: It is not quantized yet, in another format than NF4, or re-packed by
+                bitsandbytes for evaluation on a CPU.
         """
-        source.state_dict()  # bitsandbytes undoes its CPU re-packing when a state dict is made
         weight = cast(Any, source.weight)
         state = weight.quant_state
         if state is None or state.quant_type != "nf4":
             kind = "not quantized" if state is None else f"quantized as {state.quant_type}"
             raise ValueError(f"is {kind}; only nf4 can be taken over")
+        if getattr(state, "packing_format_for_cpu", False):
+            raise ValueError(
+                "has evaluated on the CPU, which rounds its scales to bf16 for good; load it again"
+            )
         if state.nested and state.state2.blocksize != 256:
             raise ValueError(f"double-quantized in blocks of {state.state2.blocksize}, not 256")
         # quant_storage may be another dtype holding the same bytes.
@@ -224,7 +228,8 @@ class NF4Linear(nn.Module):
 
     def product(self, x: Tensor) -> Tensor:
         """Multiply without recording a gradient. x: (..., I) in the compute dtype -> (..., O)."""
-        if x.device.type == "cuda" and 0 < x.numel() <= _FEW_ROWS * self.in_features:
+        few = 0 < x.numel() <= _FEW_ROWS * self.in_features
+        if few and x.device.type == "cuda" and self.in_features % self.block_size == 0:
             return self._fused_product(x)
         return linear(x, self.dense_weight(x.dtype), self.bias)
 

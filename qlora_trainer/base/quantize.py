@@ -100,17 +100,20 @@ def dequantize_absmax(tensors: NF4Tensors) -> Tensor:
 def dequantize_nf4(
     tensors: NF4Tensors, shape: tuple[int, ...], block_size: int, dtype: torch.dtype
 ) -> Tensor:
-    """The weight its codes stand for, as bitsandbytes computes it. -> `shape` in `dtype`."""
+    """The weight its codes stand for, by bitsandbytes' kernel. -> `shape` in `dtype`."""
     absmax = dequantize_absmax(tensors)
     elements = math.prod(shape)
-    # bitsandbytes' fast CPU kernel wants rows of even length; blocks run over the flat order, so
-    # an odd row is read as one long row, with the spare half byte at the end cut off.
-    odd = shape[-1] % 2 != 0
-    read_shape = (1, elements + elements % 2) if odd else shape
+    # Blocks run over the flat order, and so we ask for the flat order. bitsandbytes' CPU kernel
+    # (0.50.2, avx512) takes rows for whole numbers of blocks: a row of 96 with blocks of 64 comes
+    # back with wrong scales. One block a row keeps it right and lets it use all threads.
+    if elements % block_size == 0:
+        read_shape = (elements // block_size, block_size)
+    else:
+        read_shape = (1, elements + elements % 2)  # an odd one ends in a spare half byte
     dense: Tensor = torch.ops.bitsandbytes.dequantize_4bit.default(
         tensors.codes, absmax, block_size, "nf4", read_shape, dtype
     )
-    return dense.view(-1)[:elements].view(shape) if odd else dense
+    return dense.view(-1)[:elements].view(shape)
 
 
 def _quantize_blocks(weight: Tensor, block_size: int) -> tuple[Tensor, Tensor]:

@@ -70,6 +70,9 @@ def settle(
     _settle_buffers(model, set(quantized), device, buffers)
     for part in model.modules():
         _settle_config(getattr(part, "config", None), spec.compute_dtype)
+    for mark in ("hf_quantizer", "quantization_method", "is_loaded_in_4bit"):
+        if getattr(model, mark, None) is not None:
+            setattr(model, mark, None)  # its quantized layers are ours now
     model.kept_unquantized = dict(selection.kept) if spec.quantization == "nf4" else {}
     return model.eval()
 
