@@ -1,0 +1,131 @@
+"""The arithmetic of a merge, in blocks that stay in cache: sum in float32, cast once, measure.
+
+For rows i..j of a weight, `W[i:j] + left[i:j] @ right` is made in float32, cast to the export's
+dtype and written; nothing larger than a block exists, whatever the tensor's size. The rounding
+error of the cast is summed on the way, and it is where a value that is not finite, or too large for
+float16, shows: only then is the block looked at more closely.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qlora_trainer.errors import UserError
+from qlora_trainer.export.adapter import LowRank
+
+BLOCK_ELEMENTS = 2**20  # 4 MiB in float32
+
+
+@dataclass
+class CastLoss:
+    """What writing one tensor in the export's dtype did to it.
+
+    Attributes:
+        squared_error: Sum of squared differences, float32 value minus written value.
+        changed: Whether any written value differs from the base's, cast alike.
+        overflows: Values beyond the dtype's range.
+        not_finite: Values that were NaN or infinite before the cast.
+        largest: Largest finite magnitude among the blocks with such values.
+    """
+
+    squared_error: float = 0.0
+    changed: bool = False
+    overflows: int = 0
+    not_finite: int = 0
+    largest: float = 0.0
+
+
+def row_step(shape: tuple[int, ...], multiple: int = 1) -> int:
+    """Rows a block takes so that it has about `BLOCK_ELEMENTS`, and whole quantization blocks.
+
+    Args:
+        shape: Of the tensor; (rows, columns).
+        multiple: Elements of a block must be a multiple of this.
+    """
+    columns = max(1, math.prod(shape[1:]))
+    unit = multiple // math.gcd(columns, multiple)
+    return max(unit, BLOCK_ELEMENTS // columns // unit * unit)
+
+
+def merged_blocks(
+    rows: Iterator[Tensor], update: LowRank | None, dtype: torch.dtype, loss: CastLoss
+) -> Iterator[Tensor]:
+    """Yield the blocks to write.
+
+    Args:
+        rows: Consecutive rows of the base weight, (n, ...), in any float dtype.
+        update: What is added, or nothing.
+        dtype: To write in.
+        loss: Filled in on the way.
+    """
+    left, right = update.factors() if update is not None else (None, None)
+    start = 0
+    for block in rows:
+        stop = start + block.shape[0]
+        if update is None and block.dtype == dtype:
+            _note_bad_values(block, block, loss)
+            yield block
+            continue
+        flat = block.reshape(stop - start, -1)
+        if left is None or right is None:
+            total = flat.float()
+        else:
+            total = torch.addmm(flat.float(), left[start:stop], right)
+        written = total.to(dtype)
+        _measure(total, written, loss)
+        if update is not None and not loss.changed:
+            loss.changed = not torch.equal(written, flat.to(dtype))
+        yield written.view(block.shape)
+        start = stop
+
+
+def _measure(total: Tensor, written: Tensor, loss: CastLoss) -> None:
+    error = torch.sub(total, written).view(-1) if written.dtype != total.dtype else None
+    squared = float(torch.dot(error, error)) if error is not None else 0.0
+    healthy = math.isfinite(squared) if error is not None else bool(total.isfinite().all())
+    if healthy:
+        loss.squared_error += squared
+    else:
+        _note_bad_values(total, written, loss)
+
+
+def _note_bad_values(total: Tensor, written: Tensor, loss: CastLoss) -> None:
+    finite = total.isfinite()
+    if written is total and bool(finite.all()):
+        return
+    loss.not_finite += int((~finite).sum())
+    loss.overflows += int((finite & ~written.isfinite()).sum())
+    loss.largest = max(loss.largest, float(total[finite].abs().max()) if finite.any() else 0.0)
+
+
+def check_range(name: str, loss: CastLoss, dtype: torch.dtype) -> str | None:
+    """The fault of a tensor that could not be written as it is, or None."""
+    if loss.not_finite:
+        return f"{name}: {loss.not_finite} values are NaN or infinite"
+    if loss.overflows:
+        limit = torch.finfo(dtype).max
+        return (
+            f"{name}: {loss.overflows} values beyond {limit:g}, the largest of {_short(dtype)}; "
+            f"the largest is {loss.largest:g}"
+        )
+    return None
+
+
+def raise_for_range(faults: list[str], dtype: torch.dtype) -> None:
+    """Refuse an export whose values do not survive its dtype.
+
+    Raises:
+        UserError: There are faults.
+    """
+    if faults:
+        way_out = "--dtype bf16 has fp32's range" if dtype == torch.float16 else "mend the weights"
+        raise UserError.from_faults(
+            f"the merged weights cannot be written in {_short(dtype)}; {way_out}", faults
+        )
+
+
+def _short(dtype: torch.dtype) -> str:
+    return {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]

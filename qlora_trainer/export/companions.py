@@ -1,0 +1,92 @@
+"""Everything beside the weights: configuration, tokenizer, chat template, code, licence.
+
+What the base's folder has and the weights' reader or the tokenizer may need goes along; the
+tokenizer of the adapter's folder, where there is one, comes over it, since training may have given
+it tokens or a chat template. `config.json` is the base's own text with only what must change
+changed: no quantization, the dtype written, the model class, the vocabulary.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qlora_trainer.base.checkpoint import read_config_file
+
+_WEIGHTS = (
+    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".npz",
+    ".index.json",
+)  # fmt: skip
+_REWRITTEN = ("config.json", "README.md", "adapter_config.json")
+_TOKENIZER = (
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
+    "added_tokens.json", "chat_template.jinja", "chat_template.json", "vocab.json", "vocab.txt",
+    "merges.txt", "spiece.model", "sentencepiece.bpe.model", "preprocessor_config.json",
+    "processor_config.json", "generation_config.json", "additional_chat_templates",
+)  # fmt: skip
+_DTYPE_NAMES = {
+    torch.float16: "float16",
+    torch.bfloat16: "bfloat16",
+    torch.float32: "float32",
+}
+
+
+def copy_companions(base: Path, adapter: Path | None, out: Path) -> list[str]:
+    """Copy what goes along; -> its names, for the report."""
+    chosen: dict[str, Path] = {}
+    for entry in sorted(base.iterdir()):
+        left = entry.name.endswith(_WEIGHTS) or entry.name in _REWRITTEN
+        left = left or entry.name.startswith(".")
+        if not left and (entry.is_file() or entry.name in _TOKENIZER):
+            chosen[entry.name] = entry
+    if adapter is not None:
+        for name in _TOKENIZER:
+            if (adapter / name).exists():
+                chosen[name] = adapter / name
+    for name, source in chosen.items():
+        if source.is_dir():
+            shutil.copytree(source, out / name)
+        else:
+            shutil.copyfile(source, out / name)  # follows the links of a hub cache
+    return sorted(chosen)
+
+
+def write_config(
+    base: Path,
+    out: Path,
+    *,
+    architecture: str,
+    dtype: torch.dtype,
+    changes: Mapping[str, Any],
+) -> None:
+    """Write `config.json`.
+
+    Args:
+        base: Folder whose configuration is taken.
+        out: Folder to write to.
+        architecture: Name of the model class the weights are for.
+        dtype: Of the weights.
+        changes: Further settings; those of the language part of a composed model go there.
+    """
+    config = read_config_file(base)
+    config.pop("quantization_config", None)
+    config["architectures"] = [architecture]
+    parts = [config, *(part for part in config.values() if isinstance(part, dict))]
+    for part in parts:
+        part.pop("quantization_config", None)
+        for key in ("dtype", "torch_dtype"):
+            if key in part:
+                part[key] = _DTYPE_NAMES[dtype]
+    config.setdefault("dtype", _DTYPE_NAMES[dtype])
+    # Readers older than transformers 5 know the older name only.
+    config.setdefault("torch_dtype", _DTYPE_NAMES[dtype])
+    text = config.get("text_config")
+    for key, value in changes.items():
+        config[key] = value
+        if isinstance(text, dict) and key in ("vocab_size", "tie_word_embeddings"):
+            text[key] = value
+    content = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False)
+    (out / "config.json").write_text(content + "\n", encoding="utf-8")

@@ -1,0 +1,185 @@
+"""Carrying out a plan: one tensor at a time from the base's files to the export's.
+
+`original` adds the update to the base's own weights; `dequantized` to what training saw of them,
+made again with the same NF4 code. An unchanged tensor is copied as bytes. In memory at any time: a
+block of rows, and for `dequantized` the codes of the tensor at hand.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from qlora_trainer.base.quantize import (
+    QUANTIZABLE_DTYPES,
+    NF4Tensors,
+    dequantize_absmax,
+    dequantize_nf4,
+    quantize_nf4,
+)
+from qlora_trainer.errors import UserError
+from qlora_trainer.export.blocks import (
+    CastLoss,
+    check_range,
+    merged_blocks,
+    raise_for_range,
+    row_step,
+)
+from qlora_trainer.export.checkpoint import MappedCheckpoint
+from qlora_trainer.export.plan import Plan, PlannedTensor
+from qlora_trainer.export.shards import DEFAULT_SHARD_BYTES, Announced, ShardWriter
+
+Onto = Literal["original", "dequantized"]
+Progress = Callable[[str, int, int], None]  # tensor, bytes written, bytes in all
+
+
+@dataclass
+class MergeFigures:
+    """What a merge did.
+
+    Attributes:
+        tensors: Tensors written.
+        adapted: Weights that got a low-rank update.
+        replaced: Tensors the adapter brought whole.
+        unchanged: Adapted weights whose written values are the base's: the update was lost.
+        written_bytes: Bytes of tensors.
+        cast_errors: Adapted weight -> norm of the rounding error over the norm of its update.
+    """
+
+    tensors: int = 0
+    adapted: int = 0
+    replaced: int = 0
+    unchanged: list[str] = field(default_factory=list)
+    written_bytes: int = 0
+    cast_errors: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How training held the base's linear weights: block size, and scales in 8 bits or not."""
+
+    block_size: int = 64
+    double_quant: bool = True
+
+
+def write_merged(
+    plan: Plan,
+    base: MappedCheckpoint,
+    folder: Path,
+    *,
+    onto: Onto,
+    quantization: Quantization,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    progress: Progress | None = None,
+) -> MergeFigures:
+    """Write the merged weights and their index into a folder.
+
+    Raises:
+        UserError: Values are not finite or beyond the dtype's range, or nothing was changed.
+    """
+    announced = [Announced(t.name, t.dtype, t.shape) for t in plan.tensors]
+    total = sum(tensor.size_bytes for tensor in announced)
+    figures, faults = MergeFigures(), []
+    with torch.inference_mode(), ShardWriter(folder, announced, max_shard_bytes) as writer:
+        for tensor, size in zip(plan.tensors, announced, strict=True):
+            writer.begin(tensor.name)
+            fault = _write_one(tensor, base, writer, onto, quantization, figures)
+            faults += [fault] if fault is not None else []
+            figures.tensors += 1
+            figures.written_bytes += size.size_bytes
+            if progress is not None:
+                progress(tensor.name, figures.written_bytes, total)
+    raise_for_range(faults, plan.dtype)
+    if not figures.replaced and len(figures.unchanged) == figures.adapted:
+        raise UserError(
+            f"the merge changed nothing: none of {figures.adapted} adapted weights differs from "
+            "the base's; the adapter is untrained, or its update is lost in rounding to "
+            f"{plan.dtype} (try --dtype fp32)"
+        )
+    return figures
+
+
+def _write_one(
+    tensor: PlannedTensor,
+    base: MappedCheckpoint,
+    writer: ShardWriter,
+    onto: Onto,
+    quantization: Quantization,
+    figures: MergeFigures,
+) -> str | None:
+    """Write one tensor; -> what is wrong with its values, if anything."""
+    if tensor.replacement is not None and _differs(tensor, base):
+        figures.replaced += 1
+    rows = _rows(tensor, base, onto, quantization)
+    if not tensor.dtype.is_floating_point:
+        for block in rows:
+            writer.write(block)
+        return None
+    loss = CastLoss()
+    for block in merged_blocks(rows, tensor.update, tensor.dtype, loss):
+        writer.write(block)
+    if tensor.update is not None:
+        figures.adapted += 1
+        norm = tensor.update.norm()
+        if not loss.changed:
+            figures.unchanged.append(tensor.name)
+        if norm > 0:
+            figures.cast_errors[tensor.name] = math.sqrt(loss.squared_error) / norm
+    return check_range(tensor.name, loss, tensor.dtype)
+
+
+def _differs(tensor: PlannedTensor, base: MappedCheckpoint) -> bool:
+    """Whether what the adapter brings is new; PEFT repeats some of the base's weights."""
+    assert tensor.replacement is not None
+    if tensor.source is None or tensor.source.shape != tensor.shape:
+        return True
+    own = base.read(tensor.source)
+    return not torch.equal(tensor.replacement.to(own.dtype), own)
+
+
+def _rows(
+    tensor: PlannedTensor, base: MappedCheckpoint, onto: Onto, quantization: Quantization
+) -> Iterator[Tensor]:
+    """The tensor without its update, in blocks of rows."""
+    if tensor.replacement is not None:
+        return _split(tensor.replacement)
+    assert tensor.source is not None
+    if tensor.source.packed:
+        return _split(base.read(tensor.source))
+    stored = base.view(tensor.source)
+    if onto == "dequantized" and tensor.quantized:
+        if tensor.transposed:
+            seen = torch.cat(list(_dequantized_rows(stored.t().contiguous(), quantization)))
+            return _split(seen.t())
+        return _dequantized_rows(stored, quantization)
+    return _split(stored)
+
+
+def _split(values: Tensor) -> Iterator[Tensor]:
+    if values.dim() == 0:
+        yield values.view(1)
+        return
+    step = row_step(tuple(values.shape))
+    for start in range(0, values.shape[0], step):
+        yield values[start : start + step]
+
+
+def _dequantized_rows(weight: Tensor, quantization: Quantization) -> Iterator[Tensor]:
+    """What training saw of a weight (out, in): through NF4 and back, in float32."""
+    if weight.dtype not in QUANTIZABLE_DTYPES:
+        weight = weight.float()
+    size = quantization.block_size
+    nf4 = quantize_nf4(weight, block_size=size, double_quant=quantization.double_quant)
+    absmax = dequantize_absmax(nf4)  # fp32 (blocks,)
+    columns = weight.shape[1]
+    step = row_step(tuple(weight.shape), math.lcm(size, 2))
+    for start in range(0, weight.shape[0], step):
+        stop = min(start + step, weight.shape[0])
+        first, last = start * columns, stop * columns
+        part = NF4Tensors(nf4.codes[first // 2 : -(-last // 2)],
+                          absmax[first // size : -(-last // size)])  # fmt: skip
+        yield dequantize_nf4(part, (stop - start, columns), size, torch.float32)
