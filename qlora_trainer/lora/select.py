@@ -6,6 +6,7 @@ adapter or already carries one is an error that says so by name, all of them at 
 """
 
 import difflib
+import logging
 import re
 from collections.abc import Iterable
 
@@ -15,6 +16,8 @@ from qlora_trainer.errors import UserError
 from qlora_trainer.lora.kind import kind_of
 from qlora_trainer.lora.layer import LowRankLayer
 from qlora_trainer.lora.spec import ALL_LINEAR, AdapterSpec, is_named, match_pattern
+
+logger = logging.getLogger(__name__)
 
 # Heads by the field's own names, for models that do not tell their backbone apart.
 HEAD_NAMES = ("lm_head", "score", "classifier", "qa_outputs", "embed_out", "classification_head")
@@ -102,6 +105,7 @@ def select_modules(model: nn.Module, spec: AdapterSpec, *, strict: bool = True) 
     if target == ALL_LINEAR:
         heads = set(head_modules(model))
         matched = [n for n, m in modules.items() if _is_linear(m) and n not in heads]
+        _tell_of_stacked_experts(modules)
     else:
         matched = [name for name in modules if _matches(name, target)]
     if strict:
@@ -122,6 +126,22 @@ def select_modules(model: nn.Module, spec: AdapterSpec, *, strict: bool = True) 
     if faults:
         raise UserError.from_faults("the adapter does not fit the model", faults)
     return matched
+
+
+def _tell_of_stacked_experts(modules: dict[str, nn.Module]) -> None:
+    stacked = [
+        name
+        for name, module in modules.items()
+        if any(
+            p is not None and p.dim() == 3 and p.shape[0] > 1 for p in module._parameters.values()
+        )
+    ]
+    if stacked:
+        logger.warning(
+            "all-linear: %d modules hold stacked matrices (experts), which carry no adapter: %s",
+            len(stacked),
+            ", ".join(stacked[:3]) + (", ..." if len(stacked) > 3 else ""),
+        )
 
 
 def _is_linear(module: nn.Module) -> bool:

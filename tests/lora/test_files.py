@@ -231,6 +231,13 @@ def test_unknown_fields_that_are_falsy_are_fine(tiny: Make, written: Path) -> No
     load(tiny("llama"), written)
 
 
+def test_a_config_of_peft_s_first_year_is_read(tiny: Make, written: Path) -> None:
+    old = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "lora_dropout": 0.05, "bias": "none"}
+    old |= {"enable_lora": None, "merge_weights": False, "target_modules": ["q_proj", "v_proj"]}
+    (written / "adapter_config.json").write_text(json.dumps(old))
+    load(tiny("llama"), written)
+
+
 @pytest.mark.parametrize(
     ("changes", "match"),
     [

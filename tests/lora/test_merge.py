@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 from transformers.pytorch_utils import Conv1D
 
 from qlora_trainer.base.nf4 import NF4Linear
@@ -13,7 +14,9 @@ from qlora_trainer.lora.layer import LowRankLayer
 from qlora_trainer.lora.merge import low_rank_delta, merged_weight
 
 sizes = st.integers(1, 9)
-KINDS = st.sampled_from(["linear", "conv1d", "conv2d", "embedding", "nf4", "nf4 conv1d"])
+KINDS = st.sampled_from(
+    ["linear", "conv1d", "conv2d", "embedding", "scaled embedding", "nf4", "nf4 conv1d"]
+)
 
 
 @st.composite
@@ -27,6 +30,9 @@ def bases(draw: st.DrawFn) -> tuple[nn.Module, torch.Tensor]:
         return Conv1D(outer, inner), torch.randn(3, inner)
     if kind == "embedding":
         return nn.Embedding(inner, outer), torch.randint(inner, (2, 3))
+    if kind == "scaled embedding":
+        table = Gemma3TextScaledWordEmbedding(inner, outer, padding_idx=0, embed_scale=3.0)
+        return table, torch.randint(inner, (2, 3))
     if kind.startswith("nf4"):
         base = NF4Linear.quantize(
             torch.randn((64, outer) if kind == "nf4 conv1d" else (outer, 64)),

@@ -137,3 +137,16 @@ def test_one_module_under_two_paths_is_refused() -> None:
 def test_a_model_without_linear_modules_is_refused() -> None:
     with pytest.raises(UserError, match="matches no module"):
         select_modules(nn.Sequential(nn.LayerNorm(2)), spec())
+
+
+def test_experts_in_stacked_matrices_are_told_of(caplog: pytest.LogCaptureFixture) -> None:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    sizes: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    more = {"intermediate_size": 16, "vocab_size": 40, "num_key_value_heads": 1}
+    with torch.device("meta"):
+        model = MixtralForCausalLM(MixtralConfig(**sizes, **more))
+    names = select_modules(model, spec())
+    assert endings(names) == ["k_proj", "o_proj", "q_proj", "v_proj"]
+    assert "2 modules hold stacked matrices" in caplog.text
+    assert "layers.0.mlp.experts" in caplog.text
