@@ -12,7 +12,7 @@ import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,7 +25,7 @@ from qlora_trainer.data.formats import FORMATS, Shape, recognise_format, rename,
 from qlora_trainer.data.length import OVER_LENGTH, LengthPolicy
 from qlora_trainer.data.order import hash_order, mix
 from qlora_trainer.data.read import DataSource, OpenedSource, no_rows, open_source
-from qlora_trainer.data.store import STORE_VERSION, Store, StoreWriter, read_meta
+from qlora_trainer.data.store import Store, StoreWriter, read_meta
 from qlora_trainer.errors import UserError
 
 ROWS_PER_CALL = 256  # rows per tokenizer call
@@ -202,9 +202,18 @@ def _cache_key(
         "encoder": encoder.identity,
         "max_seq_len": max_seq_len,
         "over_length": over_length,
-        "version": STORE_VERSION,
+        "code": _code_hash(),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+@lru_cache(maxsize=1)
+def _code_hash() -> str:
+    """Hash of this room's own code: rows encoded by other code are not the same rows."""
+    whole = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        whole.update(path.read_bytes())
+    return whole.hexdigest()
 
 
 def _encode_into(

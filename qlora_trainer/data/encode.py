@@ -2,8 +2,10 @@
 
 The whole text is tokenized once, and the character spans that are trained are mapped to tokens by
 the fast tokenizer's offsets: a token is trained if it covers a trained character. So no character
-is lost or doubled where prompt and answer join, even if the tokenizer merges across the join (the
-merged token is trained, and the gate counts such rows). Labels are made from positions, never from
+is lost or doubled where prompt and answer join. If the tokenizer cuts the prompt differently once
+the answer follows (a token across the join, two line breaks that are one token at the end but two
+before a word), the model is not trained on the tokens it will be asked with: the gate counts such
+rows. Labels are made from positions, never from
 token ids: a pad id that equals EOS cannot hide an EOS that must be learned.
 
 BOS is put in front of raw text if the tokenizer does so, and never twice; a chat begins as its
@@ -15,13 +17,20 @@ import json
 from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import transformers
 
 from qlora_trainer.data.faults import RowError
 from qlora_trainer.data.formats import Chat, PlainText, Prompted, Shape
-from qlora_trainer.data.template import LOSS_ON, ChatTemplate, Rendered, choose_template
+from qlora_trainer.data.template import (
+    LOSS_ON,
+    ChatTemplate,
+    Rendered,
+    choose_template,
+    special_pattern,
+)
 from qlora_trainer.errors import UserError
 
 IGNORED = -100  # the label of a position that is not trained, as everywhere in transformers
@@ -34,7 +43,7 @@ class Example:
     Attributes:
         input_ids: (T,)
         trained: Ascending, disjoint `(start, end)`.
-        merged_join: A token covers the end of the prompt and the beginning of the answer.
+        merged_join: The prompt alone has other tokens than the prompt before its answer.
         control_tokens: A message holds special tokens in its text.
     """
 
@@ -87,6 +96,8 @@ class Encoder:
         self.template = ChatTemplate(tokenizer, text, template_variables) if text else None
         self.eos_id: int = tokenizer.eos_token_id
         self.bos_ids = _bos_ids(tokenizer)
+        self._special = special_pattern(tokenizer)
+        self._alone = lru_cache(maxsize=1024)(self._tokenize_alone)  # most prompts end alike
 
     @property
     def as_chat(self) -> bool:
@@ -139,6 +150,23 @@ class Encoder:
                 results.append(error)
         return results
 
+    def encode_prompt(self, messages: list[dict[str, Any]]) -> list[int]:
+        """Ids that ask for the next assistant turn; without a template, the messages' plain text.
+
+        Raises:
+            UserError: The template refuses the messages.
+        """
+        if self.template is None:
+            text = "\n".join(message["content"] for message in messages)
+        else:
+            try:
+                text = self.template.prompt(messages)
+            except RowError as error:
+                raise UserError(f"the prompt cannot be asked: {error}") from error
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        begins = self.template is not None or ids[: len(self.bos_ids)] == self.bos_ids
+        return ids if begins else [*self.bos_ids, *ids]
+
     def _render(self, shape: Shape) -> list[Rendered]:
         if isinstance(shape, PlainText):
             return [Rendered(shape.text, ((0, len(shape.text)),), True)]
@@ -172,12 +200,39 @@ class Encoder:
                 for ids, part in zip(every, parts, strict=True)
             ]
         batch = self.tokenizer(texts, return_offsets_mapping=True, **plain)
-        return [
-            (list(ids), [_token_span(offsets, span) for span in part.spans])
-            for ids, offsets, part in zip(
-                batch["input_ids"], batch["offset_mapping"], parts, strict=True
-            )
-        ]
+        found = []
+        for ids, offsets, part in zip(
+            batch["input_ids"], batch["offset_mapping"], parts, strict=True
+        ):
+            spans = []
+            for span in part.spans:
+                start, end = _token_span(offsets, span)
+                spans.append((start, end, not self._joins(part.text, ids, offsets, span[0], start)))
+            found.append((list(ids), spans))
+        return found
+
+    def _tokenize_alone(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    def _joins(
+        self,
+        text: str,
+        ids: Sequence[int],
+        offsets: Sequence[tuple[int, int]],
+        cut: int,
+        position: int,
+    ) -> bool:
+        """Whether the text before character `cut` is tokenized as it would be without the rest.
+
+        Special tokens split the text, so only what follows the last of them is compared.
+        """
+        if not cut:
+            return True
+        begin = 0
+        for match in self._special.finditer(text, 0, cut):
+            begin = match.start()
+        first = bisect_left(offsets, begin, key=lambda offset: offset[0])
+        return list(ids[first:position]) == self._alone(text[begin:cut])
 
     def _span_by_prefix(
         self, text: str, ids: Sequence[int], span: tuple[int, int]
@@ -224,16 +279,15 @@ class Encoder:
         return Example(ids, trained, any(merged for _, _, merged in spans), control)
 
 
-def _token_span(offsets: Sequence[tuple[int, int]], span: tuple[int, int]) -> tuple[int, int, bool]:
+def _token_span(offsets: Sequence[tuple[int, int]], span: tuple[int, int]) -> tuple[int, int]:
     """The tokens that cover the characters of `span`, as a range of positions.
 
     >>> _token_span([(0, 2), (2, 5), (5, 6)], (3, 6))
-    (1, 3, True)
+    (1, 3)
     """
     start = bisect_right(offsets, span[0], key=lambda offset: offset[1])
     end = bisect_left(offsets, span[1], key=lambda offset: offset[0])
-    merged = start < end and offsets[start][0] < span[0]
-    return start, end, merged
+    return start, end
 
 
 def _bos_ids(tokenizer: Any) -> list[int]:

@@ -324,14 +324,14 @@ def _source_warnings(source: dict[str, Any]) -> list[str]:
     if source["split_chats"]:
         found.append(
             f"{source['path']}: the chat template rewrites earlier turns, so "
-            f"{source['split_chats']} chats became one example per answer ({source['rows']} rows, {source['examples']} "
-            "examples); `loss_on: last` trains the last answers only"
+            f"{source['split_chats']} chats became one example per answer ({source['rows']} rows, "
+            f"{source['examples']} examples); `loss_on: last` trains the last answers only"
         )
     if source["merged_joins"]:
         found.append(
-            f"{source['path']}: in {source['merged_joins']} rows a token covers the end of the "
-            "prompt and the start of the answer; end prompts with a line break, or begin "
-            "completions with a space"
+            f"{source['path']}: in {source['merged_joins']} rows the prompt is cut into other "
+            "tokens once its answer follows, so it is not trained as it will be asked; end prompts "
+            "without white space and begin completions with it"
         )
     if source["control_rows"]:
         found.append(

@@ -60,8 +60,19 @@ class Rendered:
     append_eos: bool
 
 
-def _fixed_now(format: str) -> str:
-    return _FIXED_DATE.strftime(format)
+def _with_fixed_date(template: str) -> str:
+    def written(match: re.Match[str]) -> str:
+        return repr(_FIXED_DATE.strftime(match.group(2)))
+
+    return re.sub(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)", written, template)
+
+
+def special_pattern(tokenizer: Any) -> re.Pattern[str]:
+    """Matches the text of every special token, the longest first."""
+    specials = {str(token) for token in tokenizer.all_special_tokens}
+    specials |= {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
+    by_length = sorted(specials - {""}, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, by_length)) or r"(?!)")
 
 
 def choose_template(tokenizer: Any, template: str | None) -> str | None:
@@ -97,19 +108,11 @@ class ChatTemplate:
     def __init__(
         self, tokenizer: Any, template: str, variables: Mapping[str, Any] | None = None
     ) -> None:
-        self.text = template
+        self.text = _with_fixed_date(template)
         self.variables = dict(variables or {})
         self.marks_generation = bool(re.search(r"\{%-?\s*generation\s*-?%\}", template))
-        self._values = {
-            **tokenizer.special_tokens_map,
-            "strftime_now": _fixed_now,
-            **self.variables,
-        }
-        specials = {str(token) for token in tokenizer.all_special_tokens}
-        added = tokenizer.added_tokens_decoder.values()
-        specials |= {token.content for token in added if token.special}
-        by_length = sorted(specials - {""}, key=len, reverse=True)
-        self._special = re.compile("|".join(map(re.escape, by_length)) or r"(?!)")
+        self._values = {**tokenizer.special_tokens_map, **self.variables}
+        self._special = special_pattern(tokenizer)
 
     def render(
         self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, loss_on: str
@@ -156,6 +159,14 @@ class ChatTemplate:
         return isinstance(shape, Chat) and any(
             self._special.search(message["content"]) for message in shape.messages
         )
+
+    def prompt(self, messages: list[dict[str, Any]]) -> str:
+        """The text that asks for the next assistant turn.
+
+        Raises:
+            RowError: The template refuses the messages.
+        """
+        return self._text(messages, None, add_generation_prompt=True)
 
     def _rewrites(
         self, text: str, messages: list[dict[str, Any]], tools: Any, turns: Sequence[int]
