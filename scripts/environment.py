@@ -35,7 +35,7 @@ def venv_python(venv: Path = VENV) -> Path:
 def pinned_version(package: str, constraints: str) -> str:
     r"""The version a constraints file pins a package to.
 
-    >>> pinned_version("torch", "torch==2.13.0\\n")
+    >>> pinned_version("torch", "torch==2.13.0\n")
     '2.13.0'
     """
     for line in constraints.splitlines():
