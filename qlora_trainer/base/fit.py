@@ -9,11 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from qlora_trainer.base.checkpoint import Checkpoint, read_config_file
 from qlora_trainer.base.select import head_paths
 from qlora_trainer.errors import UserError
+
+# What transformers' configuration classes raise on values they cannot take.
+_CONFIG_FAULTS = (
+    ValueError, TypeError, KeyError, AttributeError, OSError, StrictDataclassError,
+)  # fmt: skip
 
 
 def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
@@ -40,7 +46,7 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
         return transformers.AutoConfig.from_pretrained(
             str(folder), trust_remote_code=trust_remote_code, local_files_only=True
         )
-    except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
+    except _CONFIG_FAULTS as error:
         raise UserError(f"{folder}/config.json does not describe a {kind}: {error}") from error
 
 
