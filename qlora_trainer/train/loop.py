@@ -57,6 +57,8 @@ class _Loop:
         run.log.begin(course.step)
         verify = True  # the first step of a process, and the first after each evaluation
         with stop_on_signals(run.log.say) as stop:
+            if course.step == 0 and course.first_evaluation is None:
+                course.first_evaluation = self._measure()
             while course.step < self._plan.total_steps and not course.stopped_early and not stop:
                 self._step(verify)
                 verify = self._due(self._plan.evaluate_every_steps)
@@ -134,21 +136,30 @@ class _Loop:
             "save": events(self._plan.save_every_steps) + 1,
         }
 
-    def _evaluate(self) -> None:
-        run, plan, course = self._run, self._plan, self._course
+    def _measure(self) -> dict[str, float] | None:
+        """Metrics on the held-out rows as the model is now, logged; None where there are none."""
+        run = self._run
         if run.eval_batches is None:
-            return
+            return None
         with run.log.timed("evaluate"):
             metrics = evaluate(run.model, run.eval_batches(), task=run.task, device=run.device)
             if run.extra_metrics is not None:
                 metrics.update(run.extra_metrics())
-        run.log.evaluation(course.step, metrics)
+        run.log.evaluation(self._course.step, metrics)
+        return metrics
+
+    def _evaluate(self) -> None:
+        run, plan, course = self._run, self._plan, self._course
+        metrics = self._measure()
+        if metrics is None:
+            return
         course.last_evaluation, course.last_evaluation_step = metrics, course.step
         if plan.best_metric not in metrics:
             raise UserError(f"no metric named {plan.best_metric!r}; there are {sorted(metrics)}")
         value, best = metrics[plan.best_metric], course.best_value
         if best is None or (value > best if plan.greater_is_better else value < best):
             course.best_value, course.best_step = value, course.step
+            course.best_evaluation = metrics
             course.evaluations_without_gain = 0
             replace_folder(run.folder / "adapter", run.save_adapter)
             return
@@ -202,6 +213,8 @@ class _Loop:
             reason=reason,
             best_step=course.best_step,
             best_value=course.best_value,
+            first_evaluation=course.first_evaluation,
+            best_evaluation=course.best_evaluation,
             last_evaluation=course.last_evaluation,
             overflows=run.scaler.overflows if run.scaler is not None else 0,
             micro_batch_parts=course.micro_batch_parts,

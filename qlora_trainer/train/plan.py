@@ -58,6 +58,8 @@ class Course:
     best_value: float | None = None
     best_step: int | None = None
     evaluations_without_gain: int = 0
+    first_evaluation: dict[str, float] | None = None  # before any step
+    best_evaluation: dict[str, float] | None = None
     last_evaluation: dict[str, float] | None = None
     last_evaluation_step: int | None = None
     micro_batch_parts: int = 1
@@ -74,6 +76,8 @@ class TrainingOutcome:
         reason: In words.
         best_step: Whose adapter is in `adapter/`; None without evaluation.
         best_value: Its metric.
+        first_evaluation: Metrics before any step, where there are held-out rows.
+        best_evaluation: Metrics of the best step.
         last_evaluation: Metrics of the last evaluation.
         overflows: fp16 steps tried again.
         micro_batch_parts: Above 1 where memory made micro-batches smaller.
@@ -84,6 +88,8 @@ class TrainingOutcome:
     reason: str
     best_step: int | None
     best_value: float | None
+    first_evaluation: dict[str, float] | None
+    best_evaluation: dict[str, float] | None
     last_evaluation: dict[str, float] | None
     overflows: int
     micro_batch_parts: int

@@ -27,7 +27,7 @@ from qlora_trainer.train.optimizer import AdapterAdamW
 
 FORMAT_VERSION = 1
 _NAME = re.compile(r"step-(\d{8,})")
-_LEFTOVER = re.compile(r"\.step-\d+\..*\.(tmp|old)")
+_LEFTOVER = re.compile(r"\.(step-\d+)\..*\.(tmp|old)")
 _FILES = ("adapter.safetensors", "optimizer.safetensors", "trainer.json")
 
 
@@ -86,9 +86,12 @@ def save_state(
 
     target = states / f"step-{step:08d}"
     replace_folder(target, fill)
-    for _, old in _listed(states)[keep_last:]:
-        if old != target:
-            shutil.rmtree(old, ignore_errors=True)
+    # Anything newer is a damaged state that was passed over when the run resumed from before it.
+    older = [folder for number, folder in _listed(states) if number <= step]
+    kept = older[:keep_last]
+    for _, folder in _listed(states):
+        if folder not in kept:
+            shutil.rmtree(folder, ignore_errors=True)
     return target
 
 
@@ -106,9 +109,13 @@ def newest_good_state(states: Path, say: Callable[[str], None]) -> SavedState | 
     """
     if not states.is_dir():
         return None
-    for entry in states.iterdir():
-        if _LEFTOVER.fullmatch(entry.name):
-            shutil.rmtree(entry, ignore_errors=True)
+    for entry in list(states.iterdir()):
+        if match := _LEFTOVER.fullmatch(entry.name):
+            whole = states / match.group(1)
+            if match.group(2) == "old" and not whole.exists():
+                entry.rename(whole)  # set aside to be replaced, and never was
+            else:
+                shutil.rmtree(entry, ignore_errors=True)
     broken: list[str] = []
     for step, folder in _listed(states):
         try:

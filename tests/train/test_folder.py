@@ -21,7 +21,7 @@ def test_a_finished_run_is_not_overwritten_unless_told(tmp_path: Path) -> None:
     with RunFolder(tmp_path, restart=False) as folder:
         folder.write_settings({"task": "causal-lm"})
         folder.write_json("result.json", {})
-    with pytest.raises(UserError, match="finished run.*--restart"):
+    with pytest.raises(UserError, match=r"finished run.*--restart"):
         RunFolder(tmp_path, restart=False)
     with RunFolder(tmp_path, restart=True) as folder:
         assert folder.earlier_settings is None

@@ -20,11 +20,13 @@ def plan(total_steps: int, **settings: object) -> TrainingPlan:
 class StopAt:
     """A metric that asks the process to stop, as a user's Ctrl-C or a scheduler's SIGTERM does."""
 
-    def __init__(self, number: int) -> None:
-        self.number = number
+    def __init__(self, number: int, *, evaluation: int) -> None:
+        self.number, self.left = number, evaluation
 
     def __call__(self) -> dict[str, float]:
-        os.kill(os.getpid(), self.number)
+        if self.left == 0:
+            os.kill(os.getpid(), self.number)
+        self.left -= 1
         return {}
 
 
@@ -37,7 +39,7 @@ def test_training_learns_and_leaves_adapter_metrics_and_state(tmp_path: Path) ->
     assert len(losses) == 40
     assert sum(losses[-5:]) < 0.97 * sum(losses[:5])
     assert outcome.complete
-    assert [r["step"] for r in records if r["kind"] == "eval"] == [10, 20, 30, 40]
+    assert [r["step"] for r in records if r["kind"] == "eval"] == [0, 10, 20, 30, 40]
     assert (tmp_path / "adapter" / "adapter.pt").is_file()
     assert sorted(p.name for p in (tmp_path / "states").iterdir()) == [
         "step-00000030",
@@ -63,7 +65,7 @@ def test_run_stopped_inside_an_epoch_resumes_bit_for_bit(
         total_steps=11,
         kind=kind,  # type: ignore[arg-type]
         eval_batches=held_out(),
-        extra_metrics=StopAt(signal.SIGTERM),
+        extra_metrics=StopAt(signal.SIGTERM, evaluation=1),
     )
     outcome = run_training(first, plan(11, **settings))
     assert not outcome.complete
@@ -117,8 +119,30 @@ def test_other_training_data_are_refused_on_resume(tmp_path: Path) -> None:
         run_training(other, plan(4))
 
 
+def test_a_run_stopped_before_its_first_step_begins_there(tmp_path: Path) -> None:
+    stopped = make_run(
+        tmp_path,
+        adapted_llama(),
+        total_steps=3,
+        eval_batches=held_out(),
+        extra_metrics=StopAt(signal.SIGTERM, evaluation=0),
+    )
+    assert run_training(stopped, plan(3)).step == 0
+    again = make_run(tmp_path, adapted_llama(), total_steps=3, eval_batches=held_out())
+    outcome = run_training(again, plan(3))
+    assert (outcome.step, outcome.complete) == (3, True)
+    records = read_metrics(tmp_path / "metrics.jsonl")
+    assert [(r["kind"], r["step"]) for r in records] == [
+        ("eval", 0),
+        ("train", 1),
+        ("train", 2),
+        ("train", 3),
+        ("eval", 3),
+    ]
+
+
 def test_early_stopping_keeps_the_best_adapter_and_stays_stopped(tmp_path: Path) -> None:
-    values = iter([3.0, 2.0, 2.5, 2.4, 2.3])
+    values = iter([9.0, 3.0, 2.0, 2.5, 2.4, 2.3])
     model = adapted_llama()
     seen: list[dict[str, torch.Tensor]] = []
 
@@ -135,7 +159,7 @@ def test_early_stopping_keeps_the_best_adapter_and_stays_stopped(tmp_path: Path)
     assert (outcome.step, outcome.best_step, outcome.best_value) == (8, 4, 2.0)
     assert outcome.reason == "stopped early"
     best = torch.load(tmp_path / "adapter" / "adapter.pt")
-    assert all(torch.equal(best[name], seen[1][name]) for name in best)
+    assert all(torch.equal(best[name], seen[2][name]) for name in best)
     last = torch.load(tmp_path / "adapter-last" / "adapter.pt")
     assert all(torch.equal(last[name], trained_values(model)[name]) for name in last)
     again = make_run(tmp_path, adapted_llama(), total_steps=20, eval_batches=held_out())
@@ -153,7 +177,7 @@ def test_signal_saves_leaves_cleanly_and_gives_the_handler_back(
         adapted_llama(),
         total_steps=9,
         eval_batches=held_out(),
-        extra_metrics=StopAt(number),
+        extra_metrics=StopAt(number, evaluation=1),
         lines=lines,
     )
     outcome = run_training(run, plan(9, evaluate_every_steps=4))

@@ -1,0 +1,183 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from qlora_trainer.errors import UserError
+from qlora_trainer.train.log import read_metrics
+from qlora_trainer.train.loop import run_training
+from qlora_trainer.train.plan import TrainingPlan
+from qlora_trainer.train.scaler import LossScaler
+from tests.train.tiny import adapted_llama, make_run, trained_values
+
+
+class SmallMemory(nn.Module):
+    """A norm that only fits so many rows, as a card does."""
+
+    def __init__(self, inner: nn.Module, rows: int) -> None:
+        super().__init__()
+        self.inner, self.rows, self.refusals = inner, rows, 0
+
+    def forward(self, x: torch.Tensor) -> Any:
+        if self.training and x.shape[0] > self.rows:
+            self.refusals += 1
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return self.inner(x)
+
+
+PLAN = TrainingPlan(total_steps=4, learning_rate=1e-2, seed=1)
+
+
+def test_out_of_memory_halves_the_micro_batch_and_keeps_the_result(tmp_path: Path) -> None:
+    roomy = adapted_llama()
+    run_training(make_run(tmp_path / "a", roomy, total_steps=4, rows=6), PLAN)
+    tight = adapted_llama()
+    tight.model.norm = SmallMemory(tight.model.norm, rows=2)
+    lines: list[str] = []
+    outcome = run_training(
+        make_run(tmp_path / "b", tight, total_steps=4, rows=6, lines=lines), PLAN
+    )
+    assert outcome.micro_batch_parts == 4
+    assert tight.model.norm.refusals == 2  # 6 rows, then 3; never tried again in later steps
+    told = [line for line in lines if "out of memory" in line]
+    assert len(told) == 2
+    assert "effective batch and the result stay the same" in told[0]
+    expected, got = trained_values(roomy), trained_values(tight)
+    for name, value in expected.items():
+        torch.testing.assert_close(got[name], value, rtol=1e-3, atol=1e-4)
+
+
+def test_one_sequence_that_does_not_fit_stops_with_a_way_out(tmp_path: Path) -> None:
+    model = adapted_llama()
+    model.model.norm = SmallMemory(model.model.norm, rows=0)
+    with pytest.raises(UserError, match=r"single sequence of 10 tokens.*data\.max_seq_len"):
+        run_training(make_run(tmp_path, model, total_steps=4, rows=2), PLAN)
+
+
+def test_a_resumed_run_keeps_the_smaller_micro_batch(tmp_path: Path) -> None:
+    tight = adapted_llama()
+    tight.model.norm = SmallMemory(tight.model.norm, rows=1)
+    run_training(make_run(tmp_path, tight, total_steps=4), PLAN)
+    again = adapted_llama()
+    again.model.norm = SmallMemory(again.model.norm, rows=1)
+    longer = TrainingPlan(total_steps=6, learning_rate=1e-2, seed=1)
+    assert run_training(make_run(tmp_path, again, total_steps=6), longer).micro_batch_parts == 2
+    assert again.model.norm.refusals == 0
+
+
+class OutOfMemoryInUpdate:
+    def __init__(self, run: Any) -> None:
+        self.inner = run.optimizer.step
+        run.optimizer.step = self
+
+    def __call__(self, *args: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+
+def test_out_of_memory_in_the_update_is_not_tried_again(tmp_path: Path) -> None:
+    run = make_run(tmp_path, adapted_llama(), total_steps=2)
+    OutOfMemoryInUpdate(run)
+    with pytest.raises(UserError, match="in the optimizer's update"):
+        run_training(run, PLAN)
+
+
+class Overflowing(nn.Module):
+    """A norm whose backward overflows fp16 whenever the gradient that comes in is large."""
+
+    def __init__(self, inner: nn.Module, limit: float) -> None:
+        super().__init__()
+        self.inner, self.limit = inner, limit
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.clone()
+        if x.requires_grad:
+            x.register_hook(self.overflow)
+        y: torch.Tensor = self.inner(x)
+        return y
+
+    def overflow(self, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient * float("inf") if gradient.abs().max() > self.limit else gradient
+
+
+def fp16_llama(limit: float) -> Any:
+    model = adapted_llama(torch.float16, adapter_dtype=torch.float32)
+    model.model.norm = Overflowing(model.model.norm, limit)
+    return model
+
+
+def test_fp16_trains_close_to_fp32_under_the_loss_scaler(tmp_path: Path) -> None:
+    exact = adapted_llama()
+    a = run_training(make_run(tmp_path / "a", exact, total_steps=10), plan(10))
+    half = adapted_llama(torch.float16, adapter_dtype=torch.float32)
+    b = run_training(make_run(tmp_path / "b", half, total_steps=10, scaler=LossScaler()), plan(10))
+    assert a.complete
+    assert b.complete
+    for x, y in zip(
+        read_metrics(tmp_path / "a/metrics.jsonl"),
+        read_metrics(tmp_path / "b/metrics.jsonl"),
+        strict=True,
+    ):
+        assert y["loss"] == pytest.approx(x["loss"], rel=5e-3)
+
+
+def plan(total: int) -> TrainingPlan:
+    return TrainingPlan(total_steps=total, learning_rate=1e-2, seed=1)
+
+
+def test_an_overflow_halves_the_scale_and_moves_neither_schedule_nor_adapters(
+    tmp_path: Path,
+) -> None:
+    calm = adapted_llama(torch.float16, adapter_dtype=torch.float32)
+    run_training(
+        make_run(tmp_path / "a", calm, total_steps=5, scaler=LossScaler(scale=64.0)), plan(5)
+    )
+    wild = fp16_llama(limit=1.0)
+    scaler = LossScaler(scale=2.0**16)
+    outcome = run_training(make_run(tmp_path / "b", wild, total_steps=5, scaler=scaler), plan(5))
+    assert outcome.step == 5
+    assert outcome.overflows >= 3
+    assert scaler.scale == 2.0**16 / 2**outcome.overflows
+    a, b = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("a", "b"))
+    assert [r["learning_rate"] for r in a] == [r["learning_rate"] for r in b]
+    assert [r["step"] for r in b] == [1, 2, 3, 4, 5]
+    for x, y in zip(a, b, strict=True):
+        assert y["loss"] == pytest.approx(x["loss"], rel=5e-3)
+
+
+def test_the_loss_scale_is_saved_and_resumed(tmp_path: Path) -> None:
+    schedule = TrainingPlan(total_steps=5, learning_rate=1e-2, seed=1, schedule="constant")
+    longer = TrainingPlan(total_steps=8, learning_rate=1e-2, seed=1, schedule="constant")
+    for total, use in ((5, schedule), (8, longer)):
+        scaler = LossScaler(scale=2.0**12, growth_interval=3)
+        parted = fp16_llama(limit=8.0)
+        run_training(make_run(tmp_path / "b", parted, total_steps=total, scaler=scaler), use)
+    again_scaler = LossScaler(scale=2.0**12, growth_interval=3)
+    again = fp16_llama(limit=8.0)
+    run_training(make_run(tmp_path / "c", again, total_steps=8, scaler=again_scaler), longer)
+    assert scaler.state() == again_scaler.state()
+    assert all(torch.equal(v, trained_values(again)[n]) for n, v in trained_values(parted).items())
+
+
+def test_a_model_that_overflows_at_every_scale_stops_with_a_way_out(tmp_path: Path) -> None:
+    run = make_run(tmp_path, fp16_llama(limit=0.0), total_steps=2, scaler=LossScaler())
+    with pytest.raises(UserError, match="overflow at every loss scale"):
+        run_training(run, plan(2))
+
+
+def test_an_infinite_gradient_without_a_scaler_stops_with_the_batch_kept(tmp_path: Path) -> None:
+    model = adapted_llama()
+    model.model.norm = Overflowing(model.model.norm, limit=0.0)
+    with pytest.raises(UserError, match=r"the gradient is (nan|inf); nothing was updated"):
+        run_training(make_run(tmp_path, model, total_steps=2), plan(2))
+    assert (tmp_path / "failed-batch" / "batch.safetensors").is_file()
+
+
+def test_the_scale_doubles_after_its_interval() -> None:
+    scaler = LossScaler(scale=4.0, growth_interval=2)
+    for _ in range(4):
+        scaler.applied()
+    assert scaler.scale == 16.0
+    scaler.overflowed()
+    assert (scaler.scale, scaler.good_steps) == (8.0, 0)
