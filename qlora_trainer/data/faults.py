@@ -6,11 +6,32 @@ Reading stops only when there are so many that the file as a whole must be of an
 
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import Any
 
 from qlora_trainer.errors import UserError
 
 MAX_FAULTS = 1000  # a file with more is not "a few bad rows", so reading on tells nothing new
 SHOWN_PER_KIND = 5  # a thousand faults of one kind must not hide the one of another
+
+
+_KINDS = {
+    str: "a string",
+    int: "a number",
+    float: "a number",
+    bool: "true or false",
+    list: "a list",
+    dict: "an object",
+    type(None): "null",
+}
+
+
+def json_kind(value: Any) -> str:
+    """What JSON calls a value, with its article.
+
+    >>> json_kind([1])
+    'a list'
+    """
+    return _KINDS.get(type(value), f"of type {type(value).__name__}")
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,14 @@ import codecs
 import csv
 import gzip
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from qlora_trainer.data.faults import Fault, FaultLog
+from qlora_trainer.data.faults import Fault, FaultLog, json_kind
 
 _BUFFER_CHARS = 1 << 20
 _ONE_PER_LINE = "write one JSON object per line (JSONL), or one list of objects"
@@ -66,10 +67,8 @@ def _as_row(value: Any, where: str, faults: FaultLog) -> Iterator[Row]:
     if isinstance(value, dict):
         yield Row(value, where)
     else:
-        kind = type(value).__name__
-        faults.add(
-            Fault(where, f"a row is a {kind}, not an object", _ONE_PER_LINE, "not an object")
-        )
+        problem = f"a row is {json_kind(value)}, not an object"
+        faults.add(Fault(where, problem, _ONE_PER_LINE, "not an object"))
 
 
 def read_json_lines(path: Path, faults: FaultLog) -> Iterator[Row]:
@@ -92,48 +91,32 @@ def read_json_lines(path: Path, faults: FaultLog) -> Iterator[Row]:
 
 def read_json_list(path: Path, faults: FaultLog) -> Iterator[Row]:
     """The objects of one JSON list, parsed out of a moving buffer."""
-    decode = json.JSONDecoder().raw_decode
     with _open(path) as handle:
         text = codecs.getreader("utf-8-sig")(handle)
-        buffer, line, number = "", 1, 0
-        want = _BUFFER_CHARS
-        opened = ended = False
+        buffer, position, want = "", 0, _BUFFER_CHARS
+        line, counted, number = 1, 0, 0  # `line` is that of character `counted`
         while True:
+            line += buffer.count("\n", counted, position)
+            buffer = buffer[position:]
             try:
-                more = "" if ended else text.read(want)
+                more = text.read(want)
             except UnicodeDecodeError as error:
                 at = line + buffer.count("\n") + error.object[: error.start].count(b"\n")
                 faults.add(_not_utf8(path, at, error))
                 return
-            ended = ended or not more
-            buffer += more
-            position = 0
+            buffer, position, counted = buffer + more, 0, 0
             try:
                 while True:
-                    position = _skip_space(buffer, position)
-                    if not opened:  # the caller saw the bracket
-                        line += buffer.count("\n", 0, position)
-                        opened, buffer, position = True, buffer[position + 1 :], 0
-                        continue
-                    if buffer[position : position + 1] == "]":
-                        return _after_list(path, buffer, position + 1, line, faults)
-                    if number and buffer[position : position + 1] == ",":
-                        start = _skip_space(buffer, position + 1)
-                    elif number:
-                        raise json.JSONDecodeError("Expecting ',' delimiter", buffer, position)
-                    else:
-                        start = position
-                    value, end = decode(buffer, start)
-                    if end == len(buffer) and not ended:
-                        raise json.JSONDecodeError("cut by the buffer", buffer, end)
-                    number += 1
-                    where = f"{path}:{line + buffer.count(chr(10), 0, start)} (row {number})"
-                    line += buffer.count("\n", 0, end)
-                    buffer, position = buffer[end:], 0
-                    yield from _as_row(value, where, faults)
+                    start, value, end = _next_item(buffer, position, number)
+                    line, counted = line + buffer.count("\n", counted, start), start
+                    if start == end:
+                        _check_rest(path, buffer[end + 1 :], line, faults)
+                        return
+                    number, position, want = number + 1, end, _BUFFER_CHARS
+                    yield from _as_row(value, f"{path}:{line} (row {number})", faults)
             except json.JSONDecodeError as error:
-                if ended:
-                    at = line + buffer.count("\n", 0, error.pos)
+                if not more:
+                    at = line + buffer.count("\n", counted, error.pos)
                     problem = f"broken JSON: {error.msg} (after {number} whole rows)"
                     faults.add(Fault(f"{path}:{at}", problem, "mend the list", "broken JSON"))
                     return
@@ -143,16 +126,41 @@ def read_json_list(path: Path, faults: FaultLog) -> Iterator[Row]:
                 return
 
 
+def _next_item(buffer: str, position: int, number: int) -> tuple[int, Any, int]:
+    """Start, value and end of item `number`; start equals end at the closing bracket.
+
+    Raises:
+        json.JSONDecodeError: It is broken, or the buffer does not reach its end.
+    """
+    start = _skip_space(buffer, position)
+    mark = buffer[start : start + 1]
+    if number == 0:  # the caller saw the opening bracket
+        start = _skip_space(buffer, start + 1)
+        mark = buffer[start : start + 1]
+    elif mark == ",":
+        start = _skip_space(buffer, start + 1)
+    elif mark != "]":
+        raise json.JSONDecodeError("Expecting ',' delimiter", buffer, start)
+    if mark == "]":
+        return start, None, start
+    value, end = json.JSONDecoder().raw_decode(buffer, start)
+    if end == len(buffer):  # a number may go on in what is not read yet; a list never ends so
+        raise json.JSONDecodeError("the list is not closed", buffer, end)
+    return start, value, end
+
+
+_SPACE = re.compile(r"\s*")
+
+
 def _skip_space(text: str, position: int) -> int:
-    while position < len(text) and text[position].isspace():
-        position += 1
-    return position
+    match = _SPACE.match(text, position)
+    return match.end() if match else position
 
 
-def _after_list(path: Path, buffer: str, end: int, line: int, faults: FaultLog) -> None:
-    rest = _skip_space(buffer, end)
-    if rest < len(buffer):
-        at = line + buffer.count("\n", 0, rest)
+def _check_rest(path: Path, rest: str, line: int, faults: FaultLog) -> None:
+    start = _skip_space(rest, 0)
+    if start < len(rest):
+        at = line + rest.count("\n", 0, start)
         faults.add(Fault(f"{path}:{at}", "text after the end of the JSON list", _ONE_PER_LINE))
 
 

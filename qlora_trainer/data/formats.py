@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from qlora_trainer.data.faults import RowError
+from qlora_trainer.data.faults import RowError, json_kind
 from qlora_trainer.errors import UserError
 
 FORMATS: dict[str, tuple[str, ...]] = {
@@ -152,8 +152,9 @@ def to_shape(record: Mapping[str, Any], format: str, *, as_chat: bool) -> Shape:
 
 def _text(value: Any, name: str) -> str:
     if not isinstance(value, str):
-        kind = type(value).__name__
-        raise RowError(f"`{name}` is a {kind}, not text", "write it as a string", "wrong type")
+        raise RowError(
+            f"`{name}` is {json_kind(value)}, not text", "write it as a string", "wrong type"
+        )
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -218,10 +219,8 @@ def _messages(value: Any, name: str) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             value = str(value)
     if not isinstance(value, list):
-        kind = type(value).__name__
-        raise RowError(
-            f"`{name}` is a {kind}, not a list of messages", "mend the row", "wrong type"
-        )
+        problem = f"`{name}` is {json_kind(value)}, not a list of messages"
+        raise RowError(problem, "mend the row", "wrong type")
     if not value:
         raise RowError(f"`{name}` is an empty list", "drop the row", "empty list")
     return [_message(item, f"{name}[{index}]") for index, item in enumerate(value)]
@@ -229,8 +228,8 @@ def _messages(value: Any, name: str) -> list[dict[str, Any]]:
 
 def _message(item: Any, name: str) -> dict[str, Any]:
     if not isinstance(item, Mapping):
-        kind = type(item).__name__
-        raise RowError(f"`{name}` is a {kind}, not an object", "mend the row", "wrong type")
+        problem = f"`{name}` is {json_kind(item)}, not an object"
+        raise RowError(problem, "mend the row", "wrong type")
     role = item.get("role", item.get("from"))
     if role is None:
         raise RowError(f"`{name}` has no `role`", "add it (`from` in ShareGPT)", "no role")
@@ -271,7 +270,7 @@ def _content(content: Any, name: str) -> str:
     parts = []
     for part in content:
         if not isinstance(part, Mapping) or part.get("type", "text") != "text":
-            kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+            kind = part.get("type") if isinstance(part, Mapping) else json_kind(part)
             raise RowError(f"`{name}` has a part of type {kind}", "keep text parts only", "part")
         parts.append(_text(part.get("text"), f"{name}.text"))
     return "".join(parts)
