@@ -39,6 +39,16 @@ class Task(Protocol):
         ...
 
 
+def cut_rows(batch: Batch, parts: int) -> list[dict[str, Tensor]]:
+    """Cut every tensor of a collated batch along its rows into at most so many parts."""
+    rows = next(iter(batch.values())).shape[0]
+    size = -(-rows // min(parts, rows))
+    return [
+        {name: tensor[start : start + size] for name, tensor in batch.items()}
+        for start in range(0, rows, size)
+    ]
+
+
 def to_device(batch: Batch, device: torch.device) -> dict[str, Tensor]:
     """Move every tensor of a batch."""
     return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}

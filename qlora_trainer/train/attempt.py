@@ -11,11 +11,11 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
 from qlora_trainer.base.files import replace_folder
 from qlora_trainer.errors import UserError
-from qlora_trainer.tasks.task import Batch, Task
+from qlora_trainer.tasks.task import Batch, Task, cut_rows
 from qlora_trainer.train.checks import LearningChecks
 from qlora_trainer.train.optimizer import AdapterAdamW
 from qlora_trainer.train.scaler import LossScaler
@@ -99,7 +99,7 @@ class StepRunner:
         check: Callable[[StepResult], bool],
     ) -> StepResult | None:
         """Run the step once; None where it ran out of memory and smaller parts are to be tried."""
-        batches = [part for batch in window for part in _cut(batch, self.micro_batch_parts)]
+        batches = [part for batch in window for part in cut_rows(batch, self.micro_batch_parts)]
         try:
             return train_step(
                 self._model,
@@ -154,16 +154,6 @@ class StepRunner:
         if verify:
             self._checks.require_gradients()
         return True
-
-
-def _cut(batch: Batch, parts: int) -> list[dict[str, Tensor]]:
-    """Cut every tensor of a collated batch along its rows into at most `parts`."""
-    rows = batch["input_ids"].shape[0]
-    size = -(-rows // min(parts, rows))
-    return [
-        {name: tensor[start : start + size] for name, tensor in batch.items()}
-        for start in range(0, rows, size)
-    ]
 
 
 def _save_batch(folder: Path, window: Sequence[Batch], decode: Decode | None) -> None:

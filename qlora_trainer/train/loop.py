@@ -142,7 +142,13 @@ class _Loop:
         if run.eval_batches is None:
             return None
         with run.log.timed("evaluate"):
-            metrics = evaluate(run.model, run.eval_batches(), task=run.task, device=run.device)
+            metrics = evaluate(
+                run.model,
+                run.eval_batches(),
+                task=run.task,
+                device=run.device,
+                say=run.log.say,
+            )
             if run.extra_metrics is not None:
                 metrics.update(run.extra_metrics())
         run.log.evaluation(self._course.step, metrics)

@@ -1,5 +1,8 @@
+from typing import Any
+
 import pytest
 import torch
+from torch import nn
 
 from qlora_trainer.errors import UserError
 from qlora_trainer.tasks.causal_lm import CausalLM
@@ -49,3 +52,31 @@ def test_a_held_out_loss_that_is_not_finite_stops() -> None:
         model.model.norm.weight.fill_(float("nan"))
     with pytest.raises(UserError, match="held-out loss is nan"):
         evaluate(model, [batch(2, 8, 1)], task=task, device=CPU)
+
+
+class SmallMemory(nn.Module):
+    def __init__(self, inner: nn.Module, rows: int) -> None:
+        super().__init__()
+        self.inner, self.rows = inner, rows
+
+    def forward(self, x: torch.Tensor) -> Any:
+        if x.shape[0] > self.rows:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return self.inner(x)
+
+
+def test_out_of_memory_halves_the_batch_aloud_and_changes_no_result() -> None:
+    model = adapted_llama()
+    task = CausalLM.for_model(model)
+    batches = [batch(5, 10, 1), batch(4, 10, 2)]
+    roomy = evaluate(model, batches, task=task, device=CPU)
+    model.model.norm = SmallMemory(model.model.norm, rows=2)
+    said: list[str] = []
+    tight = evaluate(model, batches, task=task, device=CPU, say=said.append)
+    assert tight["tokens"] == roomy["tokens"]
+    assert tight["loss"] == pytest.approx(roomy["loss"], rel=1e-6)
+    assert tight["token_accuracy"] == roomy["token_accuracy"]
+    assert len(said) == 2  # 5 rows, then 3; the second batch is cut at once
+    model.model.norm.rows = 0
+    with pytest.raises(UserError, match="single sequence of 10 tokens"):
+        evaluate(model, batches, task=task, device=CPU, say=said.append)

@@ -211,3 +211,15 @@ def test_state_says_where_the_run_stands(tmp_path: Path) -> None:
     assert trainer["course"]["step"] == 5
     assert trainer["epoch"] == pytest.approx(1 + 2 / 7, abs=1e-4)
     assert trainer["identity"] == {"data_fingerprint": "tiny"}
+
+
+def test_bf16_adapters_reach_the_loss_of_fp32_adapters(tmp_path: Path) -> None:
+    final = {}
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        model = adapted_llama(torch.bfloat16, adapter_dtype=dtype)
+        run = make_run(tmp_path / name, model, total_steps=60, eval_batches=held_out())
+        outcome = run_training(run, plan(60))
+        assert outcome.last_evaluation is not None
+        final[name] = outcome.last_evaluation["loss"]
+        assert final[name] < 0.97 * read_metrics(tmp_path / name / "metrics.jsonl")[0]["eval_loss"]
+    assert final["bf16"] == pytest.approx(final["fp32"], rel=5e-3)
