@@ -89,3 +89,8 @@ def replace_folder(folder: Path, fill: Callable[[Path], object]) -> None:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     shutil.rmtree(aside, ignore_errors=True)
+
+
+def write_text_atomically(path: Path, text: str) -> None:
+    """Write UTF-8 text so that the file is the old one or the whole new one, never a part."""
+    write_atomically(path, lambda partial: partial.write_text(text, encoding="utf-8"))

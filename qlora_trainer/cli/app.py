@@ -76,25 +76,27 @@ def schema() -> None:
 @app.command()
 def check(run_file: RunFile, overrides: Overrides = None) -> None:
     """Check a run file and its data: what is trained, what is cut, what is wrong."""
-    from qlora_trainer.cli.show import show_gate
+    from qlora_trainer.cli.show import ConsoleReporter, show_gate
     from qlora_trainer.config.read import read_run_file
 
     config = read_run_file(run_file, overrides or ())
-    from qlora_trainer import run
+    from qlora_trainer.run.check import check as check_data
 
-    show_gate(run.check(config))
+    with ConsoleReporter() as reporter:
+        show_gate(check_data(config, reporter=reporter))
 
 
 @app.command()
 def audit(run_file: RunFile, overrides: Overrides = None) -> None:
     """Load the base and print its bytes by role and dtype, and what stayed unquantized and why."""
-    from qlora_trainer.cli.show import show_audit
+    from qlora_trainer.cli.show import ConsoleReporter, show_audit
     from qlora_trainer.config.read import read_run_file
 
     config = read_run_file(run_file, overrides or ())
-    from qlora_trainer import run
+    from qlora_trainer.run.check import audit as audit_base
 
-    show_audit(run.audit(config))
+    with ConsoleReporter() as reporter:
+        show_audit(audit_base(config, reporter=reporter))
 
 
 @app.command()
@@ -110,10 +112,10 @@ def train(
     from qlora_trainer.config.read import read_run_file
 
     config = read_run_file(run_file, overrides or ())
-    from qlora_trainer import run
+    from qlora_trainer.run.training import train as train_adapter
 
-    reporter = ConsoleReporter()
-    reporter.show_result(run.train(config, restart=restart, reporter=reporter))
+    with ConsoleReporter() as reporter:
+        reporter.show_result(train_adapter(config, restart=restart, reporter=reporter))
 
 
 @app.command()
@@ -135,12 +137,12 @@ def generate(
     given = prompts or [line.strip() for line in sys.stdin if line.strip()]
     if not given:
         raise UserError("no prompt given: name one, or write one per line on standard input")
-    from qlora_trainer import run
+    from qlora_trainer.run import ask
 
-    trained = run.load_trained(run_folder)
+    trained = ask.load_trained(run_folder)
     sides = (True, False) if compare else (adapter,)
     for side in sides:
-        answers = run.generate(
+        answers = ask.generate(
             trained,
             given,
             adapter=side,
@@ -158,8 +160,8 @@ def doctor(
     folder: Annotated[Path, typer.Argument(help="where runs are written")] = Path("."),
 ) -> None:
     """Look at driver, CUDA, bitsandbytes, dtypes, RAM and disk, and say what to do."""
-    from qlora_trainer import run
     from qlora_trainer.cli.show import show_findings
+    from qlora_trainer.run.check import doctor as diagnose
 
-    if show_findings(run.doctor(folder)):
+    if show_findings(diagnose(folder)):
         raise typer.Exit(1)

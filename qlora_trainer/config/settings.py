@@ -125,6 +125,9 @@ class DataSettings(Settings):
     loss_on: Literal["assistant", "last", "completion", "all"] = Field(
         "assistant", description="which tokens are learned"
     )
+    cache_folder: str | None = Field(
+        None, description="encoded rows are kept here; null: ~/.cache/qlora_trainer"
+    )
 
 
 class TrainSettings(Settings):

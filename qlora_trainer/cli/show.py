@@ -1,0 +1,198 @@
+"""How results look on a terminal; what they say comes as plain data from the rooms below."""
+
+import sys
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.table import Table
+from rich.text import Text
+
+from qlora_trainer.base.audit import BaseAudit
+from qlora_trainer.base.machine import Finding
+from qlora_trainer.data.gate import GateReport, PartReport, Sample
+from qlora_trainer.run.report import Reporter
+from qlora_trainer.run.training import TrainResult
+from qlora_trainer.units import format_bytes
+
+_BAR = "█"
+_BAR_WIDTH = 40
+_SAMPLE_CHARACTERS = 1200
+
+out = Console(highlight=False, soft_wrap=True)
+err = Console(file=sys.stderr, highlight=False, soft_wrap=True)
+
+
+class ConsoleReporter(Reporter):
+    """Shows a run on the terminal: bars on standard error, results on standard output."""
+
+    def __init__(self) -> None:
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+        self._what = ""
+
+    def __enter__(self) -> "ConsoleReporter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def say(self, line: str) -> None:
+        """Show one line, above any bar."""
+        self.close()
+        err.print(escape(line))
+
+    def gate(self, report: GateReport) -> None:
+        """Show the data."""
+        self.close()
+        show_gate(report)
+
+    def audit(self, audit: BaseAudit) -> None:
+        """Show the base."""
+        self.close()
+        show_audit(audit)
+
+    def progress(self, what: str, done: int, total: int | None) -> None:
+        """Move a bar, on a terminal only."""
+        if not err.is_terminal:
+            return
+        if what != self._what:
+            self.close()
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+            self._bar = Progress(*columns, console=err, transient=True)
+            self._what, self._task = what, self._bar.add_task(what, total=total)
+            self._bar.start()
+        assert self._bar is not None
+        assert self._task is not None
+        self._bar.update(self._task, completed=done, total=total)
+
+    def close(self) -> None:
+        """Take the bar away."""
+        if self._bar is not None:
+            self._bar.stop()
+        self._bar, self._task, self._what = None, None, ""
+
+    def show_result(self, result: TrainResult) -> None:
+        """The last lines of `qlora train`."""
+        self.close()
+        outcome = result.outcome
+        out.print(f"\n[bold]{escape(outcome.reason)}[/] after {outcome.step} steps")
+        before = result.metrics.get("loss_before")
+        if before is not None and "loss" in result.metrics:
+            best = f" (step {outcome.best_step})" if outcome.best_step != outcome.step else ""
+            out.print(
+                f"held-out loss {before:.4f} before, {result.metrics['loss']:.4f} after{best}"
+            )
+        out.print(f"run folder    {escape(str(result.folder))}")
+        if result.adapter is not None:
+            out.print(f"adapter       {escape(str(result.adapter))}")
+            out.print(f"ask it        qlora generate {escape(str(result.folder))} 'your question'")
+
+
+def show_error(message: str) -> None:
+    """A user's fault, readable and on standard error."""
+    err.print(f"[bold red]error:[/] {escape(message)}")
+
+
+def show_answer(prompt: str, answer: str, adapter: bool | None) -> None:
+    """One prompt and its answer; `adapter` names the side where both are shown."""
+    side = {None: "", True: " [green](adapter)[/]", False: " [yellow](base)[/]"}[adapter]
+    out.print(f"[dim]> {escape(prompt)}[/]{side}")
+    out.print(escape(answer) + "\n")
+
+
+def show_findings(findings: list[Finding]) -> bool:
+    """The table of `qlora doctor`; True where something is bad."""
+    marks = {"good": "[green]ok[/]", "note": "[yellow]note[/]", "bad": "[bold red]bad[/]"}
+    table = Table(box=None, pad_edge=False, show_header=False)
+    for finding in findings:
+        said = escape(finding.state)
+        said += f"\n[dim]{escape(finding.advice)}[/]" if finding.advice else ""
+        table.add_row(marks[finding.level], finding.topic, said)
+    out.print(table)
+    return any(finding.level == "bad" for finding in findings)
+
+
+def show_audit(audit: BaseAudit) -> None:
+    """Bytes of the base by role and dtype, and what stayed unquantized and why."""
+    table = Table(title="base on its device", title_justify="left", box=None, pad_edge=False)
+    for name in ("role", "dtype"):
+        table.add_column(name)
+    for name in ("tensors", "size"):
+        table.add_column(name, justify="right")
+    for role, dtype, count, size in audit.rows():
+        table.add_row(role, dtype, f"{count:,}", format_bytes(size))
+    table.add_row("[bold]total[/]", "", f"{len(audit.tensors):,}", format_bytes(audit.total_bytes))
+    out.print(table)
+    for tensor in audit.large_unquantized():
+        out.print(
+            f"  not quantized: {escape(tensor.name)} ({tensor.dtype}, "
+            f"{format_bytes(tensor.size_bytes)}): {escape(tensor.kept_because or '')}"
+        )
+    out.print()
+
+
+def show_gate(report: GateReport) -> None:
+    """The data: counts, lengths, labels, examples, warnings."""
+    _show_part("training data", report.train)
+    if report.evaluation is not None:
+        _show_part("held-out data", report.evaluation)
+    if report.packing is not None:
+        packing = report.packing
+        out.print(
+            f"packing       {packing.rows:,} rows of {packing.capacity:,} tokens, "
+            f"{packing.efficiency:.1%} full"
+        )
+    if report.labels:
+        total = sum(rows for _, rows in report.labels)
+        shown = ", ".join(
+            f"{escape(repr(label))} {rows / total:.1%}" for label, rows in report.labels[:8]
+        )
+        more = f" and {len(report.labels) - 8} more" if len(report.labels) > 8 else ""
+        out.print(f"answers       {shown}{more}")
+    out.print(f"answers end   with {escape(repr(report.end_of_turn))}")
+    for number, sample in enumerate(report.samples, start=1):
+        _show_sample(number, sample)
+    for warning in report.warnings:
+        out.print(f"[yellow]warning:[/] {escape(warning)}")
+    out.print()
+
+
+def _show_part(title: str, part: PartReport) -> None:
+    share = part.trained_tokens / part.tokens
+    out.print(f"[bold]{title}[/]")
+    out.print(
+        f"rows          {part.rows:,} ({part.distinct_rows:,} distinct)\n"
+        f"tokens        {part.tokens:,}: {part.trained_tokens:,} trained ({share:.1%}), "
+        f"{part.masked_tokens:,} masked"
+    )
+    if part.long_rows:
+        what = "truncated" if part.truncated_rows else "dropped"
+        out.print(
+            f"too long      {part.long_rows:,} rows {what}: {part.lost_tokens:,} tokens lost, "
+            f"{part.lost_trained_tokens:,} of them trained, {part.cut_answers:,} answers cut"
+        )
+    lengths = part.lengths
+    out.print(
+        f"length        median {lengths.median}, 95 % within {lengths.p95}, "
+        f"longest {lengths.longest} tokens"
+    )
+    most = max(rows for _, _, rows in lengths.histogram)
+    for start, end, rows in lengths.histogram:
+        if rows:
+            bar = _BAR * max(1, round(_BAR_WIDTH * rows / most))
+            out.print(f"  {start:>7,} to {end - 1:>7,}  [cyan]{bar}[/] {rows:,}")
+
+
+def _show_sample(number: int, sample: Sample) -> None:
+    text = Text(f"\nexample {number} ({sample.where}); trained tokens are green\n", style="dim")
+    shown = 0
+    for piece, trained in sample.pieces:
+        part = piece[: max(0, _SAMPLE_CHARACTERS - shown)]
+        shown += len(piece)
+        # Colour alone is lost in a file or to some eyes: trained pieces are bracketed as well.
+        marked = f"«{part}»" if trained and part else part
+        text.append(marked, style="green" if trained else "")
+    if shown > _SAMPLE_CHARACTERS:
+        text.append(f" ... ({shown - _SAMPLE_CHARACTERS:,} more characters)", style="dim")
+    out.print(text)
