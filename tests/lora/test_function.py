@@ -144,6 +144,16 @@ def test_half_precision_input_with_half_or_full_precision_factors(
         assert (ours.double() - theirs).norm() <= tolerance * theirs.norm()
 
 
+def test_a_4_bit_base_computes_in_its_own_dtype_and_answers_in_the_asked_one() -> None:
+    layer, x = make_layer("nf4", torch.bfloat16), make_input(torch.float32)
+    recorded = layer(x)
+    assert recorded.dtype == torch.float32
+    torch.testing.assert_close(recorded, twin(layer, x.bfloat16()).float(), rtol=0.02, atol=0.02)
+    assert torch.equal(recorded, recorded.bfloat16().float())
+    recorded.sum().backward()
+    assert x.grad.dtype == torch.float32
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_only_input_and_factors_are_saved(dropout: float) -> None:
     layer, x = make_layer("nf4", torch.bfloat16, torch.float32, dropout=dropout), make_input()

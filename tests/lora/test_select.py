@@ -119,6 +119,13 @@ def test_a_module_is_not_trained_in_full_and_adapted(tiny: Make) -> None:
         select_modules(tiny("llama"), spec(("lm_head",), modules_to_save=("lm_head",)))
 
 
+def test_what_is_trained_in_full_carries_no_adapter_inside(tiny: Make) -> None:
+    names = select_modules(tiny("llama"), spec(modules_to_save=("mlp",)))
+    assert endings(names) == ["k_proj", "o_proj", "q_proj", "v_proj"]
+    with pytest.raises(UserError, match="'up_proj' is trained in full by modules_to_save"):
+        select_modules(tiny("llama"), spec(("up_proj", "q_proj"), modules_to_save=("mlp",)))
+
+
 def test_adapted_modules_are_refused_by_name(tiny: Make) -> None:
     model = tiny("llama")
     inject_adapter(model, spec(("q_proj",)), dtype=torch.float32)
