@@ -3,10 +3,10 @@
     python scripts/quickstart.py [--restart]
 
 Makes `.venv`, brings SmolLM2-135M-Instruct and human-rated film reviews, shows the data gate,
-trains by `profiles/quickstart.yaml`, and reports what was learned: held-out loss, accuracy and sample
-answers, before and after. A second run finds everything done and only reports again; an interrupted
-training goes on where it stopped. The run folder is `runs/quickstart`. Standard library only: what
-needs torch runs as a program of `.venv`.
+trains by `profiles/quickstart.yaml`, and reports what was learned: held-out loss, accuracy and
+sample answers, before and after. A second run finds everything done and only reports again; an
+interrupted training goes on where it stopped. The run folder is `runs/quickstart`. Standard library
+only: what needs torch runs as a program of `.venv`.
 """
 
 from __future__ import annotations
