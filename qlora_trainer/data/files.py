@@ -89,11 +89,13 @@ def read_json_lines(path: Path, faults: FaultLog) -> Iterator[Row]:
         yield from _as_row(value, where, faults)
 
 
-def read_json_list(path: Path, faults: FaultLog) -> Iterator[Row]:
+def read_json_list(
+    path: Path, faults: FaultLog, buffer_chars: int = _BUFFER_CHARS
+) -> Iterator[Row]:
     """The objects of one JSON list, parsed out of a moving buffer."""
     with _open(path) as handle:
         text = codecs.getreader("utf-8-sig")(handle)
-        buffer, position, want = "", 0, _BUFFER_CHARS
+        buffer, position, want = "", 0, buffer_chars
         line, counted, number = 1, 0, 0  # `line` is that of character `counted`
         while True:
             line += buffer.count("\n", counted, position)
@@ -112,7 +114,7 @@ def read_json_list(path: Path, faults: FaultLog) -> Iterator[Row]:
                     if start == end:
                         _check_rest(path, buffer[end + 1 :], line, faults)
                         return
-                    number, position, want = number + 1, end, _BUFFER_CHARS
+                    number, position, want = number + 1, end, buffer_chars
                     yield from _as_row(value, f"{path}:{line} (row {number})", faults)
             except json.JSONDecodeError as error:
                 if not more:

@@ -281,30 +281,30 @@ def _warnings(report: GateReport, tokenizer: Any, *, stops: bool) -> list[str]:
     if report.shared_rows:
         evaluation, twin = report.first_shared[0]
         found.append(
-            f"{report.shared_rows} evaluation rows also stand in training (first: {evaluation} is "
-            f"{twin}): the held-out loss will flatter; remove them from one side"
+            f"evaluation rows that also stand in training: {report.shared_rows} (first: "
+            f"{evaluation} is {twin}); the held-out loss will flatter: remove them from one side"
         )
     if train.copies:
         original, copy = train.first_copies[0]
         found.append(
-            f"{train.copies} training rows are exact copies of others (first: {copy} is "
-            f"{original}); to use rows more often, set the source's weight"
+            f"exact copies among the training rows: {train.copies} (first: {copy} is {original}); "
+            "to use rows more often, set the source's weight"
         )
     if train.truncated_rows:
         found.append(
-            f"{train.truncated_rows} rows are cut to max_seq_len: {train.lost_tokens} tokens lost, "
-            f"{train.cut_answers} answers cut"
+            f"rows cut to max_seq_len: {train.truncated_rows}; tokens lost: {train.lost_tokens}, "
+            f"answers cut: {train.cut_answers}"
         )
     if train.dropped_rows:
         found.append(
-            f"{train.dropped_rows} rows are longer than max_seq_len and dropped: "
-            f"{train.lost_tokens} tokens lost"
+            f"rows longer than max_seq_len and dropped: {train.dropped_rows}; tokens lost: "
+            f"{train.lost_tokens}"
         )
     unended = report.unended_rows - train.cut_answers
     if unended > 0:
         found.append(
-            f"{unended} rows do not end with an end-of-turn or EOS token: the model will not "
-            "learn to stop; check the chat template"
+            f"rows that do not end with an end-of-turn or EOS token: {unended}; the model will not "
+            "learn to stop: check the chat template"
         )
     if not stops:
         found.append(
@@ -320,22 +320,22 @@ def _warnings(report: GateReport, tokenizer: Any, *, stops: bool) -> list[str]:
 
 
 def _source_warnings(source: dict[str, Any]) -> list[str]:
-    found = []
+    path, found = source["path"], []
     if source["split_chats"]:
         found.append(
-            f"{source['path']}: the chat template rewrites earlier turns, so "
-            f"{source['split_chats']} chats became one example per answer ({source['rows']} rows, "
-            f"{source['examples']} examples); `loss_on: last` trains the last answers only"
+            f"{path}: chats split into one example per answer, since the chat template rewrites "
+            f"earlier turns: {source['split_chats']} ({source['rows']} rows, {source['examples']} "
+            "examples); `loss_on: last` trains the last answers only"
         )
     if source["merged_joins"]:
         found.append(
-            f"{source['path']}: in {source['merged_joins']} rows the prompt is cut into other "
-            "tokens once its answer follows, so it is not trained as it will be asked; end prompts "
-            "without white space and begin completions with it"
+            f"{path}: rows whose prompt is cut into other tokens once its answer follows, so it is "
+            f"not trained as it will be asked: {source['merged_joins']}; end prompts without white "
+            "space and begin completions with it"
         )
     if source["control_rows"]:
         found.append(
-            f"{source['path']}: {source['control_rows']} rows hold special tokens such as the end "
-            "of turn in their text; the model reads them as the real ones"
+            f"{path}: rows that hold special tokens such as the end of turn in their text: "
+            f"{source['control_rows']}; the model reads them as the real ones"
         )
     return found
