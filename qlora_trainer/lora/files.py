@@ -23,7 +23,6 @@ from qlora_trainer.lora.layer import LowRankLayer
 from qlora_trainer.lora.peft_config import (
     CONFIG_NAME,
     config_from_model,
-    peft_saved_paths,
     read_json,
     spec_from_config,
     untrained_saved_paths,
@@ -164,10 +163,9 @@ def load_adapter(
     folder = Path(folder)
     spec = read_adapter_config(folder)
     found = read_tensors(folder)
-    meant = tuple(peft_saved_paths(model, spec.modules_to_save))
-    spec = replace(spec, modules_to_save=meant)
-    selected = select_modules(model, spec, strict=False)
     saved = select_saved_modules(model, spec.modules_to_save, strict=False)
+    spec = replace(spec, modules_to_save=tuple(saved))
+    selected = select_modules(model, spec, strict=False)
     expected: dict[str, tuple[int, ...]] = {}
     for name in selected:
         base = model.get_submodule(name)

@@ -42,6 +42,12 @@ def select_saved_modules(
 ) -> list[str]:
     """Paths of the modules trained in full, outermost only.
 
+    Args:
+        model: The base.
+        names: Whole paths, or their ends after a dot.
+        strict: Also refuse names that match nothing. Not strict, names are a PEFT file's and mean
+            what they mean to PEFT: any path that *ends* so, dot or no dot.
+
     Raises:
         UserError: A name matches nothing, or a module cannot be trained in full.
     """
@@ -53,7 +59,8 @@ def select_saved_modules(
     ]
     found: list[str] = []
     for path, module in modules.items():
-        if not is_named(path, names) or any(path.startswith(f"{outer}.") for outer in found):
+        meant = is_named(path, names) if strict else path.endswith(names)
+        if not meant or any(path.startswith(f"{outer}.") for outer in found):
             continue
         found.append(path)
         inner = list(module.modules())

@@ -358,6 +358,31 @@ def test_an_untrained_head_is_written_where_peft_looks_for_it(
     assert torch.equal(logits(model), logits(again))
 
 
+class TwoHeads(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head, self.other_head = (nn.Linear(4, 4) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.body(x)) + self.other_head(x)
+
+
+def test_what_peft_takes_a_name_for_is_in_the_file(stir: Stir, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, plain, again = TwoHeads(), TwoHeads(), TwoHeads()
+    plain.load_state_dict(model.state_dict())
+    again.load_state_dict(model.state_dict())
+    spec = make_spec(("body",), {"modules_to_save": ("head",)})
+    inject_adapter(model, spec, dtype=torch.float32)
+    stir(model)
+    save_adapter(model, spec, tmp_path, base_source=None)
+    theirs = peft.PeftModel.from_pretrained(plain, str(tmp_path))  # "other_head" ends in "head"
+    load(again, tmp_path)
+    x = torch.randn(3, 4)
+    assert_same(model(x), theirs(x))
+    assert torch.equal(model(x), again(x))
+
+
 def test_tied_copies_stay_tied_through_files(
     tiny: Make, logits: Logits, stir: Stir, tmp_path: Path
 ) -> None:
