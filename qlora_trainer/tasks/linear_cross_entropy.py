@@ -44,12 +44,19 @@ def chunk_logits(
 def _chunk_gradient(
     logits: Tensor, targets: Tensor, logit_scale: float, softcap: float | None
 ) -> tuple[Tensor, Tensor]:
-    """Loss sum and its gradient with respect to the head's raw output; overwrites the logits."""
+    """Loss sum and its gradient with respect to the head's raw output.
+
+    Overwrites the logits and makes no other tensor of their size (soft-capping needs one), which
+    `logsumexp` and `softmax` would.
+    """
     targets = targets.unsqueeze(1)
-    log_total = logits.logsumexp(dim=1, keepdim=True)
-    loss = (log_total - logits.gather(1, targets)).sum()
     capped_slope = None if softcap is None else (logits / softcap).square_().neg_().add_(1.0)
-    gradient = logits.sub_(log_total).exp_()
+    logits.sub_(logits.amax(dim=1, keepdim=True))
+    chosen = logits.gather(1, targets)
+    gradient = logits.exp_()
+    total = gradient.sum(dim=1, keepdim=True)
+    loss = (total.log() - chosen).sum()
+    gradient.div_(total)
     gradient.scatter_add_(1, targets, gradient.new_full((), -1.0).expand_as(targets))
     if capped_slope is not None:
         gradient.mul_(capped_slope)  # d tanh(x) = 1 - tanh(x)^2
@@ -83,16 +90,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
             positions.split(chunk_tokens), targets.split(chunk_tokens), strict=True
         ):
             inputs = hidden.index_select(0, rows)  # (C, D)
-            logits = chunk_logits(inputs, weight, bias, logit_scale, softcap)  # (C, V)
-            loss, exact = _chunk_gradient(logits, labels, logit_scale, softcap)
+            loss, exact = _chunk_gradient(
+                chunk_logits(inputs, weight, bias, logit_scale, softcap),  # (C, V)
+                labels,
+                logit_scale,
+                softcap,
+            )
             total += loss
+            if grad_bias is not None:
+                grad_bias += exact.sum(0)
             gradient = exact.to(weight.dtype)
+            del exact  # one chunk of logits at a time, not the last one beside the next
             if grad_hidden is not None:
                 grad_hidden.index_copy_(0, rows, (gradient @ weight).to(hidden.dtype))
             if grad_weight is not None:
                 grad_weight += gradient.T @ inputs.to(weight.dtype)
-            if grad_bias is not None:
-                grad_bias += exact.sum(0)
+            del gradient
         ctx.gradients = (
             grad_hidden,
             None if grad_weight is None else grad_weight.to(weight.dtype),

@@ -69,6 +69,9 @@ def save_state(
 
     Returns:
         The state's folder.
+
+    Raises:
+        UserError: The disk is full, or the folder cannot be written.
     """
     tensors, values = optimizer.state()
     content = {**trainer, "format_version": FORMAT_VERSION, "step": step, "optimizer": values}
@@ -85,7 +88,13 @@ def save_state(
         (folder / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
 
     target = states / f"step-{step:08d}"
-    replace_folder(target, fill)
+    try:
+        replace_folder(target, fill)
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{target}: the state cannot be saved ({error}); earlier states are untouched. Make "
+            "room or mend the folder, then run the same command again"
+        ) from error
     # Anything newer is a damaged state that was passed over when the run resumed from before it.
     older = [folder for number, folder in _listed(states) if number <= step]
     kept = older[:keep_last]

@@ -166,6 +166,12 @@ def test_a_write_that_fails_leaves_the_older_state_alone(
     assert names(tmp_path) == ["step-00000001"]
 
 
+def test_a_folder_that_cannot_be_written_is_said_plainly(tmp_path: Path) -> None:
+    (tmp_path / "states").write_text("a file where the folder should be")
+    with pytest.raises(UserError, match=r"cannot be saved.*earlier states are untouched"):
+        save(tmp_path / "states", 1)
+
+
 def test_a_damaged_state_is_replaced_when_its_step_is_saved_again(tmp_path: Path) -> None:
     save(tmp_path, 1, 2)
     flip("trainer.json")(tmp_path / "step-00000002")
