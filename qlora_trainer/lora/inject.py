@@ -4,6 +4,7 @@ Modules are replaced in the instance; no class or function of a library is touch
 in the model is frozen, so the trainable parameters are the adapter's and nothing but.
 """
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -19,8 +20,11 @@ from qlora_trainer.lora.trained import (
     replace_by_trained_copies,
     select_saved_modules,
     set_module,
+    tied_groups,
     trained_copies,
 )
+
+logger = logging.getLogger(__name__)
 
 
 def inject_adapter(
@@ -52,6 +56,13 @@ def inject_adapter(
     selected = select_modules(model, spec, strict=strict)
     if trained_copies(model):
         raise UserError("the model already carries an adapter; one at a time")
+    for group in tied_groups(model):
+        if adapted := [name for name in group if name in selected]:
+            logger.warning(
+                "%s share one weight; the adapter on %s is its own: merged, they need two weights",
+                ", ".join(group),
+                ", ".join(adapted),
+            )
     replace_by_trained_copies(model, saved, dtype=dtype, untie=untie)
     trained = {id(p) for copy in trained_copies(model).values() for p in copy.parameters()}
     for parameter in model.parameters():

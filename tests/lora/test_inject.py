@@ -146,6 +146,16 @@ def test_one_of_two_tied_modules_is_refused_with_the_reason(tiny: Make) -> None:
     assert not trained_copies(model)
 
 
+def test_an_adapter_on_one_of_two_tied_modules_is_told_of(
+    tiny: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    inject_adapter(tiny("llama tied"), spec(("embed_tokens",)), dtype=torch.float32)
+    assert "model.embed_tokens, lm_head share one weight" in caplog.text
+    caplog.clear()
+    inject_adapter(tiny("llama tied"), spec(), dtype=torch.float32)
+    assert not caplog.text
+
+
 def test_both_tied_modules_train_as_one(tiny: Make, logits: Logits) -> None:
     model = tiny("llama tied")
     wanted = spec(("q_proj",), modules_to_save=("embed_tokens", "lm_head"))
