@@ -99,8 +99,6 @@ def test_peak_host_memory_is_the_base_plus_two_tensors(tmp_path: Path) -> None:
         f"mapped file pages at most {file_peak:,}"
     )
     assert rise <= allowed
-    # All of the checkpoint read into private memory would be over the line.
-    assert allowed < 2 * sum(p.stat().st_size for p in (tmp_path / "model").glob("*.safetensors"))
-    assert report["base_bytes"] < 0.4 * sum(
-        p.stat().st_size for p in (tmp_path / "model").glob("*.safetensors")
-    )
+    stored = sum(path.stat().st_size for path in (tmp_path / "model").glob("*.safetensors"))
+    assert allowed < stored  # reading the checkpoint into private memory would be seen
+    assert report["base_bytes"] < 0.4 * stored

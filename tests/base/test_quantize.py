@@ -82,6 +82,22 @@ def test_every_block_size_equals_bitsandbytes(block_size: int) -> None:
     assert torch.equal(ours.absmax, state.absmax)
 
 
+def test_codes_do_not_depend_on_the_number_of_threads() -> None:
+    weight = random_weight((1000, 1001), torch.bfloat16)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            results.append(_quantize_blocks(weight, 64))
+    finally:
+        torch.set_num_threads(before)
+    expected = _bitsandbytes_blocks(weight.reshape(-1), 64)
+    for codes, absmax in results:
+        assert torch.equal(codes, expected[0])
+        assert torch.equal(absmax, expected[1])
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     st.lists(
