@@ -4,7 +4,9 @@ import importlib
 import pytest
 
 
-@pytest.mark.parametrize("name", ["environment", "film_reviews", "intervals", "repin", "steps"])
+@pytest.mark.parametrize(
+    "name", ["environment", "exact_resume", "film_reviews", "intervals", "repin", "steps"]
+)
 def test_the_examples_in_a_script_hold(name):
     results = doctest.testmod(importlib.import_module(name))
     assert results.attempted > 0

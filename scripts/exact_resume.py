@@ -1,0 +1,153 @@
+"""Kill a training process again and again, resume it, and count the bits that differ at the end.
+
+    .venv/bin/python scripts/exact_resume.py RUN.yaml --json FILE [--kills N] [--set ...]
+
+One run is left alone. Its twin is killed (SIGKILL; on Windows TerminateProcess): each time it has
+gone at least one step further, at a random moment within the next two steps, so while loading the
+next batch, computing, or saving. Then both adapters are compared byte by byte. Standard library
+only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ADAPTER = Path("adapter") / "adapter_model.safetensors"
+SLOWEST_STEP_SECONDS = 600.0
+
+
+def bits_different(one: bytes, other: bytes) -> int:
+    r"""Bits that differ; where one is longer, all of its surplus.
+
+    >>> bits_different(b"\x00\x0f", b"\x00\x0e"), bits_different(b"ab", b"a")
+    (1, 8)
+    """
+    surplus = 8 * abs(len(one) - len(other))
+    size = min(len(one), len(other))
+    first, second = int.from_bytes(one[:size], "big"), int.from_bytes(other[:size], "big")
+    return surplus + bin(first ^ second).count("1")
+
+
+def start(command: list[str]) -> subprocess.Popen[bytes]:
+    """Start a training process, quietly."""
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def steps_logged(folder: Path) -> int:
+    """Last step in the metrics, 0 without any; a line cut by a kill does not count."""
+    try:
+        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return 0
+    for line in reversed(lines):
+        try:
+            return int(json.loads(line)["step"])
+        except (ValueError, KeyError):
+            continue
+    return 0
+
+
+def kill_and_resume(command: list[str], folder: Path, *, kills: int, seed: int) -> dict[str, Any]:
+    """Run a command to its end, killing it on the way.
+
+    Returns:
+        How many kills hit a running process, after which step each, and the seconds in all.
+    """
+    chance = random.Random(seed)
+    killed_after: list[int] = []
+    step_seconds = 1.0
+    began = time.monotonic()
+    while True:
+        before, process = steps_logged(folder), start(command)
+        moments: list[float] = []
+        while process.poll() is None and len(killed_after) < kills:
+            if steps_logged(folder) > before:
+                moments.append(time.monotonic())
+                time.sleep(chance.uniform(0, 2 * step_seconds))
+                if process.poll() is None:
+                    process.kill()
+                    killed_after.append(steps_logged(folder))
+                break
+            if time.monotonic() - began > SLOWEST_STEP_SECONDS * (kills + 1):
+                process.kill()
+                raise SystemExit("the run makes no progress; look at it without kills first")
+            time.sleep(0.02)
+        code = process.wait()
+        if code == 0:
+            break
+        if code not in (-9, 1) or len(killed_after) == 0:
+            raise SystemExit(f"the run ended by itself with exit code {code}")
+        step_seconds = last_step_seconds(folder)
+    return {
+        "kills": len(killed_after),
+        "killed_after_step": killed_after,
+        "seconds": time.monotonic() - began,
+    }
+
+
+def last_step_seconds(folder: Path) -> float:
+    """How long the last logged step took."""
+    try:
+        for line in reversed((folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()):
+            try:
+                return float(json.loads(line)["seconds"])
+            except (ValueError, KeyError):
+                continue
+    except FileNotFoundError:
+        pass
+    return 1.0
+
+
+def main() -> int:
+    """Command line: both runs, the comparison as JSON."""
+    parser = argparse.ArgumentParser(description="Kill, resume, compare.")
+    parser.add_argument("run_file", type=Path)
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--kills", type=int, default=8)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--set", action="append", default=[], dest="overrides")
+    arguments = parser.parse_args()
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    command = [sys.executable, "-m", "qlora_trainer", "train", str(arguments.run_file)]
+    for override in arguments.overrides:
+        command += ["--set", override]
+    folders = {name: Path("runs") / f"exact-resume-{name}" for name in ("alone", "killed")}
+
+    def as_run(name: str) -> list[str]:
+        return [*command, "--set", f"output.folder={folders[name]}"]
+
+    print("Training without interruption ...", flush=True)
+    began = time.monotonic()
+    subprocess.run([*as_run("alone"), "--restart"], check=True, stdout=subprocess.DEVNULL)
+    alone_seconds = time.monotonic() - began
+    print(f"Training the same with {arguments.kills} kills ...", flush=True)
+    remove_run(folders["killed"])
+    report = kill_and_resume(
+        as_run("killed"), folders["killed"], kills=arguments.kills, seed=arguments.seed
+    )
+    contents = [(folder / ADAPTER).read_bytes() for folder in folders.values()]
+    report["bits_different"] = bits_different(*contents)
+    report["bits_compared"] = 8 * len(contents[0])
+    report["seconds_without_kills"] = alone_seconds
+    arguments.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    print(f"{report['kills']} kills, {report['bits_different']} bits different", flush=True)
+    return 0 if report["bits_different"] == 0 else 1
+
+
+def remove_run(folder: Path) -> None:
+    """Remove what an earlier benchmark left in one of the two folders above."""
+    if (folder / ".qlora-run").is_file():
+        shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
