@@ -14,23 +14,17 @@ template says. EOS ends raw text, and a chat whose template has no end-of-turn t
 
 import hashlib
 import json
-from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import transformers
 
 from qlora_trainer.data.faults import RowError
-from qlora_trainer.data.formats import Chat, PlainText, Prompted, Shape
-from qlora_trainer.data.template import (
-    LOSS_ON,
-    ChatTemplate,
-    Rendered,
-    choose_template,
-    special_pattern,
-)
+from qlora_trainer.data.messages import Chat, PlainText, Prompted, Shape
+from qlora_trainer.data.spans import SpanTokenizer
+from qlora_trainer.data.template import LOSS_ON, ChatTemplate, Rendered
+from qlora_trainer.data.template_text import choose_template
 from qlora_trainer.errors import UserError
 
 IGNORED = -100  # the label of a position that is not trained, as everywhere in transformers
@@ -96,8 +90,7 @@ class Encoder:
         self.template = ChatTemplate(tokenizer, text, template_variables) if text else None
         self.eos_id: int = tokenizer.eos_token_id
         self.bos_ids = _bos_ids(tokenizer)
-        self._special = special_pattern(tokenizer)
-        self._alone = lru_cache(maxsize=1024)(self._tokenize_alone)  # most prompts end alike
+        self._spans = SpanTokenizer(tokenizer)
 
     @property
     def as_chat(self) -> bool:
@@ -130,7 +123,7 @@ class Encoder:
             except RowError as error:
                 rendered.append(error)
         flat = [part for parts in rendered if isinstance(parts, list) for part in parts]
-        tokenized = iter(self._tokenize(flat))
+        tokenized = iter(self._spans.tokenize(flat))
         results: list[list[Example] | RowError] = []
         for shape, parts in zip(shapes, rendered, strict=True):
             if isinstance(parts, RowError):
@@ -150,22 +143,29 @@ class Encoder:
                 results.append(error)
         return results
 
-    def encode_prompt(self, messages: list[dict[str, Any]]) -> list[int]:
-        """Ids that ask for the next assistant turn; without a template, the messages' plain text.
+    def encode_prompt(
+        self, prompt: str | list[dict[str, Any]], tools: list[dict[str, Any]] | None = None
+    ) -> list[int]:
+        """The ids that ask for an answer, as training put them before it.
+
+        Args:
+            prompt: Messages (without a template their plain text is taken), or text as it is.
+            tools: Offered in the chat.
 
         Raises:
             UserError: The template refuses the messages.
         """
-        if self.template is None:
-            text = "\n".join(message["content"] for message in messages)
-        else:
+        if self.template is not None and not isinstance(prompt, str):
             try:
-                text = self.template.prompt(messages)
+                return self._spans.tokenize_alone(self.template.prompt(prompt, tools))
             except RowError as error:
-                raise UserError(f"the prompt cannot be asked: {error}") from error
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        begins = self.template is not None or ids[: len(self.bos_ids)] == self.bos_ids
-        return ids if begins else [*self.bos_ids, *ids]
+                raise UserError(f"the prompt: {error.problem}; {error.remedy}") from error
+        if not isinstance(prompt, str):
+            prompt = "\n".join(message["content"] for message in prompt)
+        return self._with_bos(self._spans.tokenize_alone(prompt))
+
+    def _with_bos(self, ids: list[int]) -> list[int]:
+        return ids if ids[: len(self.bos_ids)] == self.bos_ids else [*self.bos_ids, *ids]
 
     def _render(self, shape: Shape) -> list[Rendered]:
         if isinstance(shape, PlainText):
@@ -182,74 +182,6 @@ class Encoder:
             )
         return self.template.render(shape.messages, shape.tools, self.loss_on)
 
-    def _tokenize(
-        self, parts: Sequence[Rendered]
-    ) -> list[tuple[list[int], list[tuple[int, int, bool]]]]:
-        """Ids of every text, and its spans in tokens with whether a token straddles their start."""
-        if not parts:
-            return []
-        texts = [part.text for part in parts]
-        plain = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
-        if not self.tokenizer.is_fast:
-            every = self.tokenizer(texts, **plain)["input_ids"]
-            return [
-                (
-                    list(ids),
-                    [self._span_by_prefix(part.text, ids, span) for span in part.spans],
-                )
-                for ids, part in zip(every, parts, strict=True)
-            ]
-        batch = self.tokenizer(texts, return_offsets_mapping=True, **plain)
-        found = []
-        for ids, offsets, part in zip(
-            batch["input_ids"], batch["offset_mapping"], parts, strict=True
-        ):
-            spans = []
-            for span in part.spans:
-                start, end = _token_span(offsets, span)
-                spans.append((start, end, not self._joins(part.text, ids, offsets, span[0], start)))
-            found.append((list(ids), spans))
-        return found
-
-    def _tokenize_alone(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-
-    def _joins(
-        self,
-        text: str,
-        ids: Sequence[int],
-        offsets: Sequence[tuple[int, int]],
-        cut: int,
-        position: int,
-    ) -> bool:
-        """Whether the text before character `cut` is tokenized as it would be without the rest.
-
-        Special tokens split the text, so only what follows the last of them is compared.
-        """
-        if not cut:
-            return True
-        begin = 0
-        for match in self._special.finditer(text, 0, cut):
-            begin = match.start()
-        first = bisect_left(offsets, begin, key=lambda offset: offset[0])
-        return list(ids[first:position]) == self._alone(text[begin:cut])
-
-    def _span_by_prefix(
-        self, text: str, ids: Sequence[int], span: tuple[int, int]
-    ) -> tuple[int, int, bool]:
-        """A slow tokenizer gives no offsets: the ids of the text before must begin the whole."""
-        bounds = []
-        for end in span:
-            head = self.tokenizer(text[:end], add_special_tokens=False, verbose=False)["input_ids"]
-            if list(ids[: len(head)]) != list(head):
-                raise UserError(
-                    "this tokenizer is a slow one that merges prompt and answer into one token, so "
-                    "what is trained cannot be told; use a model with a fast tokenizer "
-                    "(tokenizer.json)"
-                )
-            bounds.append(len(head))
-        return bounds[0], bounds[1], False
-
     def _example(
         self,
         part: Rendered,
@@ -259,14 +191,15 @@ class Encoder:
         is_chat: bool,
         control: bool,
     ) -> Example:
-        bos = [] if is_chat or ids[: len(self.bos_ids)] == self.bos_ids else self.bos_ids
-        ids = bos + ids
+        before = len(ids)
+        ids = ids if is_chat else self._with_bos(ids)
+        shift = len(ids) - before
         bos_id = self.tokenizer.bos_token_id
         if bos_id is not None and ids[:2] == [bos_id, bos_id]:
             raise RowError(
                 "begins with two BOS tokens", "remove the BOS text from the row", "double BOS"
             )
-        moved = [(start + len(bos), end + len(bos)) for start, end, _ in spans]
+        moved = [(start + shift, end + shift) for start, end, _ in spans]
         if part.append_eos:
             if ids[-1:] != [self.eos_id]:
                 ids = [*ids, self.eos_id]
@@ -277,17 +210,6 @@ class Encoder:
                 "nothing is trained in this row", "give it an answer or drop it", "nothing trained"
             )
         return Example(ids, trained, any(merged for _, _, merged in spans), control)
-
-
-def _token_span(offsets: Sequence[tuple[int, int]], span: tuple[int, int]) -> tuple[int, int]:
-    """The tokens that cover the characters of `span`, as a range of positions.
-
-    >>> _token_span([(0, 2), (2, 5), (5, 6)], (3, 6))
-    (1, 3)
-    """
-    start = bisect_right(offsets, span[0], key=lambda offset: offset[1])
-    end = bisect_left(offsets, span[1], key=lambda offset: offset[0])
-    return start, end
 
 
 def _bos_ids(tokenizer: Any) -> list[int]:

@@ -18,37 +18,16 @@ The end-of-turn token belongs to the turn; white space the template puts after i
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import date
-from pathlib import Path
 from typing import Any
 
 import jinja2
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from qlora_trainer.data.faults import RowError
-from qlora_trainer.data.formats import Chat, Shape
-from qlora_trainer.errors import UserError
+from qlora_trainer.data.messages import Chat, Shape
+from qlora_trainer.data.template_text import special_pattern, with_fixed_date
 
 LOSS_ON = ("assistant", "last", "completion", "all")
-
-BUILT_IN = {
-    "chatml": (
-        "{% for message in messages %}"
-        "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
-        "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-    ),
-    "alpaca": (
-        "{% for message in messages %}{% if message['role'] == 'user' %}"
-        "{{ '### Instruction:\\n' + message['content'] + '\\n\\n' }}"
-        "{% elif message['role'] == 'assistant' %}"
-        "{{ '### Response:\\n' + message['content'] + eos_token + '\\n\\n' }}"
-        "{% else %}{{ message['content'] + '\\n\\n' }}{% endif %}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '### Response:\\n' }}{% endif %}"
-    ),
-}
-
-# Llama 3's template writes today's date; the same rows must give the same tokens tomorrow.
-_FIXED_DATE = date(2024, 7, 26)
 
 
 @dataclass(frozen=True)
@@ -58,42 +37,6 @@ class Rendered:
     text: str
     spans: tuple[tuple[int, int], ...]
     append_eos: bool
-
-
-def _with_fixed_date(template: str) -> str:
-    def written(match: re.Match[str]) -> str:
-        return repr(_FIXED_DATE.strftime(match.group(2)))
-
-    return re.sub(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)", written, template)
-
-
-def special_pattern(tokenizer: Any) -> re.Pattern[str]:
-    """Matches the text of every special token, the longest first."""
-    specials = {str(token) for token in tokenizer.all_special_tokens}
-    specials |= {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
-    by_length = sorted(specials - {""}, key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, by_length)) or r"(?!)")
-
-
-def choose_template(tokenizer: Any, template: str | None) -> str | None:
-    """The template's text: a built-in name, a file, or else the tokenizer's own (None without).
-
-    Raises:
-        UserError: The name is neither built in nor a file.
-    """
-    if template is None:
-        own = tokenizer.chat_template
-        if isinstance(own, dict):
-            own = own.get("default")
-        return own
-    if template in BUILT_IN:
-        return BUILT_IN[template]
-    path = Path(template).expanduser()
-    if path.is_file():
-        return path.read_text(encoding="utf-8")
-    raise UserError(
-        f"chat_template = {template!r}: neither a built-in name ({', '.join(BUILT_IN)}) nor a file"
-    )
 
 
 class ChatTemplate:
@@ -108,7 +51,7 @@ class ChatTemplate:
     def __init__(
         self, tokenizer: Any, template: str, variables: Mapping[str, Any] | None = None
     ) -> None:
-        self.text = _with_fixed_date(template)
+        self.text = with_fixed_date(template)
         self.variables = dict(variables or {})
         self.marks_generation = bool(re.search(r"\{%-?\s*generation\s*-?%\}", template))
         self._values = {**tokenizer.special_tokens_map, **self.variables}
@@ -154,19 +97,19 @@ class ChatTemplate:
             return rendered
         return [self._one(text, marked, messages, tools, turns)]
 
+    def prompt(self, messages: list[dict[str, Any]], tools: Any = None) -> str:
+        """The chat up to where an answer begins.
+
+        Raises:
+            RowError: The template refuses the chat.
+        """
+        return self._text(messages, tools, add_generation_prompt=True)
+
     def holds_control(self, shape: Shape) -> bool:
         """Whether a chat's messages hold special tokens as text, which the model takes for real."""
         return isinstance(shape, Chat) and any(
             self._special.search(message["content"]) for message in shape.messages
         )
-
-    def prompt(self, messages: list[dict[str, Any]]) -> str:
-        """The text that asks for the next assistant turn.
-
-        Raises:
-            RowError: The template refuses the messages.
-        """
-        return self._text(messages, None, add_generation_prompt=True)
 
     def _rewrites(
         self, text: str, messages: list[dict[str, Any]], tools: Any, turns: Sequence[int]

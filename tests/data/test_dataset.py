@@ -5,7 +5,7 @@ import os
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlora_trainer.data.dataset import build_dataset, split_eval
@@ -120,6 +120,7 @@ EXAMPLES = st.lists(
 )
 
 
+@settings(deadline=None, max_examples=40)  # files are fsynced
 @given(EXAMPLES)
 def test_what_is_stored_is_read_back(tmp_path_factory, examples):
     folder = tmp_path_factory.mktemp("s") / "store"
@@ -223,6 +224,7 @@ def test_hash_orders_are_pinned_across_versions():
     assert hash_order(8, 42, 0).tolist() == [1, 0, 5, 6, 3, 2, 7, 4]
 
 
+@settings(deadline=None)
 @given(st.integers(1, 300), st.integers(0, 2**40), st.integers(0, 9))
 def test_a_hash_order_is_a_permutation(count, seed, epoch):
     assert sorted(hash_order(count, seed, epoch).tolist()) == list(range(count))

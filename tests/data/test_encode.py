@@ -5,7 +5,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlora_trainer.data.encode import Encoder, Example, choose_pad_id
-from qlora_trainer.data.formats import Chat, PlainText, Prompted
+from qlora_trainer.data.messages import Chat, PlainText, Prompted
+from qlora_trainer.errors import UserError
+from tests.data import templates
 from tests.data.conftest import byte_level, metaspace
 
 BYTE_LEVEL = byte_level(["<s>", "</s>"], eos="</s>", bos="<s>", add_bos=True)
@@ -83,6 +85,23 @@ def test_no_character_is_lost_or_doubled_at_the_join(prompt, completion):
     example = encode(BYTE_LEVEL, Prompted(prompt, completion))
     assert BYTE_LEVEL.decode(example.input_ids) == f"<s>{prompt}{completion}</s>"
     assert trained(BYTE_LEVEL, example).endswith(f"{completion}</s>".lstrip("\ufffd"))
+
+
+def test_a_prompt_for_generation_is_what_training_put_before_the_answer(chatml_tokenizer):
+    chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    for tokenizer, shape, prompt in (
+        (chatml_tokenizer, Chat(chat), chat[:1]),
+        (BYTE_LEVEL, Prompted("Is it good?", " yes"), "Is it good?"),
+    ):
+        example = encode(tokenizer, shape)
+        first = next(i for i, label in enumerate(example.labels) if label != -100)
+        assert Encoder(tokenizer).encode_prompt(prompt) == example.input_ids[:first]
+    plain = Encoder(BYTE_LEVEL)
+    assert plain.encode_prompt(chat[:1]) == plain.encode_prompt("q")
+    gemma = metaspace(["<bos>", "<eos>", "<end_of_turn>"], bos="<bos>", eos="<eos>")
+    gemma.chat_template = templates.GEMMA
+    with pytest.raises(UserError, match="System role not supported"):
+        Encoder(gemma).encode_prompt([{"role": "system", "content": "s"}])
 
 
 def test_special_tokens_written_into_a_message_are_noticed(chatml_tokenizer):

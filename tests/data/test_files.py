@@ -7,7 +7,7 @@ import tracemalloc
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlora_trainer.data.faults import FaultLog
@@ -106,6 +106,7 @@ JSON = st.recursive(
 )
 
 
+@settings(deadline=None)
 @given(
     rows=st.lists(st.dictionaries(st.text(max_size=4), JSON, max_size=3), max_size=8),
     indent=st.sampled_from([None, 0, 2]),

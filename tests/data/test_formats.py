@@ -5,15 +5,8 @@ import json
 import pytest
 
 from qlora_trainer.data.faults import RowError
-from qlora_trainer.data.formats import (
-    FORMATS,
-    Chat,
-    PlainText,
-    Prompted,
-    recognise_format,
-    rename,
-    to_shape,
-)
+from qlora_trainer.data.formats import FORMATS, recognise_format, rename, to_shape
+from qlora_trainer.data.messages import Chat, PlainText, Prompted
 
 QUESTION = {"role": "user", "content": "q"}
 ANSWER = {"role": "assistant", "content": "a"}

@@ -3,7 +3,7 @@
 import random
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlora_trainer.data.packing import pack
@@ -11,6 +11,7 @@ from qlora_trainer.data.packing import pack
 LENGTHS = st.lists(st.integers(1, 64), max_size=200)
 
 
+@settings(deadline=None)
 @given(LENGTHS)
 def test_every_example_is_in_exactly_one_row_and_no_row_is_overfull(lengths):
     rows = pack(lengths, 64)
@@ -18,6 +19,7 @@ def test_every_example_is_in_exactly_one_row_and_no_row_is_overfull(lengths):
     assert all(row and sum(lengths[index] for index in row) <= 64 for row in rows)
 
 
+@settings(deadline=None)
 @given(LENGTHS)
 def test_rows_are_within_the_bound_of_best_fit_decreasing(lengths):
     fewest = -(-sum(lengths) // 64)  # not always reachable: halves of 33 need a row each
@@ -25,6 +27,7 @@ def test_rows_are_within_the_bound_of_best_fit_decreasing(lengths):
     assert len(pack(lengths, 64)) <= 1.5 * max(fewest, large) + 1
 
 
+@settings(deadline=None)
 @given(LENGTHS, st.randoms())
 def test_the_number_of_rows_depends_on_the_lengths_alone(lengths, rng):
     shuffled = lengths[:]
@@ -32,6 +35,7 @@ def test_the_number_of_rows_depends_on_the_lengths_alone(lengths, rng):
     assert len(pack(shuffled, 64)) == len(pack(lengths, 64))
 
 
+@settings(deadline=None)
 @given(LENGTHS)
 def test_best_fit_is_what_the_slow_reference_gives(lengths):
     """The few-line twin: look at every row, take the fullest that still has room."""

@@ -7,8 +7,8 @@ from transformers import AutoTokenizer, ByT5Tokenizer
 
 from qlora_trainer.data.encode import Encoder
 from qlora_trainer.data.faults import RowError
-from qlora_trainer.data.formats import Chat
-from qlora_trainer.data.template import BUILT_IN
+from qlora_trainer.data.messages import Chat
+from qlora_trainer.data.template_text import BUILT_IN
 from qlora_trainer.errors import UserError
 from tests.data import templates
 from tests.data.conftest import byte_level, metaspace
