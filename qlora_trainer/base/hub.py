@@ -76,14 +76,9 @@ def resolve_model(
             )
         return ResolvedModel(folder.resolve(), source, None)
     _check_hub_name(source)
-    try:
-        patterns = _wanted_files(source, revision, cache_dir, trust_remote_code)
-        found = snapshot_download(
-            source, revision=revision, cache_dir=cache_dir, allow_patterns=patterns
-        )
-    except _HUB_FAILURES as error:
-        raise explain_hub_error(error, source, revision) from error
-    snapshot = Path(found)
+    snapshot = None if _is_offline() else _fetch(source, revision, cache_dir, trust_remote_code)
+    if snapshot is None:
+        snapshot = _cached(source, revision, cache_dir)
     commit = snapshot.name if _COMMIT.fullmatch(snapshot.name) else None
     return ResolvedModel(snapshot, source, commit)
 
@@ -103,12 +98,6 @@ def explain_hub_error(error: Exception, source: str, revision: str | None) -> Us
         )
     elif isinstance(error, errors.RevisionNotFoundError):
         text = f"{source} has no revision {revision!r}; branches and tags: {page}/branches"
-    elif _is_offline():
-        text = (
-            f"{source} (revision {revision or 'main'}) is not whole in the cache "
-            f"({constants.HF_HUB_CACHE}) and HF_HUB_OFFLINE forbids fetching it; unset it for one "
-            "run, or name a folder that holds the model"
-        )
     elif isinstance(error, OSError) and error.errno == 28:
         text = f"{source}: the disk is full ({constants.HF_HUB_CACHE}); free space, or set HF_HOME"
     elif _status(error) in (401, 403):
@@ -156,46 +145,64 @@ def _check_hub_name(source: str) -> None:
         ) from error
 
 
-def _wanted_files(
+def _fetch(
     source: str, revision: str | None, cache_dir: Path | None, trust_remote_code: bool
-) -> list[str] | None:
-    """The files to bring, or None when the hub cannot be asked and the cache has to do."""
-    if _is_offline():
-        return None
+) -> Path | None:
+    """Bring what is not here yet; None where there is no network, which is said aloud."""
     try:
         info = HfApi().model_info(source, revision=revision, files_metadata=True)
-    except errors.HfHubHTTPError:
-        raise
-    except _HUB_FAILURES as error:  # no network: what is cached serves, and we say so
+    except _HUB_FAILURES as error:
+        if (_status(error) or 500) < 500:  # the hub answers, and says no
+            raise explain_hub_error(error, source, revision) from error
         _LOG.warning(
             "%s: the hub cannot be reached (%s); looking in the cache", source, _first_line(error)
         )
         return None
     sizes = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or ()}
-    if SINGLE_FILE in sizes:
-        shards = [SINGLE_FILE]
-    elif INDEX_FILE in sizes:
-        shards = _index_shards(source, revision, cache_dir)
-    else:
-        others = sorted(name for name in sizes if name.endswith((".bin", ".pt", ".gguf")))
-        raise UserError(
-            f"{source} has no safetensors weights, only: {', '.join(others) or 'none'}; "
-            "pickles are never loaded. Take a revision with safetensors (often a pull request: "
-            "refs/pr/N), or convert it with https://huggingface.co/spaces/safetensors/convert"
+    try:
+        shards = _weight_files(source, revision, cache_dir, set(sizes))
+        wanted = choose_files(list(sizes), shards, trust_remote_code=trust_remote_code)
+        _check_space(source, wanted, sizes, info.sha, cache_dir)
+        found = snapshot_download(
+            source, revision=revision, cache_dir=cache_dir, allow_patterns=wanted
         )
-    wanted = choose_files(list(sizes), shards, trust_remote_code=trust_remote_code)
-    missing_bytes = sum(
-        sizes.get(name, 0)
-        for name in wanted
-        if not isinstance(
-            huggingface_hub.try_to_load_from_cache(
-                source, name, cache_dir=cache_dir, revision=info.sha
-            ),
-            str,
-        )
+    except _HUB_FAILURES as error:
+        raise explain_hub_error(error, source, revision) from error
+    return Path(found)
+
+
+def _cached(source: str, revision: str | None, cache_dir: Path | None) -> Path:
+    """The snapshot in the cache; that it is whole, `checkpoint.open_checkpoint` looks at."""
+    path = huggingface_hub.try_to_load_from_cache(
+        source, "config.json", cache_dir=cache_dir, revision=revision
     )
-    _check_space(source, missing_bytes, Path(cache_dir or constants.HF_HUB_CACHE))
-    return wanted
+    if isinstance(path, str):
+        return Path(path).parent
+    place = cache_dir or constants.HF_HUB_CACHE
+    why = (
+        "HF_HUB_OFFLINE forbids fetching it; unset it for one run"
+        if _is_offline()
+        else "the hub cannot be reached; check the network and run again (a download resumes)"
+    )
+    raise UserError(
+        f"{source} (revision {revision or 'main'}) is not in the cache ({place}) and {why}, or "
+        "name a folder that holds the model"
+    )
+
+
+def _weight_files(
+    source: str, revision: str | None, cache_dir: Path | None, names: set[str]
+) -> list[str]:
+    if SINGLE_FILE in names:
+        return [SINGLE_FILE]
+    if INDEX_FILE in names:
+        return _index_shards(source, revision, cache_dir)
+    others = sorted(name for name in names if name.endswith((".bin", ".pt", ".gguf")))
+    raise UserError(
+        f"{source} has no safetensors weights, only: {', '.join(others) or 'none'}; "
+        "pickles are never loaded. Take a revision with safetensors (often a pull request: "
+        "refs/pr/N), or convert it with https://huggingface.co/spaces/safetensors/convert"
+    )
 
 
 def _index_shards(source: str, revision: str | None, cache_dir: Path | None) -> list[str]:
@@ -207,12 +214,23 @@ def _index_shards(source: str, revision: str | None, cache_dir: Path | None) -> 
         raise UserError(f"{source}: its {INDEX_FILE} is broken ({error})") from error
 
 
-def _check_space(source: str, missing_bytes: int, cache: Path) -> None:
-    place = next(path for path in (cache, *cache.absolute().parents) if path.exists())
-    free_bytes = shutil.disk_usage(place).free
+def _check_space(
+    source: str, wanted: list[str], sizes: dict[str, int], commit: str | None, cache: Path | None
+) -> None:
+    """Refuse a download the disk cannot hold, counting only files that are not here yet."""
+    missing_bytes = sum(
+        sizes.get(name, 0)
+        for name in wanted
+        if not isinstance(
+            huggingface_hub.try_to_load_from_cache(source, name, cache_dir=cache, revision=commit),
+            str,
+        )
+    )
+    target = Path(cache or constants.HF_HUB_CACHE).absolute()
+    free_bytes = shutil.disk_usage(next(p for p in (target, *target.parents) if p.exists())).free
     if missing_bytes > free_bytes:
         raise UserError(
-            f"{source}: {format_bytes(missing_bytes)} are still to come, {cache} has "
+            f"{source}: {format_bytes(missing_bytes)} are still to come, {target} has "
             f"{format_bytes(free_bytes)} free; free space, or set HF_HOME to another disk"
         )
 
