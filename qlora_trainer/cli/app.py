@@ -12,6 +12,8 @@ import typer
 
 from qlora_trainer.errors import UserError
 
+STOPPED = 75  # EX_TEMPFAIL of sysexits.h: not done, the same command goes on
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -115,7 +117,10 @@ def train(
     from qlora_trainer.run.training import train as train_adapter
 
     with ConsoleReporter() as reporter:
-        reporter.show_result(train_adapter(config, restart=restart, reporter=reporter))
+        result = train_adapter(config, restart=restart, reporter=reporter)
+        reporter.show_result(result)
+    if not result.outcome.complete:
+        raise typer.Exit(STOPPED)  # so that what follows in a script does not take it for done
 
 
 @app.command()

@@ -1,7 +1,5 @@
 """How results look on a terminal; what they say comes as plain data from the rooms below."""
 
-import sys
-
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
@@ -20,7 +18,7 @@ _BAR_WIDTH = 40
 _SAMPLE_CHARACTERS = 1200
 
 out = Console(highlight=False, soft_wrap=True)
-err = Console(file=sys.stderr, highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 class ConsoleReporter(Reporter):

@@ -1,0 +1,97 @@
+"""The command line: faults are readable and leave with code 2, results are where they are said."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from qlora_trainer.cli.app import main
+
+
+def qlora(*arguments: str, cwd: Path, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    """Run the command line as a user does, in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "qlora_trainer", *arguments],
+        cwd=cwd,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "QLORA_CACHE": str(cwd / "cache")},
+        input=stdin,
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_help_names_every_command(tmp_path: Path) -> None:
+    shown = qlora("--help", cwd=tmp_path).stdout
+    for command in ("init", "schema", "check", "audit", "train", "generate", "doctor"):
+        assert command in shown
+
+
+def test_init_writes_a_file_and_never_over_one(tmp_path: Path) -> None:
+    first = qlora("init", cwd=tmp_path)
+    assert first.returncode == 0
+    assert "qlora check run.yaml" in first.stdout
+    (tmp_path / "run.yaml").write_text("mine")
+    again = qlora("init", cwd=tmp_path)
+    assert again.returncode == 2
+    assert "exists already" in again.stderr
+    assert (tmp_path / "run.yaml").read_text() == "mine"
+
+
+def test_schema_is_json(tmp_path: Path) -> None:
+    assert "properties" in json.loads(qlora("schema", cwd=tmp_path).stdout)
+
+
+def said(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    """Exit code and standard error of the command line, run in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["qlora", *arguments])
+        with pytest.raises(SystemExit) as left:
+            main()
+    return int(str(left.value.code)), capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model: {source: nowhere/at-all}\ndata: {train: x.jsonl}\n", "nowhere/at-all"),
+        ("model: {source: m}\ndata: {trian: x.jsonl}\n", "did you mean train"),
+        ("model: [", "not valid YAML"),
+    ],
+)
+def test_a_users_fault_is_one_message_and_code_2(
+    text: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_file = tmp_path / "run.yaml"
+    run_file.write_text(text)
+    folder = tmp_path / "run"
+    for command in ("check", "train", "audit"):
+        code, shown = said([command, str(run_file), "--set", f"output.folder={folder}"], capsys)
+        assert code == 2
+        assert message in shown
+        assert "Traceback" not in shown
+    assert not (folder / "adapter").exists()
+
+
+def test_a_typo_in_the_command_is_answered(capsys: pytest.CaptureFixture[str]) -> None:
+    code, shown = said(["trian", "run.yaml"], capsys)
+    assert code == 2
+    assert "No such command" in shown
+
+
+def test_generate_needs_a_finished_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "no such run folder" in said(["generate", str(tmp_path / "x"), "hello"], capsys)[1]
+    assert "no finished run" in said(["generate", str(tmp_path), "hello"], capsys)[1]
+
+
+def test_no_prompt_is_a_fault(tmp_path: Path) -> None:
+    assert "no prompt given" in qlora("generate", ".", cwd=tmp_path, stdin="\n").stderr
+
+
+def test_doctor_finds_this_machine_good(tmp_path: Path) -> None:
+    done = qlora("doctor", cwd=tmp_path)
+    assert done.returncode == 0
+    for topic in ("python", "gpu", "nf4", "ram", "disk", "bitsandbytes"):
+        assert topic in done.stdout
