@@ -1,0 +1,96 @@
+"""What an export says of itself: `export_report.json` for machines, the model card for people.
+
+Only facts of the export go in; of a local base only its name, no paths of the user's machine.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+REPORT_NAME = "export_report.json"
+_SHOWN = (
+    ("mean_kl", "mean KL divergence (nats)", "{:.3g}"),
+    ("max_kl", "largest KL divergence (nats)", "{:.3g}"),
+    ("top1_agreement", "same most likely token", "{:.2%}"),
+    ("max_logit_difference", "largest logit difference", "{:.3g}"),
+    ("relative_difference", "relative difference of logits", "{:.2e}"),
+    ("reference_perplexity", "perplexity of base + adapter", "{:.4f}"),
+    ("export_perplexity", "perplexity of the export", "{:.4f}"),
+)
+
+
+def base_name(source: str) -> str:
+    """What a base is called in public: a hub name as it is, of a folder only its last part."""
+    return Path(source).name if Path(source).exists() else source
+
+
+def comparison_table(ways: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """A Markdown table, one column for each way of merging and precision.
+
+    Args:
+        ways: Way -> its part of the report, with `proof` by precision.
+    """
+    columns = {
+        f"{way}, {precision}": proof["figures"]
+        for way, part in ways.items()
+        for precision, proof in part.get("proof", {}).items()
+    }
+    if not columns:
+        return []
+    lines = [
+        f"| compared with base + adapter | {' | '.join(columns)} |",
+        "|---" * (len(columns) + 1) + "|",
+    ]
+    for key, label, form in _SHOWN:
+        if any(key in figures for figures in columns.values()):
+            cells = [form.format(f[key]) if key in f else "" for f in columns.values()]
+            lines.append(f"| {label} | {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def model_card(report: Mapping[str, Any]) -> str:
+    """The export's README.md, from its report."""
+    base = report["base"]["name"]
+    header = yaml.safe_dump(
+        {
+            "base_model": base,
+            "library_name": "transformers",
+            "tags": ["qlora", "lora", "merged", "qlora_trainer"],
+        },
+        sort_keys=False,
+    )
+    kept = report["kept"]
+    what = {
+        "original": "added to the base's own weights",
+        "dequantized": "added to the base's weights as 4-bit training saw them (NF4 and back)",
+    }[kept]
+    lines = [
+        f"---\n{header}---\n",
+        f"# {base} with its adapter merged\n",
+        f"The adapter (rank {report['adapter']['rank']}) was {what}; the weights are "
+        f"{report['dtype']}. Made with qlora_trainer; every figure is in `{REPORT_NAME}`.\n",
+        "## Proof\n",
+        *_proof_words(report),
+        "## Use\n",
+        "```python",
+        f"from transformers import {report['auto_class']}, AutoTokenizer",
+        f'model = {report["auto_class"]}.from_pretrained("path/to/this/folder", dtype="auto")',
+        'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")',
+        "```\n",
+    ]
+    return "\n".join(lines)
+
+
+def _proof_words(report: Mapping[str, Any]) -> list[str]:
+    rows = report.get("rows")
+    if rows is None:
+        return ["This export was not compared with base + adapter (`--no-proof`).\n"]
+    words = (
+        f"Opened in a new process with plain transformers {report['transformers']} and compared "
+        f"with base + adapter on {rows['positions']} positions of {rows['from']}."
+    )
+    if report["reason"]:
+        words += f" {report['reason']}"
+    return [words + "\n", *comparison_table(report["ways"])]
