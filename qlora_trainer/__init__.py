@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from qlora_trainer.run.ask import Trained, generate, held_out_metrics, load_trained
     from qlora_trainer.run.check import audit, check, doctor, load_run
     from qlora_trainer.run.report import Reporter
-    from qlora_trainer.run.training import TrainResult, train
+    from qlora_trainer.run.train import TrainResult, train
 
 # On import bitsandbytes advises CPU users to fetch a kernel from the hub; we never use that kernel.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
@@ -27,8 +27,8 @@ _HOME = {
     "doctor": "run.check",
     "load_run": "run.check",
     "Reporter": "run.report",
-    "TrainResult": "run.training",
-    "train": "run.training",
+    "TrainResult": "run.train",
+    "train": "run.train",
 }
 
 __all__ = [

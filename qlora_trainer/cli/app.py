@@ -114,7 +114,7 @@ def train(
     from qlora_trainer.config.read import read_run_file
 
     config = read_run_file(run_file, overrides or ())
-    from qlora_trainer.run.training import train as train_adapter
+    from qlora_trainer.run.train import train as train_adapter
 
     with ConsoleReporter() as reporter:
         result = train_adapter(config, restart=restart, reporter=reporter)

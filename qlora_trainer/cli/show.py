@@ -10,7 +10,7 @@ from qlora_trainer.base.audit import BaseAudit
 from qlora_trainer.base.machine import Finding
 from qlora_trainer.data.gate import GateReport, PartReport, Sample
 from qlora_trainer.run.report import Reporter
-from qlora_trainer.run.training import TrainResult
+from qlora_trainer.run.train import TrainResult
 from qlora_trainer.units import format_bytes
 
 _BAR = "█"

@@ -162,8 +162,8 @@ class TrainSettings(Settings):
     activations: Literal["recompute", "keep"] = Field(
         "recompute", description="recompute: gradient checkpointing per decoder layer"
     )
-    loss_chunk_tokens: int = Field(
-        1024, ge=1, description="trained tokens whose logits exist at one time"
+    loss_chunk_tokens: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="trained tokens whose logits exist at one time; null: about 64 MiB"
     )
     seed: int = Field(42, ge=0, lt=2**32, description="of the adapter, the order and dropout")
 

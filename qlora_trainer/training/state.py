@@ -23,7 +23,7 @@ from torch import Tensor
 
 from qlora_trainer.base.files import replace_folder
 from qlora_trainer.errors import UserError
-from qlora_trainer.train.optimizer import AdapterAdamW
+from qlora_trainer.training.optimizer import AdapterAdamW
 
 FORMAT_VERSION = 1
 _NAME = re.compile(r"step-(\d{8,})")

@@ -8,7 +8,7 @@ from safetensors.torch import load, save
 from torch import nn
 
 from qlora_trainer.errors import UserError
-from qlora_trainer.train.optimizer import (
+from qlora_trainer.training.optimizer import (
     AdapterAdamW,
     OptimizerKind,
     join_bf16,

@@ -5,7 +5,7 @@ from pathlib import Path
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from qlora_trainer.train.log import read_metrics
+from qlora_trainer.training.log import read_metrics
 
 
 def draw_losses(metrics_file: Path, picture: Path) -> bool:

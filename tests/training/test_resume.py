@@ -1,7 +1,7 @@
 import pytest
 
 from qlora_trainer.errors import UserError
-from qlora_trainer.train.resume import compare_settings, require_same_run
+from qlora_trainer.training.resume import compare_settings, require_same_run
 
 SETTINGS = {
     "model": {"source": "m", "device": "cpu"},

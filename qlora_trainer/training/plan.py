@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 from qlora_trainer.tasks.task import Batch, Task
-from qlora_trainer.train.attempt import Decode
-from qlora_trainer.train.log import RunLog
-from qlora_trainer.train.optimizer import AdapterAdamW
-from qlora_trainer.train.scaler import LossScaler
-from qlora_trainer.train.schedule import Schedule
-from qlora_trainer.train.windows import Windows
+from qlora_trainer.training.attempt import Decode
+from qlora_trainer.training.log import RunLog
+from qlora_trainer.training.optimizer import AdapterAdamW
+from qlora_trainer.training.scaler import LossScaler
+from qlora_trainer.training.schedule import Schedule
+from qlora_trainer.training.windows import Windows
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,10 @@ from torch import nn
 from qlora_trainer.base.files import replace_folder
 from qlora_trainer.errors import UserError
 from qlora_trainer.tasks.task import Batch, Task, cut_rows
-from qlora_trainer.train.checks import LearningChecks
-from qlora_trainer.train.optimizer import AdapterAdamW
-from qlora_trainer.train.scaler import LossScaler
-from qlora_trainer.train.step import StepResult, train_step
+from qlora_trainer.training.checks import LearningChecks
+from qlora_trainer.training.optimizer import AdapterAdamW
+from qlora_trainer.training.scaler import LossScaler
+from qlora_trainer.training.step import StepResult, train_step
 
 Decode = Callable[[Sequence[int]], str]
 

@@ -8,9 +8,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from qlora_trainer.errors import UserError
 from qlora_trainer.lora.inject import adapter_parameters
 from qlora_trainer.tasks.causal_lm import CausalLM
-from qlora_trainer.train.optimizer import AdapterAdamW
-from qlora_trainer.train.step import StepResult, gradient_norm, seed_random, train_step
-from tests.train.tiny import CPU, adapted_llama, batch, optimizer_for, trained_values
+from qlora_trainer.training.optimizer import AdapterAdamW
+from qlora_trainer.training.step import StepResult, gradient_norm, seed_random, train_step
+from tests.training.tiny import CPU, adapted_llama, batch, optimizer_for, trained_values
 
 
 class Kept:

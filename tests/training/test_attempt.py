@@ -6,11 +6,11 @@ import torch
 from torch import nn
 
 from qlora_trainer.errors import UserError
-from qlora_trainer.train.log import read_metrics
-from qlora_trainer.train.loop import run_training
-from qlora_trainer.train.plan import TrainingPlan
-from qlora_trainer.train.scaler import LossScaler
-from tests.train.tiny import adapted_llama, make_run, trained_values
+from qlora_trainer.training.log import read_metrics
+from qlora_trainer.training.loop import run_training
+from qlora_trainer.training.plan import TrainingPlan
+from qlora_trainer.training.scaler import LossScaler
+from tests.training.tiny import adapted_llama, make_run, trained_values
 
 
 class SmallMemory(nn.Module):

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from qlora_trainer.train.signals import stop_on_signals
+from qlora_trainer.training.signals import stop_on_signals
 
 
 def test_the_first_signal_is_a_request_and_the_second_leaves_at_once() -> None:

@@ -2,7 +2,7 @@ import itertools
 
 import pytest
 
-from qlora_trainer.train.schedule import learning_rate_factor
+from qlora_trainer.training.schedule import learning_rate_factor
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])

@@ -7,9 +7,9 @@ import pytest
 from rich.console import Console
 
 from qlora_trainer.errors import UserError
-from qlora_trainer.train.curve import draw_losses
-from qlora_trainer.train.log import Remaining, RunLog, cut_metrics, read_metrics
-from qlora_trainer.train.trackers import open_trackers
+from qlora_trainer.training.curve import draw_losses
+from qlora_trainer.training.log import Remaining, RunLog, cut_metrics, read_metrics
+from qlora_trainer.training.trackers import open_trackers
 
 
 def values(step: int) -> dict[str, float]:

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from qlora_trainer.errors import UserError
-from qlora_trainer.train.optimizer import AdapterAdamW
-from qlora_trainer.train.state import newest_good_state, restore, save_state
+from qlora_trainer.training.optimizer import AdapterAdamW
+from qlora_trainer.training.state import newest_good_state, restore, save_state
 
 
 def optimizer(value: float = 0.0) -> AdapterAdamW:

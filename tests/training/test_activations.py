@@ -10,9 +10,9 @@ from qlora_trainer.base.layers import decoder_layers
 from qlora_trainer.lora.inject import adapter_parameters, inject_adapter
 from qlora_trainer.lora.spec import AdapterSpec
 from qlora_trainer.tasks.causal_lm import CausalLM, LossPath
-from qlora_trainer.train.activations import plan_activations
-from qlora_trainer.train.step import seed_random
-from tests.train.tiny import adapted_llama, batch, tiny_llama
+from qlora_trainer.training.activations import plan_activations
+from qlora_trainer.training.step import seed_random
+from tests.training.tiny import adapted_llama, batch, tiny_llama
 
 
 def gradients(model: Any) -> dict[str, torch.Tensor]:

@@ -10,12 +10,12 @@ from qlora_trainer.errors import UserError
 from qlora_trainer.lora.inject import adapted_layers, adapter_parameters, inject_adapter
 from qlora_trainer.lora.spec import AdapterSpec
 from qlora_trainer.tasks.causal_lm import CausalLM
-from qlora_trainer.train.checks import LearningChecks
-from qlora_trainer.train.evaluate import evaluate
-from qlora_trainer.train.loop import run_training
-from qlora_trainer.train.plan import TrainingPlan
-from qlora_trainer.train.step import train_step
-from tests.train.tiny import (
+from qlora_trainer.training.checks import LearningChecks
+from qlora_trainer.training.evaluate import evaluate
+from qlora_trainer.training.loop import run_training
+from qlora_trainer.training.plan import TrainingPlan
+from qlora_trainer.training.step import train_step
+from tests.training.tiny import (
     CPU,
     adapted_llama,
     batch,

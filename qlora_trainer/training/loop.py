@@ -11,14 +11,14 @@ from dataclasses import asdict
 from qlora_trainer.base.files import replace_folder
 from qlora_trainer.errors import UserError
 from qlora_trainer.tasks.task import Batch
-from qlora_trainer.train.attempt import StepRunner
-from qlora_trainer.train.checks import LearningChecks
-from qlora_trainer.train.evaluate import evaluate
-from qlora_trainer.train.log import Phase
-from qlora_trainer.train.plan import Course, Run, TrainingOutcome, TrainingPlan
-from qlora_trainer.train.schedule import learning_rate_factor
-from qlora_trainer.train.signals import StopRequest, stop_on_signals
-from qlora_trainer.train.state import newest_good_state, restore, save_state
+from qlora_trainer.training.attempt import StepRunner
+from qlora_trainer.training.checks import LearningChecks
+from qlora_trainer.training.evaluate import evaluate
+from qlora_trainer.training.log import Phase
+from qlora_trainer.training.plan import Course, Run, TrainingOutcome, TrainingPlan
+from qlora_trainer.training.schedule import learning_rate_factor
+from qlora_trainer.training.signals import StopRequest, stop_on_signals
+from qlora_trainer.training.state import newest_good_state, restore, save_state
 
 
 def run_training(run: Run, plan: TrainingPlan) -> TrainingOutcome:

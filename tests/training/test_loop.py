@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from qlora_trainer.errors import UserError
-from qlora_trainer.train.log import read_metrics
-from qlora_trainer.train.loop import run_training
-from qlora_trainer.train.plan import TrainingPlan
-from tests.train.tiny import adapted_llama, held_out, make_run, trained_values
+from qlora_trainer.training.log import read_metrics
+from qlora_trainer.training.loop import run_training
+from qlora_trainer.training.plan import TrainingPlan
+from tests.training.tiny import adapted_llama, held_out, make_run, trained_values
 
 
 def plan(total_steps: int, **settings: object) -> TrainingPlan:

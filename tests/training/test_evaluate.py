@@ -6,8 +6,8 @@ from torch import nn
 
 from qlora_trainer.errors import UserError
 from qlora_trainer.tasks.causal_lm import CausalLM
-from qlora_trainer.train.evaluate import evaluate
-from tests.train.tiny import CPU, adapted_llama, batch
+from qlora_trainer.training.evaluate import evaluate
+from tests.training.tiny import CPU, adapted_llama, batch
 
 
 def test_metrics_do_not_depend_on_the_evaluations_micro_batch() -> None:

@@ -12,10 +12,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from qlora_trainer.lora.inject import adapter_parameters, inject_adapter
 from qlora_trainer.lora.spec import AdapterSpec
 from qlora_trainer.tasks.causal_lm import CausalLM
-from qlora_trainer.train.log import RunLog
-from qlora_trainer.train.optimizer import AdapterAdamW, OptimizerKind
-from qlora_trainer.train.plan import Run
-from qlora_trainer.train.windows import Windows
+from qlora_trainer.training.log import RunLog
+from qlora_trainer.training.optimizer import AdapterAdamW, OptimizerKind
+from qlora_trainer.training.plan import Run
+from qlora_trainer.training.windows import Windows
 
 CPU = torch.device("cpu")
 VOCABULARY = 211

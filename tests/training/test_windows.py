@@ -1,8 +1,8 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_trainer.train.windows import Windows
-from tests.train.tiny import Epoch
+from qlora_trainer.training.windows import Windows
+from tests.training.tiny import Epoch
 
 
 class Numbers:

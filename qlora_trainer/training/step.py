@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from qlora_trainer.errors import UserError
 from qlora_trainer.tasks.task import Batch, Task, to_device
-from qlora_trainer.train.optimizer import AdapterAdamW
+from qlora_trainer.training.optimizer import AdapterAdamW
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from qlora_trainer.errors import UserError
-from qlora_trainer.train.folder import RunFolder
+from qlora_trainer.training.folder import RunFolder
 
 
 def test_an_unfinished_run_is_found_again(tmp_path: Path) -> None:

@@ -1,0 +1,121 @@
+"""Asking a trained adapter: load base and adapter as they were trained, answer prompts."""
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qlora_trainer.config.read import read_run_file
+from qlora_trainer.config.settings import RunConfig
+from qlora_trainer.data.encode import Encoder, choose_pad_id
+from qlora_trainer.errors import UserError
+from qlora_trainer.lora.files import load_adapter
+from qlora_trainer.lora.inject import adapters_disabled
+from qlora_trainer.run.report import Reporter, tensors_loaded
+from qlora_trainer.tasks.causal_lm import CausalLM
+from qlora_trainer.tasks.generate import generate_tokens
+from qlora_trainer.training import setup
+from qlora_trainer.training.evaluate import evaluate as evaluate_batches
+
+Prompt = str | list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A finished run, loaded to be asked.
+
+    Attributes:
+        run: Its settings.
+        model: Base with adapter, evaluating.
+        source: The model's tokenizer, configuration and device.
+        encoder: Renders chats as in training.
+    """
+
+    run: RunConfig
+    model: Any
+    source: setup.ModelSource
+    encoder: Encoder
+
+
+def load_trained(folder: str | Path, *, reporter: Reporter | None = None) -> Trained:
+    """Load the base and the adapter of a run folder.
+
+    Raises:
+        UserError: The folder is no finished run, or its base has changed or gone.
+    """
+    folder = Path(folder)
+    if not (folder / "adapter").is_dir():
+        raise UserError(f"{folder}: holds no adapter (no finished run); `qlora train` writes one")
+    run = read_run_file(folder / "run.yaml")
+    source = setup.open_model(run)
+    model = setup.load_model(source, tensors_loaded(reporter or Reporter()))
+    dtype = setup.adapter_dtype(run, source.base_spec.compute_dtype)
+    load_adapter(model, folder / "adapter", dtype=dtype, trainable=False)
+    encoder = Encoder(source.tokenizer, chat_template=run.model.chat_template)
+    return Trained(run, model.eval(), source, encoder)
+
+
+def generate(
+    trained: Trained,
+    prompts: Sequence[Prompt],
+    *,
+    adapter: bool = True,
+    max_new_tokens: int = 256,
+    batch_size: int = 16,
+    temperature: float = 0.0,
+    system: str | None = None,
+    seed: int = 0,
+    progress: Callable[[int], None] | None = None,
+) -> list[str]:
+    """Answer prompts.
+
+    Args:
+        trained: From `load_trained`.
+        prompts: A question each, or a list of chat messages.
+        adapter: False answers with the base alone.
+        max_new_tokens: Longest answer, in tokens.
+        batch_size: Prompts per forward pass.
+        temperature: 0 is greedy.
+        system: A system message put before every question.
+        seed: Of sampling.
+        progress: Called with the number of prompts answered.
+
+    Returns:
+        One answer per prompt, in order, without special tokens.
+    """
+    tokenizer = trained.source.tokenizer
+    chats = [_as_chat(prompt, system) for prompt in prompts]
+    with nullcontext() if adapter else adapters_disabled(trained.model):
+        answers = generate_tokens(
+            trained.model,
+            [trained.encoder.encode_prompt(chat) for chat in chats],
+            pad_token_id=choose_pad_id(tokenizer),
+            stop_token_ids=sorted({tokenizer.eos_token_id, *trained.source.stop_ids}),
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            temperature=temperature,
+            seed=seed,
+            progress=progress,
+        )
+    return [tokenizer.decode(answer, skip_special_tokens=True).strip() for answer in answers]
+
+
+def held_out_metrics(trained: Trained, *, adapter: bool = True) -> dict[str, float]:
+    """Loss and token accuracy on the run's held-out rows, with or without the adapter.
+
+    Raises:
+        UserError: The run has no held-out rows.
+    """
+    data = setup.open_data(trained.run, trained.source)
+    batches = setup.eval_batches(trained.run, data)
+    if batches is None:
+        raise UserError("the run has no held-out rows; set data.eval or data.eval_fraction")
+    task = CausalLM.for_model(trained.model)
+    with nullcontext() if adapter else adapters_disabled(trained.model):
+        return evaluate_batches(trained.model, batches(), task=task, device=trained.source.device)
+
+
+def _as_chat(prompt: Prompt, system: str | None) -> list[dict[str, Any]]:
+    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    return [{"role": "system", "content": system}, *turns] if system else turns

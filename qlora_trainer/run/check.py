@@ -1,0 +1,57 @@
+"""Looking before leaping: the machine, the data, the base."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from qlora_trainer.base.audit import BaseAudit, audit_base
+from qlora_trainer.base.machine import Finding, diagnose
+from qlora_trainer.config.read import read_run_file
+from qlora_trainer.config.settings import RunConfig
+from qlora_trainer.data.gate import GateReport, inspect_data
+from qlora_trainer.run.report import Reporter, rows_read, tensors_loaded
+from qlora_trainer.training import setup
+
+
+def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read and check a run file.
+
+    Args:
+        path: The YAML file.
+        overrides: `section.setting=value` each.
+
+    Raises:
+        UserError: With every fault found in it.
+    """
+    return read_run_file(Path(path), overrides)
+
+
+def doctor(folder: str | Path = ".") -> list[Finding]:
+    """Look at driver, CUDA, bitsandbytes, RAM and disk."""
+    return diagnose(Path(folder))
+
+
+def check(run: RunConfig, *, reporter: Reporter | None = None) -> GateReport:
+    """Read and encode the data and say what would be trained.
+
+    Raises:
+        UserError: The data cannot be trained on: which rows, and what to do.
+    """
+    source = setup.open_model(run)
+    return inspect(run, source, setup.open_data(run, source, rows_read(reporter or Reporter())))
+
+
+def inspect(run: RunConfig, source: setup.ModelSource, data: setup.RunData) -> GateReport:
+    """The gate's report on data already encoded."""
+    return inspect_data(
+        data.train,
+        source.tokenizer,
+        evaluation=data.held_out,
+        packing_capacity=run.data.max_seq_len if run.data.packing else None,
+        stop_ids=source.stop_ids,
+    )
+
+
+def audit(run: RunConfig, *, reporter: Reporter | None = None) -> BaseAudit:
+    """Load the base and account for every tensor."""
+    source = setup.open_model(run)
+    return audit_base(setup.load_model(source, tensors_loaded(reporter or Reporter())))
