@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from qlora_trainer.base.dtype import dtype_name
 from qlora_trainer.base.nf4 import NF4Linear
-from qlora_trainer.base.select import head_paths, is_linear
+from qlora_trainer.base.select import head_paths, is_linear, is_router
 
 LARGE_BYTES = 2**20  # an unquantized tensor from here on is listed with its reason
 ROLES = (
-    "linear weights (NF4)", "quantization state", "linear weights", "experts", "embedding",
-    "head", "norm", "bias", "convolution", "buffer", "other",
+    "linear weights (NF4)", "quantization state", "linear weights", "experts", "router",
+    "embedding", "head", "norm", "bias", "convolution", "buffer", "other",
 )  # fmt: skip
 
 
@@ -162,6 +162,8 @@ def _role(path: str, name: str, module: nn.Module, tensor: Tensor, heads: set[st
         role = "norm"
     elif name.rpartition("_")[2] == "bias":
         role = "bias"
+    elif is_router(module) and tensor.dim() > 1:
+        role = "router"
     elif tensor.dim() == 3:
         role = "experts"
     elif is_linear(module) or (isinstance(module, nn.Linear) and tensor.dim() == 2):

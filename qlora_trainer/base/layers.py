@@ -45,7 +45,11 @@ def _is_stack(modules: nn.ModuleList, expected: set[int]) -> bool:
         return False
     if all(isinstance(module, GradientCheckpointingLayer) for module in modules):
         return True
-    return len({type(module) for module in modules}) == 1 and len(modules) in expected
+    alike = len({type(module) for module in modules}) == 1
+    made_of_parts = any(
+        True for _ in modules[0].children()
+    )  # a list of norms is no stack of layers
+    return alike and made_of_parts and len(modules) in expected
 
 
 def _layer_counts(model: nn.Module) -> set[int]:

@@ -20,6 +20,9 @@ _HEAD_NAMES = {
     "lm_head", "score", "classifier", "qa_outputs", "embed_out", "proj_out", "classification_head",
 }  # fmt: skip
 _ROUTER_NAMES = {"gate", "router"}
+_ROUTER_REASON = "router: which expert runs hangs on its precision"
+# Subclasses of nn.Linear that compute the same product, only differently rounded.
+_PLAIN_SUBCLASSES = {"FalconLinear"}
 
 
 @dataclass(frozen=True)
@@ -72,8 +75,14 @@ def select_quantized(model: nn.Module, keep_unquantized: Iterable[str] = ()) -> 
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether it is a plain product: exactly `nn.Linear` or `Conv1D`, no subclass with ideas."""
-    return type(module) is nn.Linear or type(module) is Conv1D
+    """Whether it is a plain product: `nn.Linear` or `Conv1D`, no subclass with ideas of its own."""
+    kind = type(module)
+    return kind is nn.Linear or kind is Conv1D or kind.__name__ in _PLAIN_SUBCLASSES
+
+
+def is_router(module: nn.Module) -> bool:
+    """Whether it chooses experts, by the name transformers gives such classes."""
+    return type(module).__name__.lower().endswith("router")
 
 
 def path_matches(path: str, name: str) -> bool:
@@ -129,6 +138,8 @@ def _reason_by_kind(module: nn.Module) -> str | None:
     kind = type(module).__name__
     if is_linear(module):
         return None
+    if is_router(module):
+        return _ROUTER_REASON
     if isinstance(module, nn.Embedding):
         return "embedding: a look-up, not a product"
     if isinstance(module, nn.Linear):
@@ -147,7 +158,7 @@ def _reason_by_place(path: str, module: nn.Module, heads: set[str], shared: set[
     if id(weight) in shared:
         return "its weight is shared with another layer"
     if path.rsplit(".", 1)[-1] in _ROUTER_NAMES:
-        return "router: which expert runs hangs on its precision"
+        return _ROUTER_REASON
     if min(weight.shape) == 1:
         return "a gate: its weight is a single row"
     return None

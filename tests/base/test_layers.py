@@ -49,6 +49,7 @@ def test_remote_code_without_the_base_class_is_found_by_its_layer_count() -> Non
 
         def __init__(self) -> None:
             super().__init__()
+            self.norms = nn.ModuleList(nn.LayerNorm(2) for _ in range(3))
             self.pre = nn.ModuleList([nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2)])
             self.blocks = nn.ModuleList(Block() for _ in range(3))
 
