@@ -16,6 +16,7 @@ Source of the recipe: scripts/measure.py of fitcheck-llm 0.3.1 (MIT), and the me
 import contextlib
 import json
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -23,8 +24,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import transformers
+from torch.utils._python_dispatch import _disable_current_modes
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-from transformers.core_model_loading import convert_and_load_state_dict_in_model
+from transformers import core_model_loading as loading
 from transformers.modeling_utils import LoadStateDictConfig, get_total_byte_count
 from transformers.quantizers.auto import AutoHfQuantizer
 
@@ -140,19 +142,21 @@ def load_quantized(
         ),
         pre_quantized=False,
     )
-    tied = set(model.all_tied_weights_keys) if model.config.tie_word_embeddings else set()
-    slices = {
-        name: _Slice(value.shape, dtype)
-        for name, value in model.state_dict().items()
-        if name not in tied
-    }
-    device_map = {"": "meta"}
-    quantizer.preprocess_model(model=model, dtype=dtype, device_map=device_map)
-    expected = dict.fromkeys(model.state_dict(), CARD)
-    warm_up = get_total_byte_count(model, expected, quantizer)[CARD]
-    del expected
+    with _disable_current_modes():  # the skeleton is not on the card yet
+        tied = set(model.all_tied_weights_keys) if model.config.tie_word_embeddings else set()
+        device_map = {"": "meta"}
+        quantizer.preprocess_model(model=model, dtype=dtype, device_map=device_map)
+        slices = {
+            name: _Slice(
+                value.shape, torch.float32 if quantizer.param_needs_quantization(model, name) else dtype
+            )
+            for name, value in model.state_dict().items()
+            if name not in tied
+        }
+        expected = dict.fromkeys(model.state_dict(), CARD)
+        warm_up = get_total_byte_count(model, expected, quantizer)[CARD]
     torch.empty(int(warm_up // 2), dtype=torch.float16, device=CARD)  # caching_allocator_warmup
-    convert_and_load_state_dict_in_model(
+    loading.convert_and_load_state_dict_in_model(
         model=model,
         state_dict=slices,
         load_config=LoadStateDictConfig(
@@ -180,6 +184,17 @@ def _steer_quantization() -> None:
         return plain_to(self, *args, **kwargs)
 
     Params4bit.to = to
+
+
+def _steer_loading() -> None:
+    plain = loading.spawn_materialize
+
+    def spawn_materialize(
+        pool: Any, tensor: _Slice, device: Any = None, dtype: Any = None, **kwargs: Any
+    ) -> Any:
+        return plain(pool, tensor, device, tensor.dtype, **kwargs)
+
+    loading.spawn_materialize = spawn_materialize
 
 
 def _steer_attention() -> None:
@@ -237,6 +252,16 @@ def _bias_of(mask: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
     return mask.expand(query.shape[0], query.shape[1], -1, -1)
 
 
+def steer() -> None:
+    """Turn the libraries of this process into what they are on the card; once, for its lifetime."""
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    warnings.simplefilter("ignore")
+    _steer_quantization()
+    _steer_loading()
+    _steer_attention()
+
+
 @contextlib.contextmanager
 def _logged_empty_cache(tracker: AllocationTracker) -> Iterator[None]:
     available, empty = torch.cuda.is_available, torch.cuda.empty_cache
@@ -253,8 +278,6 @@ def run_t4(recipe: Recipe) -> Trace:
     """measure.py of fitcheck-llm, line by line."""
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training  # noqa: PLC0415
 
-    _steer_quantization()
-    _steer_attention()
     dtype = DTYPES[recipe.compute_dtype]
     skeleton = build_skeleton(
         model_config(recipe.model | {"seq_len": recipe.seq_len}), recipe.attention, dtype
@@ -324,31 +347,42 @@ def _train(model: Any, optimizer: Any, batch: torch.Tensor, tracker: AllocationT
     tracker.set_phase("between")
     tracker.mark(RESET_PEAK)
     step("measured")
+    tracker.set_phase("after")
+    step("phased")
 
 
-def main() -> None:
-    """Read a recipe as JSON on stdin, write what the replay found as JSON on stdout."""
-    request = json.load(sys.stdin)
+def answer(request: dict[str, Any]) -> dict[str, Any]:
+    """Simulate one recipe and replay it at a capacity."""
     recipe = Recipe(**request["recipe"])
     trace = run_t4(recipe)
-    capacity = request.get("capacity_bytes")
-    peaks = trace.replay(capacity)
-    answer = {
+    if request.get("dump"):  # wip
+        import pickle
+        log = trace.log
+        pickle.dump(([(a.size_bytes, a.stream, a.operator, a.component, a.where) for a in log.allocations], log.events), open(request["dump"], "wb"))
+    peaks = trace.replay(request.get("capacity_bytes"))
+    return {
         "allocated": peaks.allocated_bytes,
         "reserved": peaks.reserved_bytes,
         "after_load": peaks.after_phase["load"],
-        "forward": peaks.allocated_by_phase["measured forward"],
-        "backward": peaks.allocated_by_phase["measured backward"],
-        "optimizer": peaks.allocated_by_phase["measured optimizer"],
+        "forward": peaks.allocated_by_phase["phased forward"],
+        "backward": peaks.allocated_by_phase["phased backward"],
+        "optimizer": peaks.allocated_by_phase["phased optimizer"],
         "by_component": peaks.by_component,
         "reserved_by_phase": peaks.reserved_by_phase,
         "peak_phase": peaks.peak_phase,
         "kernels": trace.log.kernels,
-        "alive": [asdict(tensor) for tensor in peaks.alive[:40]],
         "retries": peaks.retries,
         "fits": peaks.fits,
     }
-    json.dump(answer, sys.stdout)
+
+
+def main() -> None:
+    """Read recipes as lines of JSON on stdin, write what the replays found as lines on stdout."""
+    replies = sys.stdout
+    sys.stdout = sys.stderr  # libraries print
+    steer()
+    for line in sys.stdin:
+        print(json.dumps(answer(json.loads(line))), file=replies, flush=True)
 
 
 if __name__ == "__main__":

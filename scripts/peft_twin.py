@@ -34,8 +34,8 @@ from qlora_trainer import load_run
 from qlora_trainer.data.encode import choose_pad_id
 from qlora_trainer.lora.files import save_adapter
 from qlora_trainer.tasks.generate import generate_tokens
-from qlora_trainer.train import setup
-from qlora_trainer.train.schedule import learning_rate_factor
+from qlora_trainer.training import setup
+from qlora_trainer.training.schedule import learning_rate_factor
 
 Batch = dict[str, torch.Tensor]
 

@@ -50,24 +50,19 @@ def recipe(row):
     )
 
 
+import threading, queue
+local=threading.local()
 def one(row):
-    t = time.time()
-    p = subprocess.run(
-        [sys.executable, os.path.join(os.path.dirname(__file__), "peft_recipe.py")],
-        input=json.dumps({"recipe": recipe(row), "capacity_bytes": int((14912 - 140.875) * MIB)}),
-        capture_output=True,
-        text=True,
-    )
-    if p.returncode:
-        print(p.stderr[-3000:])
-        raise SystemExit(1)
-    a = json.loads(p.stdout.splitlines()[-1])
-    a["s"] = time.time() - t
+    t=time.time()
+    if not hasattr(local,"p"):
+        local.p=subprocess.Popen([sys.executable,os.path.join(os.path.dirname(os.path.abspath(__file__)),"peft_recipe.py")],stdin=subprocess.PIPE,stdout=subprocess.PIPE,text=True)
+    local.p.stdin.write(json.dumps({"recipe":recipe(row),"capacity_bytes":int((14912-140.875)*MIB),"dump":os.environ.get("DUMP") and "%s/%d.pkl"%(os.environ["DUMP"],row["_i"])})+"\n"); local.p.stdin.flush()
+    a=json.loads(local.p.stdout.readline()); a["s"]=time.time()-t
     return a
-
-
 if __name__ == "__main__":
     rows = list(csv.DictReader(open(sys.argv[1])))
+    for n, r in enumerate(rows):
+        r["_i"] = n
     sel = [int(x) for x in sys.argv[2].split(",")] if len(sys.argv) > 2 else range(len(rows))
     keys = [
         ("after_load", "after_load_allocated_mib"),

@@ -1,6 +1,7 @@
 """What the README and the architecture promise about the house is true of the tree."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -48,6 +49,21 @@ def test_no_pickle_is_ever_read() -> None:
         or (isinstance(node, ast.Import) and any(a.name == "pickle" for a in node.names))
     ]
     assert found == []
+
+
+def test_every_setting_a_message_names_exists() -> None:
+    sections = "model|adapter|data|train|evaluation|output"
+    known = {name for name, _, _ in settings_table()}
+    wrong = []
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not (isinstance(node, ast.Constant) and isinstance(node.value, str)):
+                continue
+            for name in re.findall(rf"(?<![\w.])(?:{sections})\.[a-z]\w+(?=:| =|;|`)", node.value):
+                is_file = name.endswith((".json", ".jsonl", ".safetensors", ".yaml"))
+                if name not in known and not is_file:
+                    wrong.append(f"{path.relative_to(PACKAGE)}:{node.lineno}: {name}")
+    assert wrong == []
 
 
 def test_every_setting_has_help() -> None:

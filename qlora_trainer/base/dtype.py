@@ -41,27 +41,27 @@ def compute_dtype_for(
     """
     if requested != "auto" and requested not in _NAMES:
         known = ", ".join(("auto", *_NAMES))
-        raise UserError(f"base.compute_dtype = {requested!r}: must be one of {known}")
+        raise UserError(f"model.compute_dtype = {requested!r}: must be one of {known}")
     emulated = device_type == "cuda" and capability is not None and (
         capability < NATIVE_BF16_CAPABILITY
     )  # fmt: skip
     capability_text = ".".join(map(str, capability or ()))
     if requested == "bf16" and emulated:
         raise UserError(
-            f"base.compute_dtype = bf16: this GPU (compute capability {capability_text}) only "
-            "emulates bf16, slowly; set base.compute_dtype = fp16 or auto"
+            f"model.compute_dtype = bf16: this GPU (compute capability {capability_text}) only "
+            "emulates bf16, slowly; set model.compute_dtype = fp16 or auto"
         )
     chosen = requested if requested != "auto" else "fp16" if emulated else "bf16"
     if chosen == "fp16" and overflows_in_fp16(model_type):
         why = (
-            "base.compute_dtype = fp16"
+            "model.compute_dtype = fp16"
             if requested == "fp16"
-            else f"base.compute_dtype = auto (fp16 on compute capability {capability_text})"
+            else f"model.compute_dtype = auto (fp16 on compute capability {capability_text})"
         )
         ways = "fp32 (slow)" if emulated else "bf16"
         raise UserError(
             f"{why}: {model_type} models overflow in fp16 and train into NaN; set "
-            f"base.compute_dtype = {ways}, or take another model"
+            f"model.compute_dtype = {ways}, or take another model"
         )
     return _NAMES[chosen]
 

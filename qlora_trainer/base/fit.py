@@ -33,7 +33,7 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
     if "auto_map" in raw and not trust_remote_code and kind not in transformers.CONFIG_MAPPING:
         raise UserError(
             f"{folder}: model type {kind!r} comes with its own Python code; read that code, then "
-            "set base.trust_remote_code = true"
+            "set model.trust_remote_code = true"
         )
     if not isinstance(kind, str) or (
         kind not in transformers.CONFIG_MAPPING and "auto_map" not in raw

@@ -43,8 +43,8 @@ def check_quantization(config: Any, quantization: str, source: str) -> None:
         )
     if quantization != "nf4":
         raise UserError(
-            f"base.quantization = {quantization!r}, but {source} is quantized already (nf4); "
-            "set base.quantization = nf4, or take the model's 16-bit release"
+            f"model.quantization = {quantization!r}, but {source} is quantized already (nf4); "
+            "set model.quantization = nf4, or take the model's 16-bit release"
         )
 
 

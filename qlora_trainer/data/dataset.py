@@ -126,9 +126,12 @@ def build_dataset(
         UserError: All faults of all sources in one message. Nothing is stored then.
     """
     if over_length not in OVER_LENGTH:
-        raise UserError(f"over_length = {over_length!r}: must be one of {', '.join(OVER_LENGTH)}")
+        known = ", ".join(OVER_LENGTH)
+        raise UserError(f"data.over_length = {over_length!r}: must be one of {known}")
     if max_seq_len < 2:
-        raise UserError(f"max_seq_len = {max_seq_len}: must be at least 2 to hold a trained token")
+        raise UserError(
+            f"data.max_seq_len = {max_seq_len}: must be at least 2 to hold a trained token"
+        )
     if not sources:
         raise UserError("no data source is given; name at least one file, folder or data set")
     opened = [open_source(source) for source in sources]
@@ -160,12 +163,13 @@ def split_eval(
         UserError: The fraction is not between 0 and 1, or leaves one side empty.
     """
     if not 0 < fraction < 1:
-        raise UserError(f"eval_fraction = {fraction}: must be above 0 and below 1")
+        raise UserError(f"data.eval_fraction = {fraction}: must be above 0 and below 1")
     distinct = np.unique(dataset.hashes)
     held_count = max(1, round(len(distinct) * fraction))
     if held_count >= len(distinct):
         raise UserError(
-            f"eval_fraction = {fraction}: {len(distinct)} distinct rows leave none to train on; "
+            f"data.eval_fraction = {fraction}: {len(distinct)} distinct rows leave none to train "
+            "on; "
             "give more rows or a source of its own for evaluation"
         )
     held = distinct[np.argsort(mix(distinct, seed), kind="stable")[:held_count]]

@@ -78,7 +78,7 @@ class Encoder:
         template_variables: Mapping[str, Any] | None = None,
     ) -> None:
         if loss_on not in LOSS_ON:
-            raise UserError(f"loss_on = {loss_on!r}: must be one of {', '.join(LOSS_ON)}")
+            raise UserError(f"data.loss_on = {loss_on!r}: must be one of {', '.join(LOSS_ON)}")
         if tokenizer.eos_token_id is None:
             raise UserError(
                 "the tokenizer has no EOS token, so no answer could be taught to end; set "
@@ -177,7 +177,7 @@ class Encoder:
         if self.template is None:
             raise RowError(
                 "the tokenizer has no chat template",
-                "name one: `chat_template: chatml` or `alpaca`, or a file",
+                "name one: `model.chat_template: chatml` or `alpaca`, or a file",
                 "no template",
             )
         return self.template.render(shape.messages, shape.tools, self.loss_on)

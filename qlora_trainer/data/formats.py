@@ -131,7 +131,8 @@ def _alpaca(record: Mapping[str, Any], as_chat: bool) -> Shape:
     history = record.get("history") or []
     if not as_chat:
         if history:
-            raise RowError("`history` needs a chat template", "name one under `chat_template`")
+            remedy = "name one under `model.chat_template`"
+            raise RowError("`history` needs a chat template", remedy)
         prompt = _ALPACA_INPUT if extra.strip() else _ALPACA
         return Prompted(prompt.format_map({"instruction": instruction, "input": extra}), output)
     messages: list[dict[str, Any]] = []

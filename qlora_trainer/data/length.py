@@ -53,8 +53,10 @@ class LengthPolicy:
         self.lost_trained_tokens += lost
         self.cut_answers += lost > 0
         if not trained:
-            problem = f"after cutting {length} tokens to max_seq_len = {limit} nothing is trained"
-            remedy = "raise max_seq_len, shorten the prompt, or set over_length: drop"
+            problem = (
+                f"after cutting {length} tokens to data.max_seq_len = {limit} nothing is trained"
+            )
+            remedy = "raise data.max_seq_len, shorten the prompt, or set data.over_length: drop"
             faults.add(Fault(where, problem, remedy, "nothing trained after cutting"))
             return None
         return Example(
@@ -71,14 +73,14 @@ class LengthPolicy:
             return
         share = 100 * self.long_rows / self.rows
         ways = (
-            f"max_seq_len: {self.longest} holds all"
+            f"data.max_seq_len: {self.longest} holds all"
             + self._nearly_all()
-            + "; over_length: truncate cuts their ends "
+            + "; data.over_length: truncate cuts their ends "
             f"({sum(n * (t - self.max_seq_len) for t, n in self.long_lengths.items())} tokens); "
-            f"over_length: drop leaves them out ({self.lost_tokens} tokens)"
+            f"data.over_length: drop leaves them out ({self.lost_tokens} tokens)"
         )
         raise UserError.from_faults(
-            f"max_seq_len = {self.max_seq_len}: {self.long_rows} of {self.rows} rows "
+            f"data.max_seq_len = {self.max_seq_len}: {self.long_rows} of {self.rows} rows "
             f"({share:.1f} %) are longer. {ways}. The first",
             self.first_long,
         )

@@ -71,7 +71,8 @@ def encode_into(
         policy.check()
         if writer.count == 0:
             raise UserError(
-                f"over_length = drop: every row is longer than max_seq_len = {policy.max_seq_len}; "
+                "data.over_length = drop: every row is longer than data.max_seq_len = "
+                f"{policy.max_seq_len}; "
                 f"the longest has {policy.longest} tokens"
             )
         writer.finish({"sources": per_source, **policy.counts()})

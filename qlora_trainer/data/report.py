@@ -111,7 +111,8 @@ def find_warnings(report: GateReport, tokenizer: Any, *, stops: bool) -> list[st
         )
     if train.truncated_rows:
         found.append(
-            f"rows cut to max_seq_len: {train.truncated_rows}; tokens lost: {train.lost_tokens}, "
+            f"rows cut to data.max_seq_len: {train.truncated_rows}; "
+            f"tokens lost: {train.lost_tokens}, "
             f"answers cut: {train.cut_answers}"
         )
     if train.dropped_rows:
@@ -144,7 +145,7 @@ def _source_warnings(source: dict[str, Any]) -> list[str]:
         found.append(
             f"{path}: chats split into one example per answer, since the chat template rewrites "
             f"earlier turns: {source['split_chats']} ({source['rows']} rows, {source['examples']} "
-            "examples); `loss_on: last` trains the last answers only"
+            "examples); `data.loss_on: last` trains the last answers only"
         )
     if source["merged_joins"]:
         found.append(

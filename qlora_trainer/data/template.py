@@ -155,7 +155,7 @@ class ChatTemplate:
                 f"generation prompt ends (it asks with {before[shared:][:60]!r}, the row reads "
                 f"{text[shared:][:60]!r})",
                 "give the answer the form the template expects (for example its thinking), or name "
-                "a template with {% generation %} markers under `chat_template`",
+                "a template with {% generation %} markers under `model.chat_template`",
                 "generation prompt",
             )
         return len(before), self._end_of_turn(text, len(before), len(upto))
@@ -172,7 +172,7 @@ class ChatTemplate:
             raise RowError(
                 f"the chat template marks {len(marked)} generated parts for {len(answers)} "
                 "assistant turns",
-                "mend its {% generation %} markers or name another under `chat_template`",
+                "mend its {% generation %} markers or name another under `model.chat_template`",
                 "generation markers",
             )
         start, end = marked[answers.index(turn)]
@@ -190,7 +190,7 @@ class ChatTemplate:
 
     def _check_whole(self, text: str, messages: list[dict[str, Any]], tools: Any) -> None:
         """Refuse a template that silently leaves out tools or what the user or system said."""
-        remedy = "name a template that has a place for it under `chat_template`"
+        remedy = "name a template that has a place for it under `model.chat_template`"
         for index, message in enumerate(messages):
             said = message["role"] in ("system", "developer", "user") and message["content"].strip()
             if said and said not in text:
@@ -211,7 +211,7 @@ class ChatTemplate:
             what = "its tool calls" if not missing else "its text"
             raise RowError(
                 f"messages[{turn}]: the chat template renders the answer without {what}",
-                "name a template that renders it under `chat_template`",
+                "name a template that renders it under `model.chat_template`",
                 "answer left out",
             )
 
@@ -237,7 +237,7 @@ class ChatTemplate:
             raise RowError(
                 f"the chat template refuses the row ({error})",
                 "change the row's roles or their order, or name another template under "
-                "`chat_template`",
+                "`model.chat_template`",
                 "template refuses",
             ) from error
         return texts[0], marked[0] if marks else []

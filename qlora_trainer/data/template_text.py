@@ -61,5 +61,6 @@ def choose_template(tokenizer: Any, template: str | None) -> str | None:
     if path.is_file():
         return path.read_text(encoding="utf-8")
     raise UserError(
-        f"chat_template = {template!r}: neither a built-in name ({', '.join(BUILT_IN)}) nor a file"
+        f"model.chat_template = {template!r}: neither a built-in name ({', '.join(BUILT_IN)}) "
+        "nor a file"
     )

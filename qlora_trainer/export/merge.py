@@ -84,7 +84,7 @@ def write_merged(
     announced = [Announced(t.name, t.dtype, t.shape) for t in plan.tensors]
     total = sum(tensor.size_bytes for tensor in announced)
     figures, faults = MergeFigures(), []
-    with torch.inference_mode(), ShardWriter(folder, announced, max_shard_bytes) as writer:
+    with torch.no_grad(), ShardWriter(folder, announced, max_shard_bytes) as writer:
         for tensor, size in zip(plan.tensors, announced, strict=True):
             writer.begin(tensor.name)
             fault = _write_one(tensor, base, writer, onto, quantization, figures)

@@ -122,7 +122,8 @@ def select_modules(model: nn.Module, spec: AdapterSpec, *, strict: bool = True) 
     if strict:
         faults += _unused_patterns(spec, matched)
     if not faults and not matched:
-        faults.append(f"target_modules = {target!r}: matches no module; {nearest('', modules)}")
+        near = nearest("", modules)
+        faults.append(f"adapter.target_modules = {target!r}: matches no module; {near}")
     if faults:
         raise UserError.from_faults("the adapter does not fit the model", faults)
     return matched
@@ -161,11 +162,12 @@ def _unmatched_names(
         found = [name for name in modules if is_named(name, (wanted,))]
         if not found:
             faults.append(
-                f"target_modules: {wanted!r} matches no module; {nearest(wanted, modules)}"
+                f"adapter.target_modules: {wanted!r} matches no module; {nearest(wanted, modules)}"
             )
         elif all(_is_within(name, saved) for name in found):
             faults.append(
-                f"target_modules: {wanted!r} is trained in full by modules_to_save; name it in one"
+                f"adapter.target_modules: {wanted!r} is trained in full by modules_to_save; "
+                "name it in one"
             )
     return faults
 

@@ -53,7 +53,7 @@ def select_saved_modules(
     """
     modules = candidates(model)
     faults = [
-        f"modules_to_save: {name!r} matches no module; {nearest(name, modules)}"
+        f"adapter.modules_to_save: {name!r} matches no module; {nearest(name, modules)}"
         for name in names
         if strict and not any(is_named(path, (name,)) for path in modules)
     ]
@@ -65,16 +65,16 @@ def select_saved_modules(
         found.append(path)
         inner = list(module.modules())
         if any(isinstance(m, LowRankLayer) for m in inner):
-            faults.append(f"modules_to_save: {path} carries an adapter; choose one of the two")
+            faults.append(f"adapter.modules_to_save: {path} carries an adapter; choose one of both")
         elif isinstance(module, nn.ModuleList | nn.ModuleDict):
-            faults.append(f"modules_to_save: {path} is a container; name what is inside it")
+            faults.append(f"adapter.modules_to_save: {path} is a container; name what is inside it")
         elif any(hasattr(m, "dense_weight") or _is_packed(m) for m in inner):
             faults.append(
-                f"modules_to_save: {path} is held in 4 bits and cannot be trained in full; "
+                f"adapter.modules_to_save: {path} is held in 4 bits and cannot be trained in full; "
                 "keep it unquantized"
             )
         elif not any(True for _ in module.parameters()):
-            faults.append(f"modules_to_save: {path} has no parameters to train")
+            faults.append(f"adapter.modules_to_save: {path} has no parameters to train")
     if faults:
         raise UserError.from_faults("modules_to_save does not fit the model", faults)
     return found
@@ -114,7 +114,8 @@ def replace_by_trained_copies(
         if copied and not untie and len(copied) < len(group):
             rest = [p for p in group if p not in copied]
             raise UserError(
-                f"modules_to_save: {', '.join(copied)} shares its weight with {', '.join(rest)}; "
+                f"adapter.modules_to_save: {', '.join(copied)} shares its weight with "
+                f"{', '.join(rest)}; "
                 "training one would end the tie: name both (trained as one), or neither"
             )
         if copied and untie:

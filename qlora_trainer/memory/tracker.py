@@ -81,6 +81,16 @@ def _is_plumbing(code: CodeType) -> bool:
     return name.startswith("<") or any(part in name for part in _SKIP)
 
 
+@functools.cache
+def _returns_alias(func: Any) -> bool:
+    schema = getattr(func, "_schema", None)
+    return schema is not None and all(
+        # a write to storage not seen before is a birth: torch.tensor(..., device=...) shows no other
+        r.alias_info is not None and not r.alias_info.is_write
+        for r in schema.returns
+    )
+
+
 def _maker(frame: FrameType | None) -> tuple[CodeType | None, int]:
     """The nearest Python frame that is not torch's own or this room's plumbing."""
     while frame is not None:
@@ -247,6 +257,8 @@ class AllocationTracker(TorchDispatchMode):
             result = torch.ops.aten.add_.Tensor(*args)
         else:
             result = func(*args, **kwargs)
+        if _returns_alias(func):
+            return result  # a view, or the argument itself: its storage was born elsewhere
         if isinstance(result, torch.Tensor):
             self._birth(result, func.__name__, sys._getframe(1), None)
         elif isinstance(result, (tuple, list)):

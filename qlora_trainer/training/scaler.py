@@ -38,7 +38,7 @@ class LossScaler:
         self.scale, self.good_steps, self.overflows = self.scale / 2, 0, self.overflows + 1
         if self.scale < _SMALLEST:
             raise UserError(
-                "base.compute_dtype: fp16: gradients overflow at every loss scale down to "
+                "model.compute_dtype: fp16: gradients overflow at every loss scale down to "
                 f"{_SMALLEST:g}; this model cannot be trained in fp16, use bf16 or fp32"
             )
 

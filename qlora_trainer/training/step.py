@@ -100,7 +100,7 @@ def train_step(
         # Some parameters have moved: trying the step again would move them twice.
         raise UserError(
             f"step {step}: out of memory in the optimizer's update ({error}); use "
-            "train.optimizer: adamw_8bit, a lower lora.rank, or fewer target modules"
+            "train.optimizer: adamw_8bit, a lower adapter.rank, or fewer target modules"
         ) from error
     return result
 
