@@ -16,6 +16,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -29,6 +30,7 @@ from qlora_trainer.errors import UserError
 
 STORE_VERSION = 1
 ROWS_PER_BATCH = 1024
+_ABANDONED_SECONDS = 3600
 SCHEMA = pa.schema(
     [
         ("input_ids", pa.list_(pa.int32())),
@@ -51,6 +53,7 @@ class StoreWriter:
 
     def __enter__(self) -> "StoreWriter":
         self.folder.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(self.folder.parent, self.folder.name)
         self._work = Path(
             tempfile.mkdtemp(prefix=f".{self.folder.name[:16]}.", dir=self.folder.parent)
         )
@@ -112,6 +115,14 @@ class StoreWriter:
             self._stream.close()
         self._file.close()
         shutil.rmtree(self._work, ignore_errors=True)
+
+
+def _remove_abandoned(parent: Path, name: str) -> None:
+    """Remove what killed writers of this store left; one at work has written within the hour."""
+    for work in parent.glob(f".{name[:16]}.*"):
+        rows = work / "rows.arrow"
+        if rows.exists() and time.time() - rows.stat().st_mtime > _ABANDONED_SECONDS:
+            shutil.rmtree(work, ignore_errors=True)
 
 
 def _no_space(folder: Path, error: OSError) -> Exception:

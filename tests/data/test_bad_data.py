@@ -190,8 +190,8 @@ BAD = {
     "too long": (
         "a.jsonl",
         lines(GOOD, {**GOOD, "completion": " yes" * 300}),
-        r"max_seq_len = 128: 1 of 2 rows \(50\.0 %\) are longer\. max_seq_len: \d+ holds all; "
-        r"over_length: truncate.*\n.*a\.jsonl:2: \d+ tokens",
+        r"max_seq_len = 128: 1 of 2 rows \(50\.0 %\) are longer\. data.max_seq_len: \d+ holds all; "
+        r"data.over_length: truncate.*\n.*a\.jsonl:2: \d+ tokens",
     ),
     "CSV with a missing column": ("a.csv", b"prompt,answer\na,b\n", "the rows have prompt, answer"),
     "CSV with too many cells": (
@@ -297,14 +297,14 @@ def test_no_source_is_refused(tmp_path, chatml_tokenizer):
 def test_cutting_away_the_whole_answer_is_refused(tmp_path, chatml_tokenizer):
     (tmp_path / "a.jsonl").write_bytes(lines({"prompt": "x" * 400, "completion": " yes"}))
     source = DataSource(str(tmp_path / "a.jsonl"))
-    message = "after cutting .* nothing is trained; raise max_seq_len"
+    message = "after cutting .* nothing is trained; raise data.max_seq_len"
     refused(message, tmp_path, chatml_tokenizer, source, over_length="truncate")
 
 
 def test_dropping_every_row_is_refused(tmp_path, chatml_tokenizer):
     (tmp_path / "a.jsonl").write_bytes(lines({"prompt": "x" * 400, "completion": " yes"}))
     source = DataSource(str(tmp_path / "a.jsonl"))
-    message = "every row is longer than max_seq_len = 128; the longest has"
+    message = "every row is longer than data.max_seq_len = 128; the longest has"
     refused(message, tmp_path, chatml_tokenizer, source, over_length="drop")
 
 

@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -92,6 +94,36 @@ def test_an_interrupted_writer_leaves_nothing(tmp_path):
     with pytest.raises(ValueError, match="two"):
         write_store(folder, [Example([1, 2], ((1, 2),)), broken])
     assert list(folder.parent.iterdir()) == []
+
+
+ENCODE = """
+import sys
+from pathlib import Path
+from qlora_trainer.data.encode import Example
+from qlora_trainer.data.store import StoreWriter
+
+with StoreWriter(Path(sys.argv[1])) as writer:
+    for number in range(5000):
+        writer.add(Example([1, 2], ((1, 2),)), f"a:{number}", 0)
+    print("written", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_killed_writer_leaves_no_store_and_its_rest_is_removed_later(tmp_path):
+    folder = tmp_path / "cache" / "store"
+    command = [sys.executable, "-c", ENCODE, str(folder)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline().strip() == b"written"
+        process.kill()
+    assert read_meta(folder) is None
+    (rest,) = folder.parent.iterdir()
+    write_store(folder, [Example([1, 2], ((1, 2),))])
+    assert rest.exists()  # it might be at work
+    os.utime(rest / "rows.arrow", (0, 0))
+    write_store(folder, [Example([1, 2], ((1, 2),))])
+    assert [path.name for path in folder.parent.iterdir()] == ["store"]
 
 
 def test_two_writers_of_the_same_store_do_not_disturb_each_other(tmp_path):

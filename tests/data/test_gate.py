@@ -109,7 +109,7 @@ def test_truncation_and_dropping_are_warned_of(build, chatml_tokenizer):
     cut = build(chatml_tokenizer, rows, max_seq_len=40, over_length="truncate")
     report = inspect_data(cut, chatml_tokenizer)
     assert (report.train.truncated_rows, report.train.cut_answers) == (1, 1)
-    assert report.warnings[0].startswith("rows cut to max_seq_len: 1; tokens lost: ")
+    assert report.warnings[0].startswith("rows cut to data.max_seq_len: 1; tokens lost: ")
     assert len(report.warnings) == 1  # the cut answer is not blamed for having no end as well
     dropped = build(chatml_tokenizer, rows, max_seq_len=40, over_length="drop")
     report = inspect_data(dropped, chatml_tokenizer)
