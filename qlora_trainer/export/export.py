@@ -127,24 +127,69 @@ def export_merged(
         raise UserError("--onto best: needs the proof to choose; name one way, or leave it on")
     check_disk(out, prepared.size_bytes * len(ways))
     with building(out, overwrite=overwrite) as folder:
-        parts: dict[str, Any] = {}
-        for way in ways:
-            candidate = folder / way
-            candidate.mkdir()
-            started = time.perf_counter()
-            figures = write_candidate(
-                prepared, candidate, way, max_shard_bytes=max_shard_bytes, progress=progress
-            )
-            parts[way] = _merge_part(figures, time.perf_counter() - started)
-        if proof is not None:
-            _prove(source, prepared, folder, parts, proof)
-        kept, reason = _choose(parts)
-        _refuse_failed(parts, kept)
-        report = _report(source, prepared, parts, proof, kept, reason, onto=onto, dtype=dtype)
-        _keep(folder, kept)
-        (folder / REPORT_NAME).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        (folder / "README.md").write_text(model_card(report), encoding="utf-8")
+        merged = merge_and_prove(
+            source, prepared, ways, folder, proof,
+            max_shard_bytes=max_shard_bytes, progress=progress,
+        )  # fmt: skip
+        report = make_report(source, prepared, merged, proof, onto=onto, dtype=dtype)
+        _keep(folder, merged.kept)
+        write_report(folder, report, model_card(report))
     return Exported(out, report)
+
+
+@dataclass(frozen=True)
+class Merged:
+    """Candidates in a folder, compared.
+
+    Attributes:
+        parts: Way -> its part of the report.
+        kept: The way that was chosen; its folder has that name.
+        reason: Why, in words.
+        references: What it was compared with, in the first precision.
+    """
+
+    parts: dict[str, Any]
+    kept: Onto
+    reason: str
+    references: References | None
+
+
+def merge_and_prove(
+    source: ExportSource,
+    prepared: Prepared,
+    ways: tuple[Onto, ...],
+    folder: Path,
+    proof: ProofRequest | None,
+    *,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    progress: Progress | None = None,
+) -> Merged:
+    """Write every candidate into a folder of its own, compare them, choose.
+
+    Raises:
+        UserError: The chosen one is not the model that was trained.
+    """
+    parts: dict[str, Any] = {}
+    for way in ways:
+        candidate = folder / way
+        candidate.mkdir()
+        started = time.perf_counter()
+        figures = write_candidate(
+            prepared, candidate, way, max_shard_bytes=max_shard_bytes, progress=progress
+        )
+        parts[way] = _merge_part(figures, time.perf_counter() - started)
+    references = None
+    if proof is not None:
+        references = _prove(source, prepared, folder, parts, proof)
+    kept, reason = _choose(parts)
+    _refuse_failed(parts, kept)
+    return Merged(parts, kept, reason, references)
+
+
+def write_report(folder: Path, report: dict[str, Any], card: str) -> None:
+    """Write `export_report.json` and the model card."""
+    (folder / REPORT_NAME).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def _merge_part(figures: MergeFigures, seconds: float) -> dict[str, Any]:
@@ -173,29 +218,37 @@ def _prove(
     folder: Path,
     parts: dict[str, Any],
     request: ProofRequest,
-) -> None:
+) -> References:
     """Compare every candidate in every precision; the figures go into `parts`."""
+    kept: References | None = None
     for precision in request.precisions:
-        with tempfile.TemporaryDirectory(prefix="reference-", dir=folder) as place:
-            references: References = write_references(
-                Path(place), source.base_folder, source.adapter_folder, prepared.adapter,
-                source.model_class, source.spec, request, precision=precision,
-                config_changes=source.config_changes,
-            )  # fmt: skip
-            for way, part in parts.items():
-                part.setdefault("proof", {})[precision] = compare_in_fresh_process(
-                    folder / way,
-                    references,
-                    request,
-                    precision=precision,
-                    trust_remote_code=source.spec.trust_remote_code,
-                )
+        place = Path(tempfile.mkdtemp(prefix="reference-", dir=folder))
+        references = write_references(
+            place, source.base_folder, source.adapter_folder, prepared.adapter,
+            source.model_class, source.spec, request, precision=precision,
+            config_changes=source.config_changes,
+        )  # fmt: skip
+        for way, part in parts.items():
+            part.setdefault("proof", {})[precision] = compare_in_fresh_process(
+                folder / way,
+                references,
+                request,
+                precision=precision,
+                trust_remote_code=source.spec.trust_remote_code,
+            )
+        if kept is None:
+            kept = references
+        else:
+            shutil.rmtree(place)
     for way, part in parts.items():
         figures = part["proof"][request.precisions[0]]["figures"]
         limit = request.limits.of(way, quantized=prepared.quantization is not None)
         part["limit_mean_kl"] = limit
         part["fault"] = check_limits(figures, way, limit)
     _check_tokenizer(prepared, parts, request)
+    if kept is None:
+        raise ValueError("a proof needs at least one precision")
+    return kept
 
 
 def _check_tokenizer(prepared: Prepared, parts: Mapping[str, Any], request: ProofRequest) -> None:
@@ -252,19 +305,19 @@ def _keep(folder: Path, kept: str) -> None:
     chosen.rmdir()
 
 
-def _report(
+def make_report(
     source: ExportSource,
     prepared: Prepared,
-    parts: dict[str, Any],
+    merged: Merged,
     request: ProofRequest | None,
-    kept: str,
-    reason: str,
     *,
     onto: str,
     dtype: str,
 ) -> dict[str, Any]:
+    """The content of `export_report.json`."""
     import transformers
 
+    parts, kept = merged.parts, merged.kept
     spec = prepared.adapter.spec
     notes = [
         f"{len(part['merge']['unchanged'])} adapted weights came out as the base's ({way}): their "
@@ -288,7 +341,7 @@ def _report(
         "dtype": dtype,
         "asked_onto": onto,
         "kept": kept,
-        "reason": reason,
+        "reason": merged.reason,
         "rows": None
         if request is None or proven is None
         else {"from": request.rows_from, "positions": int(proven["figures"]["positions"])},

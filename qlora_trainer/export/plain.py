@@ -138,7 +138,7 @@ def compare(job: Mapping[str, Any]) -> dict[str, Any]:
     auto = getattr(transformers, job["auto_class"])
     model, info = auto.from_pretrained(
         job["folder"], dtype=job["dtype"] or "auto", output_loading_info=True,
-        trust_remote_code=trust, local_files_only=True,
+        trust_remote_code=trust, local_files_only=True, **_of_gguf(job),
     )  # fmt: skip
     model = model.to(device).eval()
     comparison = Comparison()
@@ -166,6 +166,18 @@ def compare(job: Mapping[str, Any]) -> dict[str, Any]:
         "of_ours": [name for name in sys.modules if name.startswith("qlora_trainer")],
         "transformers": transformers.__version__,
     }
+
+
+def _of_gguf(job: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments to open a GGUF file, with a folder's configuration where its own is not enough."""
+    if job["gguf_file"] is None:
+        return {}
+    arguments = {"gguf_file": job["gguf_file"]}
+    if job["config_folder"] is not None:
+        from transformers import AutoConfig
+
+        arguments["config"] = AutoConfig.from_pretrained(job["config_folder"])
+    return arguments
 
 
 if __name__ == "__main__":

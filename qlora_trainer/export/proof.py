@@ -202,8 +202,19 @@ def compare_in_fresh_process(
     *,
     precision: Precision,
     trust_remote_code: bool,
+    gguf_file: str | None = None,
+    config_folder: Path | None = None,
 ) -> dict[str, Any]:
     """Open the export in a new process and compare; -> its figures.
+
+    Args:
+        export: The folder.
+        references: Of the same precision.
+        request: What is compared.
+        precision: "fp32", or the dtype the export is in.
+        trust_remote_code: Whether the export may bring its own Python.
+        gguf_file: Open this file of the folder instead of its safetensors.
+        config_folder: Whose configuration to open it with, where the file's own is not enough.
 
     Raises:
         UserError: The export does not open, or not with every weight in its place.
@@ -213,7 +224,9 @@ def compare_in_fresh_process(
         job = {
             "folder": str(export.absolute()),
             "auto_class": references.auto_class,
-            "dtype": "float32" if precision == "fp32" else None,
+            "dtype": "float32" if precision == "fp32" or gguf_file is not None else None,
+            "gguf_file": gguf_file,
+            "config_folder": None if config_folder is None else str(config_folder.absolute()),
             "rows": str(references.rows_file.absolute()),
             "reference": str(references.file.absolute()),
             "counts": references.counts,

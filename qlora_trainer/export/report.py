@@ -94,3 +94,29 @@ def _proof_words(report: Mapping[str, Any]) -> list[str]:
     if report["reason"]:
         words += f" {report['reason']}"
     return [words + "\n", *comparison_table(report["ways"])]
+
+
+def gguf_card(report: Mapping[str, Any]) -> str:
+    """The README.md beside a GGUF file, from the report."""
+    gguf = report["gguf"]
+    base = report["base"]["name"]
+    header = yaml.safe_dump(
+        {"base_model": base, "library_name": "gguf", "tags": ["qlora", "gguf", "qlora_trainer"]},
+        sort_keys=False,
+    )
+    ways = {f"merged onto {report['kept']}, fp16": report["ways"][report["kept"]]}
+    if "proof" in gguf:
+        ways[f"{gguf['type']} file, read back"] = {"proof": {"fp32": gguf["proof"]}}
+    lines = [
+        f"---\n{header}---\n",
+        f"# {base} with its adapter merged, for llama.cpp\n",
+        f"`{gguf['file']}` ({gguf['type']}, architecture `{gguf['arch']}`, splitter "
+        f"`{gguf['splitter']}`), made with qlora_trainer; every figure is in `{REPORT_NAME}`.\n",
+        *comparison_table(ways if report.get("rows") else {}),
+        "```sh",
+        "ollama create my-model -f Modelfile",
+        f"llama-cli -m {gguf['file']} -cnv",
+        f"{gguf['quantize']}   # a smaller file, with llama.cpp's own tool",
+        "```\n",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,104 @@
+"""A GGUF file for llama.cpp and Ollama: merge, prove the merge, convert, prove the file.
+
+The file is read back by transformers' own GGUF reader in a fresh process and compared with base +
+adapter like any export; storing weights in 8 or 4 bits is allowed its own further distance.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from qlora_trainer.errors import UserError
+from qlora_trainer.export.export import (
+    Exported,
+    ExportSource,
+    make_report,
+    merge_and_prove,
+    write_report,
+)
+from qlora_trainer.export.folder import building, check_disk
+from qlora_trainer.export.merge import Progress
+from qlora_trainer.export.merged import prepare
+from qlora_trainer.export.ollama import modelfile, quantize_line, read_chat_template
+from qlora_trainer.export.proof import ProofRequest, check_limits, compare_in_fresh_process
+from qlora_trainer.export.report import base_name, gguf_card
+
+# Mean KL divergence in nats that storing in fewer bits may add.
+FURTHER_KL = {"f16": 0.0, "q8_0": 0.02, "q4_0": 0.5}
+
+
+def export_gguf(
+    source: ExportSource,
+    out: Path,
+    *,
+    kind: str = "f16",
+    onto: str = "best",
+    proof: ProofRequest | None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Exported:
+    """Write a folder with a GGUF file, an Ollama `Modelfile`, the report and a card.
+
+    Args:
+        source: Base and adapter.
+        out: The folder that shall appear.
+        kind: "f16", "q8_0" or "q4_0".
+        onto: As for `export_merged`.
+        proof: What is compared; None leaves the proof out, and the report says so.
+        overwrite: Whether a folder that stands at `out` may be replaced.
+        progress: Called with (tensor, bytes written, bytes in all) of one way of merging.
+
+    Raises:
+        UserError: The `gguf` package is missing, the model is not covered, or anything that keeps
+            the file from being whole, right and proven.
+    """
+    try:
+        from qlora_trainer.export.gguf_file import check_covered, write_gguf
+    except ModuleNotFoundError as error:
+        if error.name != "gguf":
+            raise
+        raise UserError(
+            "--format gguf: needs the gguf package; pip install 'qlora-trainer[gguf]'"
+        ) from None
+    check_covered(source.base_folder, kind, trust_remote_code=source.spec.trust_remote_code)
+    prepared = prepare(
+        source.base_folder, source.adapter_folder, source.model_class, source.spec,
+        dtype="fp16", config_changes=source.config_changes,
+    )  # fmt: skip
+    ways = prepared.ways(onto)
+    if len(ways) > 1 and proof is None:
+        raise UserError("--onto best: needs the proof to choose; name one way, or leave it on")
+    check_disk(out, prepared.size_bytes * (len(ways) + 1))
+    name = base_name(source.base_source).rpartition("/")[2]
+    file_name = f"{name}-{kind}.gguf"
+    with building(out, overwrite=overwrite) as folder:
+        merged = merge_and_prove(source, prepared, ways, folder, proof, progress=progress)
+        plain_folder = folder / merged.kept
+        figures = write_gguf(plain_folder, folder / file_name, kind, name=name)
+        part: dict[str, Any] = {"file": file_name, "type": kind, **dataclasses.asdict(figures)}
+        if proof is not None and merged.references is not None:
+            part["proof"] = compare_in_fresh_process(
+                folder, merged.references, proof, precision=proof.precisions[0],
+                trust_remote_code=False, gguf_file=file_name,
+                config_folder=None if figures.own_metadata else plain_folder,
+            )  # fmt: skip
+            limit = merged.parts[merged.kept]["limit_mean_kl"] + FURTHER_KL[kind]
+            fault = check_limits(part["proof"]["figures"], f"{merged.kept}, as {kind}", limit)
+            if fault is not None:
+                raise UserError(f"the GGUF file is not the model that was trained; {fault}")
+        report = make_report(source, prepared, merged, proof, onto=onto, dtype="fp16")
+        part["quantize"] = quantize_line(file_name)
+        report["gguf"] = part
+        text = modelfile(file_name, read_chat_template(plain_folder))
+        (folder / "Modelfile").write_text(text, encoding="utf-8")
+        _remove_folders(folder)
+        write_report(folder, report, gguf_card(report))
+    return Exported(out, report)
+
+
+def _remove_folders(folder: Path) -> None:
+    import shutil
+
+    for entry in list(folder.iterdir()):
+        if entry.is_dir():
+            shutil.rmtree(entry)
