@@ -1,6 +1,7 @@
 """Fine-tune models in 4 bit on one GPU: foreseen before, exact throughout, proven after."""
 
 import logging
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
     from qlora_trainer.run.report import Reporter
     from qlora_trainer.run.train import TrainResult, train
 
+# No telemetry, ours or the hub client's; it reads this when it is imported.
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 # On import bitsandbytes advises CPU users to fetch a kernel from the hub; we never use that kernel.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 

@@ -47,12 +47,9 @@ def cross_field_faults(config: RunConfig) -> Iterator[tuple[tuple[str | int, ...
             ("adapter", "dtype"),
             "adapter.dtype = 'bf16': adapters of an fp16 model are held in fp32; take 'auto'",
         )
-    if data.packing and data.group_by_length and "group_by_length" in data.model_fields_set:
-        yield (
-            ("data", "group_by_length"),
-            "data.group_by_length: packing already fills every sequence; set one of them",
-        )
-    if train.warmup_steps is not None and "warmup_ratio" in train.model_fields_set:
+    # A resolved run file lists defaults too, so only a value of its own counts as given.
+    ratio_given = train.warmup_ratio != type(train).model_fields["warmup_ratio"].default
+    if train.warmup_steps is not None and ratio_given:
         yield (
             ("train", "warmup_ratio"),
             "train.warmup_ratio: train.warmup_steps is given too; keep one of them",

@@ -121,7 +121,7 @@ class DataSettings(Settings):
     packing: bool = Field(
         False, description="several examples in one sequence; they never see each other"
     )
-    group_by_length: bool = Field(True, description="batch examples of like length together")
+    group_by_length: bool = Field(True, description="without packing, batch like lengths together")
     loss_on: Literal["assistant", "last", "completion", "all"] = Field(
         "assistant", description="which tokens are learned"
     )

@@ -127,7 +127,7 @@ def replace_by_trained_copies(
     for path in paths:
         original = model.get_submodule(path)
         trained = copy.deepcopy(original, {} if untie else copies)
-        _make_trainable(trained, dtype)
+        _make_trainable(trained, original, dtype)
         if any(tensor.device.type not in ("cpu", "meta") for tensor in original.parameters()):
             # The parameter may be tied to one that stays: move a copy of the module, not itself.
             original = copy.deepcopy(original).to("cpu")
@@ -135,8 +135,9 @@ def replace_by_trained_copies(
         set_module(model, path, trained)
 
 
-def _make_trainable(module: nn.Module, dtype: torch.dtype) -> None:
-    before = next(p.dtype for p in module.parameters() if p.is_floating_point())
+def _make_trainable(module: nn.Module, original: nn.Module, dtype: torch.dtype) -> None:
+    # The original tells the dtype around it: of two tied copies the second is converted already.
+    before = next(p.dtype for p in original.parameters() if p.is_floating_point())
     for parameter in module.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)

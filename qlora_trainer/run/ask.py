@@ -49,7 +49,7 @@ def load_trained(folder: str | Path, *, reporter: Reporter | None = None) -> Tra
         raise UserError(f"{folder}: holds no adapter (no finished run); `qlora train` writes one")
     run = read_run_file(folder / "run.yaml")
     source = setup.open_model(run)
-    model = setup.load_model(source, tensors_loaded(reporter or Reporter()))
+    model = setup.load_model(run, source, tensors_loaded(reporter or Reporter()))
     dtype = setup.adapter_dtype(run, source.base_spec.compute_dtype)
     load_adapter(model, folder / "adapter", dtype=dtype, trainable=False)
     encoder = Encoder(source.tokenizer, chat_template=run.model.chat_template)

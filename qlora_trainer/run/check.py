@@ -54,4 +54,4 @@ def inspect(run: RunConfig, source: setup.ModelSource, data: setup.RunData) -> G
 def audit(run: RunConfig, *, reporter: Reporter | None = None) -> BaseAudit:
     """Load the base and account for every tensor."""
     source = setup.open_model(run)
-    return audit_base(setup.load_model(source, tensors_loaded(reporter or Reporter())))
+    return audit_base(setup.load_model(run, source, tensors_loaded(reporter or Reporter())))

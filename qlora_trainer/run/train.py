@@ -94,7 +94,7 @@ def _train_in(
     data = setup.open_data(run, source, rows_read(told))
     gate = inspect(run, source, data)
     told.gate(gate)
-    model = setup.load_model(source, tensors_loaded(told))
+    model = setup.load_model(run, source, tensors_loaded(told))
     account = audit_base(model)
     told.audit(account)
     spec = setup.add_adapter(run, model, source.base_spec.compute_dtype)

@@ -25,6 +25,7 @@ from qlora_trainer.config.settings import LayerChoice, RunConfig, SourceSettings
 from qlora_trainer.data.batches import BatchPlan, collate, row_layout
 from qlora_trainer.data.dataset import EncodedDataset, build_dataset, split_eval
 from qlora_trainer.data.encode import Encoder, choose_pad_id
+from qlora_trainer.data.isolation import refuse_packing_leak
 from qlora_trainer.data.read import DataSource
 from qlora_trainer.errors import UserError
 from qlora_trainer.lora.inject import adapter_parameters, inject_adapter
@@ -179,15 +180,22 @@ def _cache_folder(setting: str | None) -> Path:
     return Path(chosen).expanduser() / "data"
 
 
-def load_model(source: ModelSource, progress: Progress | None = None) -> Any:
-    """Load the base, frozen, onto its device."""
-    return load_base(
+def load_model(run: RunConfig, source: ModelSource, progress: Progress | None = None) -> Any:
+    """Load the base, frozen, onto its device.
+
+    Raises:
+        UserError: The checkpoint is not whole, or the model lets packed examples see each other.
+    """
+    model = load_base(
         source.resolved.folder,
         AutoModelForCausalLM,
         source.base_spec,
         source.device,
         progress=progress,
     )
+    if run.data.packing:
+        refuse_packing_leak(model, source.device, source.config.get_text_config().vocab_size)
+    return model
 
 
 def add_adapter(run: RunConfig, model: Any, compute_dtype: torch.dtype) -> AdapterSpec:

@@ -1,0 +1,138 @@
+"""A whole run through the public API: what it leaves, what it refuses, how it goes on."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+import qlora_trainer
+from qlora_trainer import UserError, generate, held_out_metrics, load_run, load_trained, train
+from qlora_trainer.config.settings import RunConfig
+
+Make = Callable[..., RunConfig]
+
+
+def test_a_run_learns_and_its_folder_explains_itself(make_run: Make, tmp_path: Path) -> None:
+    result = train(make_run())
+    assert result.outcome.complete
+    assert result.metrics["loss"] < result.metrics["loss_before"]
+    names = {entry.name for entry in result.folder.iterdir()}
+    assert {"run.yaml", "environment.json", "data.json", "audit.json", "metrics.jsonl", "adapter",
+            "states", "loss.png", "result.json"} <= names  # fmt: skip
+    assert "run.lock" not in names
+    environment = json.loads((result.folder / "environment.json").read_text())
+    assert environment["versions"]["torch"] == torch.__version__
+    card = (result.folder / "adapter" / "README.md").read_text()
+    assert str(tmp_path) not in card, "the card tells the user's paths"
+    assert "loss_before" in card
+    assert load_run(result.folder / "run.yaml") == RunConfig.model_validate(
+        yaml.safe_load((result.folder / "run.yaml").read_text())
+    )
+
+
+def test_the_saved_adapter_scores_what_training_measured(make_run: Make) -> None:
+    result = train(make_run())
+    trained = load_trained(result.folder)
+    measured = held_out_metrics(trained)
+    assert measured["loss"] == result.metrics["loss"]
+    assert held_out_metrics(trained, adapter=False)["loss"] == result.metrics["loss_before"]
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")  # PEFT's
+def test_plain_peft_loads_what_a_run_leaves(make_run: Make, tiny_model: Path) -> None:
+    run = make_run(model={"quantization": "none", "compute_dtype": "fp32"})
+    result = train(run)
+    trained = load_trained(result.folder)
+    base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    peft = PeftModel.from_pretrained(base, str(result.adapter), autocast_adapter_dtype=False)
+    ids = torch.arange(5, 30)[None]
+    with torch.no_grad():
+        ours, theirs = trained.model(ids).logits, peft(ids).logits
+    assert (ours - theirs).norm() / theirs.norm() < 1e-5
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"data": {"packing": True}},
+        {"model": {"compute_dtype": "fp16"}},
+        {"model": {"quantization": "none"}, "train": {"max_steps": 8}},
+        {"model": {"attention": "eager"}, "data": {"packing": True}},
+        {"adapter": {"modules_to_save": ["lm_head", "embed_tokens"]}},
+        {"adapter": {"modules_to_save": ["lm_head", "embed_tokens"], "dropout": 0.1},
+         "model": {"compute_dtype": "fp16"}},
+        {"adapter": {"layers": {"last": 1}, "rslora": True, "target_modules": ["q_proj"]}},
+        {"train": {"optimizer": "paged_adamw_8bit", "activations": "keep"}},
+        {"train": {"optimizer": "adamw_8bit", "gradient_accumulation_steps": 3}},
+        {"train": {"optimizer": "adamw", "max_grad_norm": 0.0, "schedule": "linear"}},
+        {"output": {"trackers": ["tensorboard"], "save_every_steps": 1, "keep_last": 1}},
+    ],
+    ids=lambda sections: json.dumps(sections),
+)  # fmt: skip
+def test_every_choice_trains(make_run: Make, sections: dict[str, Any]) -> None:
+    result = train(make_run(**sections))
+    assert result.metrics["loss"] < result.metrics["loss_before"]
+    trained = load_trained(result.folder)
+    assert held_out_metrics(trained)["loss"] == pytest.approx(result.metrics["loss"], rel=2e-3)
+
+
+def test_a_finished_run_is_kept_and_a_changed_one_is_not_mixed(make_run: Make) -> None:
+    train(make_run())
+    with pytest.raises(UserError, match=r"finished run.*--restart"):
+        train(make_run())
+    assert train(make_run(), restart=True).outcome.complete
+
+
+def test_resuming_with_another_run_file_says_what_differs(make_run: Make, tmp_path: Path) -> None:
+    train(make_run(output={"save_every_steps": 2}))
+    (tmp_path / "run" / "result.json").unlink()  # as if it had been killed while finishing
+    with pytest.raises(UserError, match=r"adapter\.rank: was 4, now 8"):
+        train(make_run(adapter={"rank": 8}))
+    told: list[str] = []
+
+    class Listener(qlora_trainer.Reporter):
+        def say(self, line: str) -> None:
+            told.append(line)
+
+    longer = train(
+        make_run(train={"max_steps": 6}, output={"save_every_steps": 2}), reporter=Listener()
+    )
+    assert longer.outcome.step == 6
+    assert any("train.max_steps: was 4, now 6" in line for line in told)
+
+
+def test_generation_answers_in_order_and_the_adapter_can_be_off(make_run: Make) -> None:
+    trained = load_trained(train(make_run(train={"max_steps": 12})).folder)
+    prompts = ["What is 3 plus 3?", "A much longer question, to be padded: what is 5 plus 5?"]
+    both = generate(trained, prompts, max_new_tokens=8)
+    assert both == [generate(trained, [prompt], max_new_tokens=8)[0] for prompt in prompts]
+    assert both != generate(trained, prompts, adapter=False, max_new_tokens=8)
+    sampled = generate(trained, prompts, max_new_tokens=8, temperature=1.5, seed=1)
+    assert sampled == generate(trained, prompts, max_new_tokens=8, temperature=1.5, seed=1)
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"data": {"max_seq_len": 1024}}, r"data\.max_seq_len = 1024: .* knows 512 positions"),
+        ({"model": {"device": "cuda"}}, r"model\.device = 'cuda': torch finds 0 GPUs"),
+        ({"model": {"source": "no/such-model"}}, "no/such-model"),
+        ({"adapter": {"layers": {"last": 9}}}, "layers 0 to 2"),
+        ({"adapter": {"target_modules": ["q_prj"]}}, "q_proj"),
+        ({"data": {"train": "nowhere.jsonl"}}, "nowhere.jsonl"),
+        ({"data": {"max_seq_len": 8}}, r"data\.train: .*data\.max_seq_len"),
+    ],
+)
+def test_what_does_not_fit_is_said_before_training(
+    make_run: Make, sections: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=message):
+        train(make_run(**sections))
+    assert not (tmp_path / "run" / "adapter").exists()
+    assert not (tmp_path / "run" / "run.lock").exists()
