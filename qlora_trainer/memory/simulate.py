@@ -67,6 +67,11 @@ class Trace:
 
     log: Log
 
+    @classmethod
+    def empty(cls) -> "Trace":
+        """A trace of nothing."""
+        return cls(Log())
+
     def replay(
         self,
         capacity_bytes: int | None = None,

@@ -124,6 +124,7 @@ class AllocationTracker(TorchDispatchMode):
         self.state: dict[str, Any] = {}  # for rules: workspaces already made, and the like
         self._phase = "start"
         self._component: str | None = None
+        self._engine_phases: tuple[str, str] | None = None
         self._known: dict[int, int] = {}  # storage address -> allocation
         self._refs: dict[int, Any] = {}
         self._free_base: int | None = None
@@ -153,6 +154,18 @@ class AllocationTracker(TorchDispatchMode):
         index = self._known.get(tensor.untyped_storage()._cdata)
         if index is not None and index >= 0:
             self.log.allocations[index].component = component
+
+    def move_to_host(self, tensor: torch.Tensor) -> None:
+        """On the real device this storage is managed or pinned memory, outside the allocator."""
+        index = self._known.get(tensor.untyped_storage()._cdata)
+        if index is not None and index >= 0:
+            self.log.allocations[index].on_host = True
+
+    def follow_engine(self, names: tuple[str, str] | None) -> None:
+        """Name the phase by who is calling: (outside, inside) autograd's engine; None stops."""
+        self._engine_phases = names
+        if names is not None:
+            self.set_phase(names[0])
 
     def mark(self, kind: int, about: int | str = 0) -> None:
         """Put a bare event (empty the cache, reset the peak, ...) into the log."""
@@ -217,7 +230,7 @@ class AllocationTracker(TorchDispatchMode):
             return
         code, line = _maker(frame)
         index = len(self.log.allocations)
-        label = component or self._component or self._guess_component()
+        label = component or self._component or self._guess_component(operator, code)
         self.log.allocations.append(
             Allocation(size_bytes, self._phase, operator, code, line, label)
         )
@@ -230,7 +243,11 @@ class AllocationTracker(TorchDispatchMode):
         self._refs.pop(address, None)
         self.log.events.append((FREE, index))
 
-    def _guess_component(self) -> str:
+    def _guess_component(self, operator: str, code: CodeType | None) -> str:
+        if operator.startswith("dequantize"):
+            return "dequantized weights"
+        if code is not None and code.co_filename.endswith("linear_cross_entropy.py"):
+            return "logits and loss"
         if self._phase == "backward":
             return "recomputed layer" if torch.is_grad_enabled() else "backward temporaries"
         return "kept activations" if self._phase == "forward" else self._phase
@@ -246,6 +263,10 @@ class AllocationTracker(TorchDispatchMode):
     ) -> Any:
         """Run the operator (or its rule) and record its new storages."""
         kwargs = kwargs or {}
+        if self._engine_phases is not None:
+            name = self._engine_phases[torch._C._current_graph_task_id() != -1]
+            if name != self._phase:
+                self.set_phase(name)
         rule = self.rules.get(func)
         if rule is not None:
             result = rule(self, func, args, kwargs)

@@ -1,0 +1,119 @@
+"""The attention kernel a card would run, chosen on weightless tensors.
+
+`scaled_dot_product_attention` asks the tensors' device which kernel it has; `meta` answers with the
+one that builds every score, and a 7B model seems to need twice its memory. So the simulated model
+gets an attention function of its own, through transformers' public registries, that decides as
+torch does on CUDA and calls that kernel's operator. The choice holds inside recomputation too.
+
+Source of the decision: sdp::select_sdp_backend and the `check_*` functions of
+aten/src/ATen/native/transformers/cuda/sdp_utils.cpp (order: flash, memory-efficient, math; cuDNN
+comes first on data-centre Hopper and Blackwell only, and is not modelled).
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import repeat_kv, use_gqa_in_sdpa
+from transformers.masking_utils import sdpa_mask
+
+from qlora_trainer.memory.cuda_rules import Gpu
+
+MATH = "math"
+FLASH = "flash"
+EFFICIENT = "memory-efficient"
+
+
+def choose_kernel(
+    gpu: Gpu, dtype: torch.dtype, head_size: int, *, masked: bool, grouped: bool
+) -> str:
+    """The kernel `scaled_dot_product_attention` takes on a card.
+
+    Args:
+        gpu: The card.
+        dtype: Of query, key and value.
+        head_size: The larger one of keys and values.
+        masked: A mask tensor is given (a causal flag is none).
+        grouped: Fewer key heads than query heads, not expanded beforehand.
+    """
+    half = dtype in (torch.float16, torch.bfloat16)
+    if half and gpu.capability >= 80 and head_size <= 256 and not masked:
+        return FLASH
+    known = half if gpu.capability >= 80 else dtype == torch.float16
+    aligned = head_size % (8 if half else 4) == 0
+    if (known or dtype == torch.float32) and not grouped and aligned:
+        return EFFICIENT
+    return MATH
+
+
+def _run(kernel: str, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
+         dropout: float, causal: bool, scale: float | None) -> Tensor:  # fmt: skip
+    if kernel == FLASH:
+        size = query.shape[-1]
+        padding = -size % 8
+        if padding:
+            query, key, value = (F.pad(t, (0, padding)) for t in (query, key, value))
+            scale = scale if scale is not None else size**-0.5
+        attend = torch.ops.aten._scaled_dot_product_flash_attention
+        out: Tensor = attend(query, key, value, dropout, causal, scale=scale)[0]
+        return out[..., :size] if padding else out
+    if kernel == EFFICIENT:
+        recorded = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
+        attend = torch.ops.aten._scaled_dot_product_efficient_attention
+        bias = None if mask is None else additive_bias(mask, query)
+        out = attend(query, key, value, bias, recorded, dropout, causal, scale=scale)[0]
+        return out
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, dropout_p=dropout, scale=scale, is_causal=causal,
+        enable_gqa=key.shape[1] != query.shape[1],
+    )  # fmt: skip
+
+
+def additive_bias(mask: Tensor, query: Tensor) -> Tensor:
+    """What the memory-efficient kernel makes of a mask: additive, its rows padded to 16.
+
+    Source: convert_boolean_attn_mask and pad_bias, aten/src/ATen/native/transformers/attention.cpp.
+    """
+    if mask.dtype == torch.bool:
+        hidden = torch.full((), float("-inf"), dtype=query.dtype, device=query.device)
+        mask = torch.where(mask, torch.zeros_like(hidden), hidden)
+    size = mask.shape[-1]
+    if size % 16:
+        mask = F.pad(mask, (0, -size % 16))[..., :size]
+    return mask.expand(query.shape[0], query.shape[1], query.shape[2], size)
+
+
+def attention_for(gpu: Gpu) -> str:
+    """Register an attention that decides as this card does; returns its name."""
+    name = f"qlora_foresight_sm{gpu.capability}"
+
+    def attend(
+        module: Any,
+        query: Tensor,  # (B, H, T, D)
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        dropout: float = 0.0,
+        scaling: float | None = None,
+        is_causal: bool | None = None,
+        **_kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        grouped = getattr(module, "num_key_value_groups", 1) > 1
+        if grouped and not use_gqa_in_sdpa(attention_mask, key, value):
+            key = repeat_kv(key, module.num_key_value_groups)
+            value = repeat_kv(value, module.num_key_value_groups)
+            grouped = False
+        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+        causal = bool(causal) and query.shape[2] > 1 and attention_mask is None
+        width = max(query.shape[-1], value.shape[-1])
+        kernel = choose_kernel(
+            gpu, query.dtype, width, masked=attention_mask is not None, grouped=grouped
+        )
+        out = _run(kernel, query, key, value, attention_mask, dropout, causal, scaling)
+        return out.transpose(1, 2).contiguous(), None
+
+    AttentionInterface.register(name, attend)
+    AttentionMaskInterface.register(name, sdpa_mask)
+    return name

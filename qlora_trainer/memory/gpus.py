@@ -1,0 +1,91 @@
+"""The cards people own: what `profiles/gpus/*.json` says of them, and the card of this machine.
+
+The context size (CUDA's own memory, kernels, libraries) lies outside torch's allocator and differs
+by driver; it is an assumption and is printed apart.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from qlora_trainer.errors import UserError
+from qlora_trainer.memory.cuda_rules import Gpu
+
+_FOLDERS = (
+    Path(__file__).resolve().parents[2] / "profiles" / "gpus",
+    Path(__file__).resolve().parent / "gpus",
+)
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class GpuProfile:
+    """One card.
+
+    Attributes:
+        key: What the command line calls it, such as `rtx-3060-12gb`.
+        name: As people write it.
+        memory_bytes: What the card reports as its total.
+        usable_bytes: What one process can have on an otherwise idle card.
+        context_bytes: CUDA context and loaded kernels.
+        compute_capability: Major and minor.
+        multiprocessors: SMs.
+    """
+
+    key: str
+    name: str
+    memory_bytes: int
+    usable_bytes: int
+    context_bytes: int
+    compute_capability: tuple[int, int]
+    multiprocessors: int
+
+    @property
+    def card(self) -> Gpu:
+        """What the CUDA rules need of it."""
+        return Gpu(self.name, self.compute_capability, self.multiprocessors)
+
+    def to_json(self) -> dict[str, object]:
+        """As the profile file has it."""
+        return asdict(self) | {"compute_capability": list(self.compute_capability)}
+
+
+def gpu_keys() -> list[str]:
+    """Names of all cards with a profile."""
+    return sorted({path.stem for folder in _FOLDERS for path in folder.glob("*.json")})
+
+
+def read_gpu(key: str) -> GpuProfile:
+    """The profile of a card.
+
+    Raises:
+        UserError: No such card.
+    """
+    for folder in _FOLDERS:
+        file = folder / f"{key}.json"
+        if file.is_file():
+            values = json.loads(file.read_text(encoding="utf-8"))
+            values["compute_capability"] = tuple(values["compute_capability"])
+            return GpuProfile(**values)
+    known = ", ".join(gpu_keys()) or "none installed"
+    raise UserError(f"--gpu {key}: no profile of that name; known cards: {known}")
+
+
+def gpu_of_this_machine(device: torch.device) -> tuple[GpuProfile, int] | None:
+    """The card at hand and the bytes of it that are free now; None without one."""
+    if device.type != "cuda":
+        return None
+    properties = torch.cuda.get_device_properties(device)
+    free, total = torch.cuda.mem_get_info(device)
+    # asking made this process' context, which is therefore no longer among what is free
+    return GpuProfile(
+        key="this-machine",
+        name=properties.name,
+        memory_bytes=total,
+        usable_bytes=total,
+        context_bytes=0,
+        compute_capability=(properties.major, properties.minor),
+        multiprocessors=properties.multi_processor_count,
+    ), free
