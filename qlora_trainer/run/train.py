@@ -60,19 +60,38 @@ def train(
         UserError: Something only the user can mend; what was saved so far stays.
     """
     told = reporter or Reporter()
-    settings = resolved_settings(run)
     with RunFolder(Path(run.output.folder), restart=restart) as folder:
-        if folder.earlier_settings is not None:
-            differences = compare_settings(folder.earlier_settings, settings)
+        earlier = folder.earlier_settings
+        if earlier is not None:
+            run = _at_the_same_commit(run, earlier)
+        source = setup.open_model(run)
+        settings = resolved_settings(run, source.resolved.revision)
+        if earlier is not None:
+            differences = compare_settings(earlier, settings)
             require_same_run(differences)
             for line in differences.allowed:
                 told.say(f"this run differs from the saved one: {line}")
-        return _train_in(folder, run, settings, told)
+        return _train_in(folder, run, settings, source, told)
 
 
-def resolved_settings(run: RunConfig) -> dict[str, Any]:
-    """Every setting, local paths made absolute, so that the run file can be used from anywhere."""
+def _at_the_same_commit(run: RunConfig, earlier: dict[str, Any]) -> RunConfig:
+    """Go on with the commit of a hub model that the run began with, whatever its branch is now."""
+    model = earlier.get("model") or {}
+    if run.model.revision is not None or model.get("source") != run.model.source:
+        return run
+    pinned = run.model.model_copy(update={"revision": model.get("revision")})
+    return run.model_copy(update={"model": pinned})
+
+
+def resolved_settings(run: RunConfig, revision: str | None) -> dict[str, Any]:
+    """Every setting, so that the run file holds anywhere: paths absolute, a hub commit pinned.
+
+    Args:
+        run: As the user gave it.
+        revision: The commit found for a hub model; None for a local folder.
+    """
     settings = run.model_dump()
+    settings["model"]["revision"] = revision or run.model.revision
     settings["model"]["source"] = _absolute(settings["model"]["source"])
     for source in (*settings["data"]["train"], *settings["data"]["eval"]):
         source["path"] = _absolute(source["path"])
@@ -88,9 +107,12 @@ def _absolute(source: str) -> str:
 
 
 def _train_in(
-    folder: RunFolder, run: RunConfig, settings: dict[str, Any], told: Reporter
+    folder: RunFolder,
+    run: RunConfig,
+    settings: dict[str, Any],
+    source: setup.ModelSource,
+    told: Reporter,
 ) -> TrainResult:
-    source = setup.open_model(run)
     data = setup.open_data(run, source, rows_read(told))
     gate = inspect(run, source, data)
     told.gate(gate)
