@@ -52,8 +52,7 @@ def quickstart() -> str:
     rows = [
         ["film reviews: held-out loss", f"{ours['loss_before']:.4f}", f"{ours['loss']:.4f}",
          f"{peft['loss']:.4f}"],
-        ["film reviews: accuracy on "
-         f"{films['rows']} held-out rows (95 % interval)",
+        [f"film reviews: accuracy on {films['before']['rows']} held-out rows (95 % interval)",
          share(films["before"]), share(films["after"]), share(peft["film_reviews"])],
         ["Alpaca format: held-out loss", f"{alpaca['ours']['loss_before']:.4f}",
          f"{alpaca['ours']['loss']:.4f}", f"{alpaca['peft']['loss']:.4f}"],
@@ -74,8 +73,8 @@ def quickstart() -> str:
 
 def share(part: dict[str, Any]) -> str:
     """An accuracy with its interval."""
-    low, high = part["interval"]
-    return f"{part['accuracy']:.1%} ({low:.1%} to {high:.1%})"
+    found = part["accuracy"]
+    return f"{found['estimate']:.1%} ({found['low']:.1%} to {found['high']:.1%})"
 
 
 TABLES: dict[str, Callable[[], str]] = {"settings": settings, "quickstart": quickstart}

@@ -88,10 +88,16 @@ def test_schema_and_table_know_every_setting() -> None:
     assert set(schema["required"]) == {"model", "data"}
 
 
-@given(st.recursive(st.none() | st.booleans() | st.floats() | st.text(max_size=5),
-                    lambda inner: st.lists(inner, max_size=3)
-                    | st.dictionaries(st.sampled_from(["model", "train", "data", "rank", "x"]), inner, max_size=3),
-                    max_leaves=8))  # fmt: skip
+names = st.sampled_from(["model", "train", "data", "rank", "x"])
+plain = st.none() | st.booleans() | st.floats() | st.text(max_size=5)
+
+
+def nested(inner: st.SearchStrategy[object]) -> st.SearchStrategy[object]:
+    """Lists and mappings of what is inside."""
+    return st.lists(inner, max_size=3) | st.dictionaries(names, inner, max_size=3)
+
+
+@given(st.recursive(plain, nested, max_leaves=8))
 def test_nothing_but_our_own_error_comes_out(values: object) -> None:
     with contextlib.suppress(UserError):
         check_values(values if isinstance(values, dict) else {"model": values, "data": values})
