@@ -1,0 +1,236 @@
+"""Measure an export beside PEFT's `merge_and_unload`, on a checkpoint of a known model's shape.
+
+    python scripts/benchmark_export.py --size 1.1b --json FILE
+
+Each job runs in a fresh process that imports first and then waits; peak private memory (RssAnon)
+is sampled from outside and given over what the imports took, pages mapped from files apart. The
+weights are random, which changes neither time nor memory. Copying the base's files, with the same
+forcing to disk, says how fast the disk is.
+
+Jobs: copy, original, dequantized (ours, fp16), peft (load in fp16, merge_and_unload,
+save_pretrained).
+"""
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+SHAPES: dict[str, dict[str, int]] = {
+    "ci": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 2,
+           "num_attention_heads": 32, "num_key_value_heads": 4, "vocab_size": 32000},
+    "1.1b": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22,
+             "num_attention_heads": 32, "num_key_value_heads": 4, "vocab_size": 32000},
+    "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+           "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 32000},
+}  # fmt: skip
+JOBS = ("copy", "original", "dequantized", "peft")
+RANK = 16
+
+
+def make_checkpoint(folder: Path, size: str) -> None:
+    """A Llama-shaped bf16 checkpoint and an adapter on all its linear layers, tensor by tensor."""
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    from qlora_trainer.export.shards import Announced, ShardWriter
+
+    config = LlamaConfig(**SHAPES[size], tie_word_embeddings=False, dtype="bfloat16")
+    config.architectures = ["LlamaForCausalLM"]
+    (folder / "base").mkdir(parents=True)
+    config.save_pretrained(folder / "base")
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    generator = torch.Generator().manual_seed(0)
+    noise = (torch.randn(2**24, generator=generator) * 0.02).bfloat16()
+
+    def write(place: Path, tensors: dict[str, tuple[int, ...]], dtype: torch.dtype) -> None:
+        announced = [Announced(name, dtype, shape) for name, shape in tensors.items()]
+        with ShardWriter(place, announced) as writer:
+            for tensor in announced:
+                writer.begin(tensor.name)
+                left = tensor.size_bytes // dtype.itemsize
+                while left:
+                    part = noise[: min(left, len(noise))].to(dtype)
+                    writer.write(part)
+                    left -= len(part)
+
+    write(folder / "base", shapes, torch.bfloat16)
+    factors: dict[str, tuple[int, ...]] = {}
+    for name, shape in shapes.items():
+        if name.endswith("_proj.weight"):
+            path = f"base_model.model.{name.removesuffix('.weight')}"
+            factors[f"{path}.lora_A.weight"] = (RANK, shape[1])
+            factors[f"{path}.lora_B.weight"] = (shape[0], RANK)
+    adapter = folder / "adapter"
+    adapter.mkdir()
+    write(adapter, factors, torch.float32)
+    (adapter / "model.safetensors").rename(adapter / "adapter_model.safetensors")
+    names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    settings = {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": RANK, "lora_alpha": 32,
+        "lora_dropout": 0.0, "bias": "none", "target_modules": names,
+        "base_model_name_or_path": str(folder / "base"),
+    }  # fmt: skip
+    (adapter / "adapter_config.json").write_text(json.dumps(settings))
+
+
+def run_job(job: str, folder: Path) -> None:
+    """In the measured process: import, say so, wait for the word, work, say so."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from qlora_trainer.base.load import BaseSpec
+    from qlora_trainer.export.merged import prepare, write_candidate
+
+    if job == "peft":
+        import peft
+    print("ready", flush=True)
+    sys.stdin.readline()
+    base, adapter, out = folder / "base", folder / "adapter", folder / f"out-{job}"
+    out.mkdir()
+    started = time.perf_counter()
+    if job == "copy":
+        for file in sorted(base.iterdir()):
+            with file.open("rb") as source, (out / file.name).open("wb") as target:
+                shutil.copyfileobj(source, target, 2**23)
+                target.flush()
+                os.fsync(target.fileno())
+    elif job == "peft":
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float16)
+        merged = peft.PeftModel.from_pretrained(model, adapter).merge_and_unload()
+        merged.save_pretrained(out)
+    else:
+        prepared = prepare(base, adapter, AutoModelForCausalLM, BaseSpec("nf4"), dtype="fp16")
+        way: Any = job
+        write_candidate(prepared, out, way, max_shard_bytes=5 * 10**9)
+    print(json.dumps({"seconds": time.perf_counter() - started}), flush=True)
+
+
+def resident(pid: int) -> dict[str, int]:
+    """Private and file-mapped resident bytes of a process."""
+    found = {"RssAnon": 0, "RssFile": 0}
+    try:
+        text = Path(f"/proc/{pid}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return found
+    for line in text.splitlines():
+        key = line.partition(":")[0]
+        if key in found:
+            found[key] = int(line.split()[1]) * 1024
+    return found
+
+
+def measure(job: str, folder: Path, threads: int) -> dict[str, Any]:
+    """Run one job in a fresh process and watch its memory."""
+    command = [sys.executable, __file__, "--job", job, "--folder", str(folder)]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=environment, cwd=REPOSITORY,
+    ) as process:  # fmt: skip
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stderr is not None
+        if process.stdout.readline().strip() != "ready":
+            raise SystemExit(f"{job} did not start:\n{process.stderr.read()[-2000:]}")
+        before = resident(process.pid)
+        process.stdin.write("go\n")
+        process.stdin.flush()
+        peak = dict(before)
+        while process.poll() is None:
+            now = resident(process.pid)
+            peak = {key: max(peak[key], now[key]) for key in peak}
+            time.sleep(0.002)
+        lines = process.stdout.read().strip().splitlines()
+        if process.returncode != 0 or not lines:
+            raise SystemExit(f"{job} failed:\n{process.stderr.read()[-2000:]}")
+    shutil.rmtree(folder / f"out-{job}")
+    return {
+        "seconds": round(float(json.loads(lines[-1])["seconds"]), 3),
+        "peak_private_bytes": peak["RssAnon"] - before["RssAnon"],
+        "peak_mapped_bytes": peak["RssFile"] - before["RssFile"],
+    }
+
+
+def machine() -> dict[str, Any]:
+    """Where the figures were measured."""
+    import peft
+    import torch
+    import transformers
+
+    model = next(
+        (line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
+         if line.startswith("model name")), platform.processor(),
+    )  # fmt: skip
+    return {
+        "cpu": model, "cpus": os.cpu_count(), "load_before": os.getloadavg()[0],
+        "torch": torch.__version__, "transformers": transformers.__version__,
+        "peft": peft.__version__,
+    }  # fmt: skip
+
+
+def main() -> None:
+    """Make the checkpoint, run the jobs, print and write the figures."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", choices=SHAPES, default="ci")
+    parser.add_argument("--jobs", nargs="+", choices=JOBS, default=JOBS)
+    parser.add_argument("--folder", type=Path, help="where to work (default: a temporary folder)")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--json", type=Path, help="also write the figures here")
+    parser.add_argument("--job", choices=JOBS, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.job:
+        run_job(given.job, given.folder)
+        return
+    sys.path.insert(0, str(REPOSITORY))
+    with tempfile.TemporaryDirectory(prefix="benchmark-export-", dir=given.folder) as place:
+        folder = Path(place)
+        make_checkpoint(folder, given.size)
+        weights = sum(file.stat().st_size for file in (folder / "base").glob("*.safetensors"))
+        shape = SHAPES[given.size]
+        largest = 2 * max(shape["vocab_size"], shape["intermediate_size"]) * shape["hidden_size"]
+        figures: dict[str, Any] = {
+            "size": given.size, "weights_bytes": weights, "largest_tensor_bytes": largest,
+            "bound_bytes": 3 * largest + 300 * 10**6, "threads": given.threads,
+            "machine": machine(), "jobs": {},
+        }  # fmt: skip
+        for job in given.jobs:
+            result = measure(job, folder, given.threads)
+            figures["jobs"][job] = result
+            print(
+                f"{job:12} {result['seconds']:8.2f} s   private "
+                f"{result['peak_private_bytes'] / 2**20:8.0f} MiB   mapped "
+                f"{result['peak_mapped_bytes'] / 2**20:8.0f} MiB",
+                flush=True,
+            )
+    jobs = figures["jobs"]
+    figures["ratios"] = {
+        f"{job}_over_{other}_{unit}": round(jobs[job][key] / jobs[other][key], 3)
+        for job, other, unit, key in (
+            ("original", "copy", "seconds", "seconds"),
+            ("dequantized", "copy", "seconds", "seconds"),
+            ("original", "peft", "seconds", "seconds"),
+            ("original", "peft", "memory", "peak_private_bytes"),
+            ("dequantized", "peft", "memory", "peak_private_bytes"),
+        )
+        if job in jobs and other in jobs
+    }
+    for name, value in figures["ratios"].items():
+        print(f"{name}: {value}")
+    if given.json:
+        given.json.parent.mkdir(parents=True, exist_ok=True)
+        given.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
