@@ -54,6 +54,15 @@ def copy_companions(base: Path, adapter: Path | None, out: Path) -> list[str]:
     return sorted(chosen)
 
 
+def copy_tokenizer(base: Path | None, adapter: Path, out: Path) -> None:
+    """Copy the tokenizer's files alone: the base's, and over them those beside the adapter."""
+    for folder in (base, adapter):
+        for name in _TOKENIZER:
+            source = None if folder is None else folder / name
+            if source is not None and source.is_file():
+                shutil.copyfile(source, out / name)
+
+
 def write_config(
     base: Path,
     out: Path,

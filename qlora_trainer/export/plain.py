@@ -19,7 +19,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 NOT_COUNTED = -100
-_POSITIONS = 256  # compared at one time
+_POSITIONS = 64  # compared at one time
 
 
 def read_rows(path: Path) -> list[dict[str, Tensor]]:

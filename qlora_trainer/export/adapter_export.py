@@ -1,0 +1,132 @@
+"""Exporting the adapter itself, and several joined into one merged model.
+
+The adapter goes out only after it was found to fit its base with finite values, together with the
+tokenizer it was trained with, what servers cannot do with it, and how to load it.
+"""
+
+import dataclasses
+import json
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from qlora_trainer.export.combine import combine_adapters
+from qlora_trainer.export.companions import copy_tokenizer
+from qlora_trainer.export.export import Exported, ExportSource, export_merged
+from qlora_trainer.export.folder import building, check_disk
+from qlora_trainer.export.merge import Progress
+from qlora_trainer.export.merged import prepare
+from qlora_trainer.export.proof import ProofRequest
+from qlora_trainer.export.report import REPORT_NAME, base_name
+from qlora_trainer.export.serving import ServingNote, serving_notes
+from qlora_trainer.lora.files import WEIGHTS_NAME
+from qlora_trainer.lora.peft_config import CONFIG_NAME
+
+
+def notes_for(source: ExportSource) -> list[ServingNote]:
+    """What servers cannot do with an adapter that exists already.
+
+    Raises:
+        UserError: The adapter is broken or of another base.
+    """
+    prepared = prepare(
+        source.base_folder, source.adapter_folder, source.model_class, source.spec,
+        dtype="bf16", config_changes=source.config_changes,
+    )  # fmt: skip
+    adapter = prepared.adapter
+    heads = ("lm_head.weight", "embed_out.weight")
+    return serving_notes(
+        rank=adapter.spec.rank,
+        kinds=sorted({update.kind for update in adapter.updates.values()}),
+        modules_to_save=adapter.spec.modules_to_save,
+        rank_pattern=tuple(adapter.spec.rank_pattern.values()),
+        adapts_head=any(name.endswith(heads) for name in adapter.updates),
+        tied_head=prepared.config_changes.get("tie_word_embeddings") is False,
+    )
+
+
+def export_adapter(source: ExportSource, out: Path, *, overwrite: bool = False) -> Exported:
+    """Write the adapter with its tokenizer, checked against the base.
+
+    Args:
+        source: Base and adapter.
+        out: The folder that shall appear.
+        overwrite: Whether a folder that stands at `out` may be replaced.
+
+    Raises:
+        UserError: The adapter is broken or of another base, or `out` cannot be written.
+    """
+    notes = notes_for(source)
+    files = [entry for entry in sorted(source.adapter_folder.iterdir()) if entry.is_file()]
+    check_disk(out, sum(file.stat().st_size for file in files))
+    base = base_name(source.base_source)
+    with building(out, overwrite=overwrite) as folder:
+        copy_tokenizer(source.base_folder, source.adapter_folder, folder)
+        for name in (WEIGHTS_NAME, CONFIG_NAME, "README.md"):
+            if (source.adapter_folder / name).is_file():
+                shutil.copyfile(source.adapter_folder / name, folder / name)
+        settings = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+        settings.update(base_model_name_or_path=source.base_source, revision=source.revision)
+        (folder / CONFIG_NAME).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
+        report = {
+            "format": 1,
+            "kept": "adapter",
+            "base": {"name": base, "revision": source.revision},
+            "serving": [str(note) for note in notes],
+        }
+        (folder / REPORT_NAME).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        if not (folder / "README.md").is_file():
+            (folder / "README.md").write_text(_card(base, notes), encoding="utf-8")
+    return Exported(out, report)
+
+
+def _card(base: str, notes: Sequence[ServingNote]) -> str:
+    lines = [
+        f"---\nbase_model: {base}\nlibrary_name: peft\ntags: [qlora, lora, qlora_trainer]\n---\n",
+        f"# Adapter for {base}\n",
+        "```python",
+        "from peft import AutoPeftModelForCausalLM",
+        'model = AutoPeftModelForCausalLM.from_pretrained("path/to/this/folder")',
+        "```\n",
+        *(["## Serving\n", *(f"- {note}" for note in notes), ""] if notes else []),
+    ]
+    return "\n".join(lines)
+
+
+def merge_adapters(
+    source: ExportSource,
+    adapters: Sequence[tuple[Path, float]],
+    out: Path,
+    *,
+    dtype: str = "fp16",
+    onto: str = "best",
+    proof: ProofRequest | None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Exported:
+    """Merge several adapters, weighted, into one model, proven like any export.
+
+    Args:
+        source: The base; its own `adapter_folder` is not used.
+        adapters: Folder and weight of each.
+        out: The folder that shall appear.
+        dtype: As for `export_merged`, and so are the rest.
+        onto: "original", "dequantized" or "best".
+        proof: Compared with base + all adapters.
+        overwrite: Whether a folder that stands at `out` may be replaced.
+        progress: Called with (tensor, bytes written, bytes in all) of one way of merging.
+
+    Raises:
+        UserError: As `combine_adapters` and `export_merged`.
+    """
+    with tempfile.TemporaryDirectory(prefix="qlora-joined-") as place:
+        joined = Path(place, "adapter")
+        combine_adapters(
+            source.base_folder, adapters, joined, model_class=source.model_class, spec=source.spec
+        )
+        copy_tokenizer(None, adapters[0][0], joined)
+        return export_merged(
+            dataclasses.replace(source, adapter_folder=joined), out, dtype=dtype, onto=onto,
+            proof=proof, overwrite=overwrite, progress=progress,
+        )  # fmt: skip

@@ -1,0 +1,45 @@
+"""An adapter goes out checked, with its tokenizer and what servers cannot do with it."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+
+from qlora_trainer.errors import UserError
+from qlora_trainer.export.adapter_export import export_adapter, merge_adapters
+from qlora_trainer.export.export import builtin_proof
+from tests.export import tiny
+
+
+def test_adapter_is_exported_with_notes_and_the_bases_public_name(bench, tmp_path):
+    source = bench.source("llama", target_modules=["q_proj"], modules_to_save=["lm_head"], r=32)
+    made = export_adapter(replace(source, base_source="org/tiny"), tmp_path / "out")
+    settings = json.loads((made.folder / "adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == "org/tiny"
+    assert any("modules_to_save = lm_head" in note for note in made.report["serving"])
+    assert any("--max-lora-rank 32" in note for note in made.report["serving"])
+    own = (source.adapter_folder / "adapter_model.safetensors").read_bytes()
+    assert (made.folder / "adapter_model.safetensors").read_bytes() == own
+
+
+def test_broken_adapter_is_not_exported(bench, tmp_path):
+    source = bench.source()
+    shutil.copytree(source.adapter_folder, tmp_path / "adapter")
+    (tmp_path / "adapter" / "adapter_model.safetensors").write_bytes(b"no")
+    with pytest.raises(UserError, match="not a whole safetensors file"):
+        export_adapter(replace(source, adapter_folder=tmp_path / "adapter"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_several_adapters_become_one_proven_model(bench, tmp_path):
+    source = bench.source()
+    other = bench.adapter(source.base_folder, target_modules=["v_proj"], seed=5)
+    made = merge_adapters(
+        source, [(source.adapter_folder, 0.5), (other, 1.5)], tmp_path / "out",
+        dtype="fp32", onto="dequantized", proof=builtin_proof(source, precisions=("fp32",)),
+    )  # fmt: skip
+    figures = made.report["ways"]["dequantized"]["proof"]["fp32"]["figures"]
+    assert figures["relative_difference"] < 1e-5
+    assert tiny.load(made.folder).dtype == torch.float32
