@@ -94,16 +94,9 @@ def open_model(run: RunConfig) -> ModelSource:
         model.source, model.revision, trust_remote_code=model.trust_remote_code
     )
     config = load_config(resolved.folder, trust_remote_code=model.trust_remote_code)
-    spec = BaseSpec(
-        quantization=model.quantization,
-        double_quant=model.double_quant,
-        block_size=model.block_size,
-        compute_dtype=choose_compute_dtype(model.compute_dtype, device, config.model_type),
-        attention=None if model.attention == "auto" else model.attention,
-        keep_unquantized=tuple(model.keep_unquantized),
-        trust_remote_code=model.trust_remote_code,
-    )
-    _check_length(run, config)
+    compute_dtype = choose_compute_dtype(model.compute_dtype, device, config.model_type)
+    spec = base_spec(run, compute_dtype)
+    check_length(run, config)
     tokenizer = _read_tokenizer(resolved, model)
     return ModelSource(resolved, config, tokenizer, device, spec, _stop_ids(resolved.folder))
 
@@ -132,7 +125,22 @@ def _read_tokenizer(resolved: ResolvedModel, model: Any) -> Any:
         ) from error
 
 
-def _check_length(run: RunConfig, config: Any) -> None:
+def base_spec(run: RunConfig, compute_dtype: torch.dtype) -> BaseSpec:
+    """How the base is held."""
+    model = run.model
+    return BaseSpec(
+        quantization=model.quantization,
+        double_quant=model.double_quant,
+        block_size=model.block_size,
+        compute_dtype=compute_dtype,
+        attention=None if model.attention == "auto" else model.attention,
+        keep_unquantized=tuple(model.keep_unquantized),
+        trust_remote_code=model.trust_remote_code,
+    )
+
+
+def check_length(run: RunConfig, config: Any) -> None:
+    """Refuse sequences longer than the model knows positions."""
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and run.data.max_seq_len > limit:
         raise UserError(
@@ -200,13 +208,13 @@ def load_model(run: RunConfig, source: ModelSource, progress: Progress | None = 
 
 def add_adapter(run: RunConfig, model: Any, compute_dtype: torch.dtype) -> AdapterSpec:
     """Put the adapter on the base and set what each layer does with its activations."""
-    spec = adapter_spec(run, model)
+    spec = adapter_spec(run, len(decoder_layers(model)))
     inject_adapter(model, spec, dtype=adapter_dtype(run, compute_dtype), seed=run.train.seed)
     return spec
 
 
-def adapter_spec(run: RunConfig, model: Any) -> AdapterSpec:
-    """The adapter's settings for this model, layers resolved to numbers."""
+def adapter_spec(run: RunConfig, layer_count: int) -> AdapterSpec:
+    """The adapter's settings for a model of so many decoder layers."""
     adapter = run.adapter
     targets = adapter.target_modules
     return AdapterSpec(
@@ -215,7 +223,7 @@ def adapter_spec(run: RunConfig, model: Any) -> AdapterSpec:
         dropout=adapter.dropout,
         rslora=adapter.rslora,
         target_modules=targets if isinstance(targets, str) else tuple(targets),
-        layers=_layer_numbers(adapter.layers, len(decoder_layers(model))),
+        layers=_layer_numbers(adapter.layers, layer_count),
         modules_to_save=tuple(adapter.modules_to_save),
         rank_pattern=adapter.rank_pattern,
         alpha_pattern=adapter.alpha_pattern,

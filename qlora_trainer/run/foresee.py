@@ -1,0 +1,149 @@
+"""Memory foreseen for a run file on a card, from the model's `config.json` alone."""
+
+import itertools
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from qlora_trainer.base.dtype import compute_dtype_for
+from qlora_trainer.base.hub import resolve_model
+from qlora_trainer.base.load import load_config
+from qlora_trainer.config.read import check_values, read_run_file
+from qlora_trainer.config.settings import RunConfig
+from qlora_trainer.errors import UserError
+from qlora_trainer.memory.foresight import Foresight, RunShape, foresee
+from qlora_trainer.memory.gpus import GpuProfile, gpu_of_this_machine, read_gpu
+from qlora_trainer.training import setup
+from qlora_trainer.units import parse_bytes
+
+
+def run_for_model(model: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """A run of default settings on a model, for asking about memory without a run file."""
+    values = {"model": {"source": model}, "data": {"train": "not read"}}
+    return check_values(values, overrides=overrides, name="--model")
+
+
+def sweep(
+    run_file: Path | None, model: str | None, overrides: Sequence[str], axes: Sequence[str]
+) -> Iterator[tuple[tuple[str, ...], RunConfig]]:
+    """Every combination of the axes' values, as the settings changed and the run they make.
+
+    Args:
+        run_file: Where the other settings come from; or
+        model: a model, with default settings.
+        overrides: Settings changed in all of them.
+        axes: `section.setting=value,value,...` each.
+
+    Raises:
+        UserError: An axis is malformed, or a combination is no run that can start.
+    """
+    for chosen in itertools.product(*(_axis(axis) for axis in axes)):
+        every = (*overrides, *chosen)
+        if run_file is not None:
+            yield chosen, read_run_file(run_file, every)
+        else:
+            assert model is not None  # the command line asks for one of the two
+            yield chosen, run_for_model(model, every)
+
+
+def _axis(axis: str) -> list[str]:
+    name, equals, values = axis.partition("=")
+    if not equals or not all(values.split(",")):
+        raise UserError(f"--sweep {axis}: write section.setting=value,value,...")
+    return [f"{name}={value}" for value in values.split(",")]
+
+
+def choose_gpu(key: str | None, budget: str | None) -> tuple[GpuProfile, int | None]:
+    """The card to foresee for, and what of it is free (None: its usable memory).
+
+    Args:
+        key: A card's profile; None takes the card of this machine.
+        budget: A size such as `7.5 GiB`.
+
+    Raises:
+        UserError: No such card, no card here, or the budget is no size.
+    """
+    try:
+        budget_bytes = None if budget is None else parse_bytes(budget)
+    except ValueError as error:
+        raise UserError(f"--budget: {error}") from None
+    if budget_bytes == 0:
+        raise UserError("--budget: nothing fits into 0 bytes")
+    if key is not None:
+        return read_gpu(key), budget_bytes
+    import torch
+
+    here = gpu_of_this_machine(torch.device("cuda", 0)) if torch.cuda.is_available() else None
+    if here is None:
+        raise UserError("there is no GPU here to foresee for; name one with --gpu")
+    return here[0], budget_bytes or here[1]
+
+
+def foresee_run(
+    run: RunConfig,
+    gpu: GpuProfile,
+    *,
+    budget_bytes: int | None = None,
+    expandable_segments: bool = False,
+    with_timeline: bool = False,
+) -> Foresight:
+    """What a run will need on a card; every sequence at `data.max_seq_len`.
+
+    Raises:
+        UserError: The model is not there or cannot have these settings.
+    """
+    config = read_model_config(run)
+    setup.check_length(run, config)
+    return foresee(
+        config,
+        run_shape(run, config, gpu),
+        gpu,
+        budget_bytes=budget_bytes,
+        expandable_segments=expandable_segments,
+        with_timeline=with_timeline,
+    )
+
+
+def read_model_config(run: RunConfig) -> Any:
+    """The configuration of a folder, a `config.json` by any name, or a hub model.
+
+    Raises:
+        UserError: It is not there or not a configuration.
+    """
+    path = Path(run.model.source).expanduser()
+    trusted = run.model.trust_remote_code
+    if path.is_file():
+        with tempfile.TemporaryDirectory() as folder:
+            shutil.copy(path, Path(folder) / "config.json")
+            try:
+                return load_config(Path(folder), trust_remote_code=trusted)
+            except UserError as error:
+                said = str(error).replace(f"{folder}/config.json", str(path))
+                raise UserError(said.replace(folder, str(path))) from None
+    if path.is_dir():
+        return load_config(path, trust_remote_code=trusted)
+    resolved = resolve_model(run.model.source, run.model.revision, trust_remote_code=trusted)
+    return load_config(resolved.folder, trust_remote_code=trusted)
+
+
+def run_shape(run: RunConfig, config: Any, gpu: GpuProfile) -> RunShape:
+    """The settings of a run that decide its memory, on a card of this compute capability."""
+    compute_dtype = compute_dtype_for(
+        run.model.compute_dtype, "cuda", config.model_type, gpu.compute_capability
+    )
+    text = config.get_text_config()
+    count: int = getattr(text, "num_hidden_layers", 0)
+    return RunShape(
+        base=setup.base_spec(run, compute_dtype),
+        adapter=setup.adapter_spec(run, count),
+        adapter_dtype=setup.adapter_dtype(run, compute_dtype),
+        micro_batch_size=run.train.micro_batch_size,
+        seq_len=run.data.max_seq_len,
+        accumulation=run.train.gradient_accumulation_steps,
+        optimizer=run.train.optimizer,
+        activations=run.train.activations,
+        loss_chunk_tokens=run.train.loss_chunk_tokens,
+        padded=run.train.micro_batch_size > 1 and not run.data.packing,
+    )
