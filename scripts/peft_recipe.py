@@ -6,6 +6,7 @@ steered here, which the package never does. What is steered, and why:
 - `Params4bit.to`: quantizes when it reaches the card; `meta` stands for the card here;
 - `torch.nn.functional.softmax` from half precision to fp32: on CUDA one kernel without a copy of the
   input (aten/src/ATen/native/SoftMax.cpp), elsewhere cast first;
+- loading: transformers' own loop, its loader threads as reading four weights ahead (`_ReadAhead`);
 - `scaled_dot_product_attention`: the memory-efficient kernel the measurements pinned, with keys and
   values expanded to all heads first;
 - `torch.cuda.empty_cache` inside `prepare_model_for_kbit_training` becomes an event of the log.
@@ -18,7 +19,7 @@ import json
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from transformers import core_model_loading as loading
 from transformers.modeling_utils import LoadStateDictConfig, get_total_byte_count
 from transformers.quantizers.auto import AutoHfQuantizer
 
+from qlora_trainer.memory.attention import attention_for
 from qlora_trainer.memory.cuda_rules import Gpu
 from qlora_trainer.memory.simulate import Trace, simulate
 from qlora_trainer.memory.tracker import EMPTY_CACHE, RESET_PEAK, AllocationTracker
@@ -67,6 +69,7 @@ class Recipe:
     compute_dtype: str
     gradient_checkpointing: bool
     optimizer: str = "adamw"
+    norm_dtype: str = "bfloat16"
 
 
 # ---- the model -----------------------------------------------------------------------------------
@@ -147,9 +150,7 @@ def load_quantized(
         device_map = {"": "meta"}
         quantizer.preprocess_model(model=model, dtype=dtype, device_map=device_map)
         slices = {
-            name: _Slice(
-                value.shape, torch.float32 if quantizer.param_needs_quantization(model, name) else dtype
-            )
+            name: _Slice(value.shape, dtype)
             for name, value in model.state_dict().items()
             if name not in tied
         }
@@ -173,7 +174,7 @@ def load_quantized(
 
 # ---- steering other people's code ----------------------------------------------------------------
 def _steer_quantization() -> None:
-    from bitsandbytes.nn import Params4bit  # noqa: PLC0415
+    from bitsandbytes.nn import Params4bit
 
     plain_to = Params4bit.to
 
@@ -186,15 +187,51 @@ def _steer_quantization() -> None:
     Params4bit.to = to
 
 
+class _ReadAhead:
+    """transformers' loader threads: while a weight is quantized, the next ones arrive.
+
+    Identical settings were measured with after-load sizes that differ (six TinyLlama rows: 1070.05
+    to 1077.55 MiB), which one thread cannot do: weights were read ahead by the loader's
+    `GLOBAL_WORKERS` threads. Their exact order is chance; here each is one weight ahead of another.
+    """
+
+    workers = 4  # core_model_loading.GLOBAL_WORKERS on a machine with at least four cores
+
+    def __init__(self) -> None:
+        self.waiting: list[tuple[_Slice, Any, Any]] = []
+        self.arrived: dict[int, torch.Tensor] = {}
+        self.next = 0
+
+    def submit(self, tensor: _Slice, device: Any, dtype: Any) -> Callable[[], torch.Tensor]:
+        number = len(self.waiting)
+        self.waiting.append((tensor, device, dtype))
+        return lambda: self.take(number)
+
+    def take(self, number: int) -> torch.Tensor:
+        while self.next <= min(number + self.workers, len(self.waiting) - 1):
+            self.arrived[self.next] = loading._materialize_copy(*self.waiting[self.next])
+            self.next += 1
+        return self.arrived.pop(number)
+
+
 def _steer_loading() -> None:
-    plain = loading.spawn_materialize
+    ahead: list[_ReadAhead] = []
+    plain = loading.convert_and_load_state_dict_in_model
 
-    def spawn_materialize(
-        pool: Any, tensor: _Slice, device: Any = None, dtype: Any = None, **kwargs: Any
+    def convert(*args: Any, **kwargs: Any) -> Any:
+        ahead.append(_ReadAhead())
+        try:
+            return plain(*args, **kwargs)
+        finally:
+            ahead.pop()
+
+    def spawn(
+        _pool: Any, tensor: _Slice, device: Any = None, dtype: Any = None, **_kwargs: Any
     ) -> Any:
-        return plain(pool, tensor, device, tensor.dtype, **kwargs)
+        return ahead[-1].submit(tensor, device, dtype)
 
-    loading.spawn_materialize = spawn_materialize
+    loading.convert_and_load_state_dict_in_model = convert
+    loading.spawn_materialize = spawn
 
 
 def _steer_attention() -> None:
@@ -276,7 +313,7 @@ def _logged_empty_cache(tracker: AllocationTracker) -> Iterator[None]:
 # ---- the recipe ----------------------------------------------------------------------------------
 def run_t4(recipe: Recipe) -> Trace:
     """measure.py of fitcheck-llm, line by line."""
-    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training  # noqa: PLC0415
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
     dtype = DTYPES[recipe.compute_dtype]
     skeleton = build_skeleton(
@@ -351,14 +388,138 @@ def _train(model: Any, optimizer: Any, batch: torch.Tensor, tracker: AllocationT
     step("phased")
 
 
+# ---- two other published recipes ------------------------------------------------------------------
+def _loss_of_transformers_4(
+    logits: torch.Tensor, labels: torch.Tensor, vocab_size: int, **_kwargs: Any
+) -> torch.Tensor:
+    """transformers 4.48: logits cast to fp32, then shifted into a copy (loss/loss_utils.py)."""
+    wide = logits.float()
+    shifted = wide[..., :-1, :].contiguous()
+    targets = labels[..., 1:].contiguous()
+    return F.cross_entropy(shifted.view(-1, vocab_size), targets.view(-1), ignore_index=-100)
+
+
+def run_a100(recipe: Recipe) -> Trace:
+    """fms-acceleration's benchmark: Hugging Face Trainer, bf16 autocast, flash attention 2.
+
+    `meta` has no autocast: the head's input is cast to its weight's dtype as autocast would; what
+    autocast does inside a layer does not reach the peak, which the logits make.
+    """
+    from peft import get_peft_model
+
+    gpu = GPUS[recipe.gpu]
+    flash = attention_for(gpu)
+    skeleton = build_skeleton(
+        model_config(recipe.model | {"seq_len": recipe.seq_len}), flash, torch.bfloat16
+    )
+
+    def program(tracker: AllocationTracker) -> None:
+        tracker.set_phase("load")
+        with tracker.component("base weights"):
+            if recipe.quantization == "nf4":
+                model = load_quantized(skeleton, tracker, torch.bfloat16, recipe.double_quant)
+            else:
+                model = load_whole_then_move(skeleton, tracker)
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        if recipe.norm_dtype == "float32":
+            for name, parameter in model.named_parameters():
+                if "norm" in name:
+                    parameter.data = parameter.data.float()
+        model.lm_head.register_forward_pre_hook(
+            lambda module, inputs: (inputs[0].to(module.weight.dtype),)
+        )
+        model.loss_function = _loss_of_transformers_4
+        with tracker.component("adapters"):
+            model = get_peft_model(model, _lora(recipe))
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.enable_input_require_grads()
+        model.train()
+        tracker.set_phase("setup")
+        _trainer_steps(model, recipe, tracker, mask=False)
+
+    return simulate(program, gpu, answers={"find_packed_sequence_indices": True})
+
+
+def run_l40s(recipe: Recipe) -> Trace:
+    """PEFT's method comparison: bf16 base, fp32 adapters, padded batches, nothing recomputed.
+
+    Two steps make the optimizer's states; the cache is emptied just before the longest batch.
+    """
+    from peft import get_peft_model
+
+    skeleton = build_skeleton(
+        model_config(recipe.model | {"seq_len": recipe.seq_len}, use_cache=True),
+        attention_for(GPUS[recipe.gpu]),
+        torch.bfloat16,
+    )
+
+    def program(tracker: AllocationTracker) -> None:
+        tracker.set_phase("load")
+        with tracker.component("base weights"):
+            model = load_whole_then_move(skeleton, tracker)
+        with tracker.component("adapters"):
+            model = get_peft_model(model, _lora(recipe))
+        model.train()
+        tracker.set_phase("setup")
+        _trainer_steps(model, recipe, tracker, mask=True)
+
+    return simulate(program, GPUS[recipe.gpu], answers={"find_packed_sequence_indices": True})
+
+
+def _lora(recipe: Recipe) -> Any:
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=recipe.rank,
+        lora_alpha=2 * recipe.rank,
+        lora_dropout=0.0,
+        task_type="CAUSAL_LM",
+        target_modules=list(recipe.targets),
+    )
+
+
+def _trainer_steps(model: Any, recipe: Recipe, tracker: AllocationTracker, *, mask: bool) -> None:
+    """Steps of a loop that keeps the loss only, clips, and updates."""
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=1e-4, foreach=True
+    )
+
+    def step(name: str, tokens: int) -> None:
+        size = (recipe.batch_size, tokens)
+        batch = {
+            key: torch.empty(size, dtype=torch.int64, device=CARD)
+            for key in ("input_ids", "labels", "attention_mask")
+        }
+        given = dict(batch)
+        if not mask:  # packed: the mask is on the card and says nothing
+            given.pop("attention_mask")
+        tracker.set_phase(f"{name} forward")
+        loss = model(**given).loss
+        tracker.set_phase(f"{name} backward")
+        loss.backward()
+        del loss
+        tracker.set_phase(f"{name} optimizer")
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        tracker.set_phase(f"{name} steady")
+
+    step("warm-up", recipe.seq_len if not mask else 64)
+    if mask:
+        tracker.mark(EMPTY_CACHE)
+    tracker.mark(RESET_PEAK)
+    step("measured", recipe.seq_len)
+    step("phased", recipe.seq_len)
+
+
+RECIPES = {"t4": run_t4, "a100": run_a100, "l40s": run_l40s}
+
+
 def answer(request: dict[str, Any]) -> dict[str, Any]:
     """Simulate one recipe and replay it at a capacity."""
     recipe = Recipe(**request["recipe"])
-    trace = run_t4(recipe)
-    if request.get("dump"):  # wip
-        import pickle
-        log = trace.log
-        pickle.dump(([(a.size_bytes, a.stream, a.operator, a.component, a.where) for a in log.allocations], log.events), open(request["dump"], "wb"))
+    trace = RECIPES[request.get("kind", "t4")](recipe)
     peaks = trace.replay(request.get("capacity_bytes"))
     return {
         "allocated": peaks.allocated_bytes,
@@ -367,6 +528,7 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
         "forward": peaks.allocated_by_phase["phased forward"],
         "backward": peaks.allocated_by_phase["phased backward"],
         "optimizer": peaks.allocated_by_phase["phased optimizer"],
+        "steady": peaks.after_phase.get("measured steady"),
         "by_component": peaks.by_component,
         "reserved_by_phase": peaks.reserved_by_phase,
         "peak_phase": peaks.peak_phase,
