@@ -43,7 +43,7 @@ Batch = dict[str, torch.Tensor]
 def load_with_peft(run: Any, source: setup.ModelSource) -> Any:
     """Base in NF4 by transformers and bitsandbytes; PEFT's fp32 LoRA with our initial values."""
     with tempfile.TemporaryDirectory() as scratch:
-        ours = setup.load_model(source)
+        ours = setup.load_model(run, source)
         spec = setup.add_adapter(run, ours, source.base_spec.compute_dtype)
         save_adapter(ours, spec, Path(scratch), base_source=None, task_type="CAUSAL_LM")
         del ours
