@@ -63,10 +63,12 @@ class ShardWriter:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        if kind is None:
-            self.close()
-        elif self._file is not None:
-            self._file.close()
+        try:
+            if kind is None:
+                self.close()
+        finally:
+            if self._file is not None:
+                self._file.close()
 
     def begin(self, name: str) -> None:
         """Start the next tensor, which must be the next announced one."""
