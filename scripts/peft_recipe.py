@@ -31,7 +31,7 @@ from transformers import core_model_loading as loading
 from transformers.modeling_utils import LoadStateDictConfig, get_total_byte_count
 from transformers.quantizers.auto import AutoHfQuantizer
 
-from qlora_trainer.memory.attention import attention_for
+from qlora_trainer.memory.attention import ANSWERS, attention_for
 from qlora_trainer.memory.cuda_rules import Gpu
 from qlora_trainer.memory.simulate import Trace, simulate
 from qlora_trainer.memory.tracker import EMPTY_CACHE, RESET_PEAK, AllocationTracker
@@ -355,7 +355,7 @@ def run_t4(recipe: Recipe) -> Trace:
         optimizer, batch = _prepare(model, recipe)
         _train(model, optimizer, batch, tracker)
 
-    return simulate(program, GPUS[recipe.gpu], answers={"find_packed_sequence_indices": True})
+    return simulate(program, GPUS[recipe.gpu], answers=ANSWERS)
 
 
 def _prepare(model: Any, recipe: Recipe) -> tuple[Any, torch.Tensor]:
@@ -392,7 +392,7 @@ def _train(model: Any, optimizer: Any, batch: torch.Tensor, tracker: AllocationT
 def _loss_of_transformers_4(
     logits: torch.Tensor, labels: torch.Tensor, vocab_size: int, **_kwargs: Any
 ) -> torch.Tensor:
-    """transformers 4.48: logits cast to fp32, then shifted into a copy (loss/loss_utils.py)."""
+    """Transformers 4.48: logits cast to fp32, then shifted into a copy (loss/loss_utils.py)."""
     wide = logits.float()
     shifted = wide[..., :-1, :].contiguous()
     targets = labels[..., 1:].contiguous()
@@ -438,7 +438,7 @@ def run_a100(recipe: Recipe) -> Trace:
         tracker.set_phase("setup")
         _trainer_steps(model, recipe, tracker, mask=False)
 
-    return simulate(program, gpu, answers={"find_packed_sequence_indices": True})
+    return simulate(program, gpu, answers=ANSWERS)
 
 
 def run_l40s(recipe: Recipe) -> Trace:
@@ -464,7 +464,7 @@ def run_l40s(recipe: Recipe) -> Trace:
         tracker.set_phase("setup")
         _trainer_steps(model, recipe, tracker, mask=True)
 
-    return simulate(program, GPUS[recipe.gpu], answers={"find_packed_sequence_indices": True})
+    return simulate(program, GPUS[recipe.gpu], answers=ANSWERS)
 
 
 def _lora(recipe: Recipe) -> Any:

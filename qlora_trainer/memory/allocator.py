@@ -38,7 +38,7 @@ ROUND_LARGE = 2 * MIB
 DRIVER_CHUNK = 32 * MIB
 
 
-class OutOfMemory(Exception):  # noqa: N818 - the allocator's own word for it
+class OutOfMemory(Exception):
     """No segment could be had within the capacity."""
 
     def __init__(self, wanted_bytes: int, allocated_bytes: int, reserved_bytes: int) -> None:
@@ -255,8 +255,8 @@ class CachingAllocator:
     def _hand_out(self, block: Block, size: int) -> Block:
         remaining = block.size - size
         pool = block.pool
-        split = remaining >= MIN_BLOCK if pool.is_small or self.expandable else (
-            remaining > SMALL_SIZE
+        split = (
+            remaining >= MIN_BLOCK if pool.is_small or self.expandable else (remaining > SMALL_SIZE)
         )
         if split:
             rest = Block(block.address + size, remaining, pool)

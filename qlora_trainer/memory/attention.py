@@ -21,8 +21,15 @@ from transformers.masking_utils import sdpa_mask
 
 from qlora_trainer.memory.cuda_rules import Gpu
 
+# transformers' masks ask the tensors two questions; asking function -> answer
+ANSWERS = {
+    "find_packed_sequence_indices": True,  # "is every row one sequence?"
+    "_ignore_causal_mask_sdpa": False,  # "does the given mask hide nothing?"
+    "_ignore_bidirectional_mask_sdpa": False,
+}
 MATH = "math"
 FLASH = "flash"
+CPU_FLASH = "flash on the CPU"
 EFFICIENT = "memory-efficient"
 
 
@@ -59,12 +66,21 @@ def _run(kernel: str, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | 
         attend = torch.ops.aten._scaled_dot_product_flash_attention
         out: Tensor = attend(query, key, value, dropout, causal, scale=scale)[0]
         return out[..., :size] if padding else out
+    if kernel == CPU_FLASH:
+        # sdp_utils_cpp.cpp: the CPU has one fused kernel, for any mask and grouping, no dropout
+        attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        on_cpu: Tensor = attend(
+            query, key, value, dropout, causal, attn_mask=mask, scale=scale
+        )[0]
+        return on_cpu
     if kernel == EFFICIENT:
         recorded = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
         attend = torch.ops.aten._scaled_dot_product_efficient_attention
         bias = None if mask is None else additive_bias(mask, query)
-        out = attend(query, key, value, bias, recorded, dropout, causal, scale=scale)[0]
-        return out
+        attended: Tensor = attend(
+            query, key, value, bias, recorded, dropout, causal, scale=scale
+        )[0]
+        return attended
     return F.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, dropout_p=dropout, scale=scale, is_causal=causal,
         enable_gqa=key.shape[1] != query.shape[1],
@@ -85,9 +101,9 @@ def additive_bias(mask: Tensor, query: Tensor) -> Tensor:
     return mask.expand(query.shape[0], query.shape[1], query.shape[2], size)
 
 
-def attention_for(gpu: Gpu) -> str:
-    """Register an attention that decides as this card does; returns its name."""
-    name = f"qlora_foresight_sm{gpu.capability}"
+def attention_for(gpu: Gpu | None) -> str:
+    """Register an attention that decides as this card (None: a CPU) does; returns its name."""
+    name = f"qlora_foresight_sm{gpu.capability}" if gpu is not None else "qlora_foresight_cpu"
 
     def attend(
         module: Any,
@@ -108,9 +124,11 @@ def attention_for(gpu: Gpu) -> str:
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         causal = bool(causal) and query.shape[2] > 1 and attention_mask is None
         width = max(query.shape[-1], value.shape[-1])
-        kernel = choose_kernel(
-            gpu, query.dtype, width, masked=attention_mask is not None, grouped=grouped
-        )
+        kernel = CPU_FLASH
+        if gpu is not None:
+            kernel = choose_kernel(
+                gpu, query.dtype, width, masked=attention_mask is not None, grouped=grouped
+            )
         out = _run(kernel, query, key, value, attention_mask, dropout, causal, scaling)
         return out.transpose(1, 2).contiguous(), None
 

@@ -41,7 +41,7 @@ def _ladder(
         _FLOOR: floor,
         "_gpu_dispatch_props": lambda _index: (multiprocessors, *capability),
     }
-    exec(compile(ast.Module([function], []), str(source), "exec"), scope)  # noqa: S102
+    exec(compile(ast.Module([function], []), str(source), "exec"), scope)
     return most, functools.cache(scope[_LADDER])  # type: ignore[arg-type]
 
 

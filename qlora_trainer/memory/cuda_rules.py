@@ -60,9 +60,9 @@ class EfficientBackwardKernel:
     computes_delta: bool
 
 
-def efficient_backward_kernel(gpu: Gpu, dtype: torch.dtype, head_size: int) -> (
-    EfficientBackwardKernel
-):
+def efficient_backward_kernel(
+    gpu: Gpu, dtype: torch.dtype, head_size: int
+) -> EfficientBackwardKernel:
     """Choose as mem_eff_attention/kernels/generate_kernels.py orders the candidates.
 
     Smallest sufficient `max_k` first, then the larger block if it fits shared memory (128 wide
@@ -114,10 +114,10 @@ class CudaRules:
 
     def table(self) -> Mapping[Any, Rule]:
         """Operator overload -> rule."""
-        rules: dict[Any, Rule] = {
-            op: self.matrix_product
-            for op in (aten.mm.default, aten.bmm.default, aten.addmm.default, aten.baddbmm.default)
-        }
+        rules: dict[Any, Rule] = dict.fromkeys(
+            (aten.mm.default, aten.bmm.default, aten.addmm.default, aten.baddbmm.default),
+            self.matrix_product,
+        )
         rules[aten._softmax_backward_data.default] = self.softmax_backward
         rules[aten._scaled_dot_product_efficient_attention.default] = self.efficient_forward
         rules[aten._scaled_dot_product_efficient_attention_backward.default] = (
@@ -131,15 +131,13 @@ class CudaRules:
 
     def _bitsandbytes(self) -> dict[Any, Rule]:
         try:
-            import bitsandbytes  # noqa: F401, PLC0415 - registers its operators
+            import bitsandbytes  # noqa: F401 - registers its operators
         except ImportError:
             return {}
         return {torch.ops.bitsandbytes.gemm_4bit.default: self.gemm_4bit}
 
     # -- products
-    def matrix_product(
-        self, tracker: AllocationTracker, func: Any, args: Any, kwargs: Any
-    ) -> Any:
+    def matrix_product(self, tracker: AllocationTracker, func: Any, args: Any, kwargs: Any) -> Any:
         """The first product of a thread makes its cuBLAS handle's workspace, which stays.
 
         Source: getCurrentCUDABlasHandle, aten/src/ATen/cuda/CublasHandlePool.cpp. The output is
@@ -180,7 +178,8 @@ class CudaRules:
             held.append(tracker.allocate(4 * absmax_8bit.numel(), "gemm_4bit absmax + offset"))
             held.append(first)
         weight = tracker.allocate(
-            shape[0] * shape[1] * x.element_size(), "gemm_4bit dequantized weight",
+            shape[0] * shape[1] * x.element_size(),
+            "gemm_4bit dequantized weight",
             "dequantized weights",
         )
         result = func(*args, **kwargs)
@@ -239,8 +238,12 @@ class CudaRules:
         batch, heads, queries, head_size = query.shape
         held = []
         if not grad_out.transpose(1, 2).is_contiguous():
-            held.append(tracker.allocate(
-                grad_out.numel() * grad_out.element_size(), "attention backward: contiguous grad"))
+            held.append(
+                tracker.allocate(
+                    grad_out.numel() * grad_out.element_size(),
+                    "attention backward: contiguous grad",
+                )
+            )
         result = func(*args, **kwargs)
         for part in result:
             if part is not None:
@@ -257,9 +260,12 @@ class CudaRules:
             tracker.free(summed)
             tracker.free(wide)
         shape = (batch, heads, queries, key.shape[2], head_size)
-        held.append(tracker.allocate(
-            efficient_backward_workspace_bytes(kernel, query.dtype, shape),
-            "attention backward: workspace"))
+        held.append(
+            tracker.allocate(
+                efficient_backward_workspace_bytes(kernel, query.dtype, shape),
+                "attention backward: workspace",
+            )
+        )
         for index in reversed(held):
             tracker.free(index)
         return result

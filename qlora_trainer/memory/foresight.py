@@ -10,7 +10,7 @@ Assumed, and said: every sequence has the full length; every token is trained (t
 the most logits chunks); rows are not padded and not packed unless `padded` says so.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,11 +25,12 @@ from qlora_trainer.base.load import BaseSpec, build_weightless_base
 from qlora_trainer.base.nf4 import NF4Linear
 from qlora_trainer.lora.inject import adapter_parameters, inject_adapter
 from qlora_trainer.lora.spec import AdapterSpec
-from qlora_trainer.memory.attention import attention_for
+from qlora_trainer.memory.attention import ANSWERS, attention_for
 from qlora_trainer.memory.gpus import GpuProfile
 from qlora_trainer.memory.simulate import LiveTensor, Peaks, Trace, simulate
 from qlora_trainer.memory.tracker import RESET_PEAK, AllocationTracker
 from qlora_trainer.tasks.causal_lm import CausalLM
+from qlora_trainer.tasks.task import Batch, Task
 from qlora_trainer.training.activations import Activation, plan_activations
 from qlora_trainer.training.optimizer import AdapterAdamW, OptimizerKind
 from qlora_trainer.training.step import StepResult, train_step
@@ -166,9 +167,7 @@ class SimulatedRun:
             limited = self.trace.replay(room, expandable_segments=expandable_segments)
         return self._foresight(gpu, capacity, free, limited)
 
-    def _foresight(
-        self, gpu: GpuProfile, capacity: int, free: Peaks, limited: Peaks
-    ) -> Foresight:
+    def _foresight(self, gpu: GpuProfile, capacity: int, free: Peaks, limited: Peaks) -> Foresight:
         shown = limited if limited.fits else free
         return Foresight(
             gpu=gpu.name,
@@ -214,14 +213,14 @@ def _merge_phases(phases: dict[str, int]) -> dict[str, int]:
 
 
 def simulate_run(
-    config: Any, shape: RunShape, gpu: GpuProfile, *, model_class: Any = AutoModelForCausalLM
+    config: Any, shape: RunShape, gpu: GpuProfile | None, *, model_class: Any = AutoModelForCausalLM
 ) -> SimulatedRun:
     """Run a configuration's step on weightless tensors, with this card's kernels.
 
     Args:
         config: The model's transformers configuration.
         shape: The run's settings.
-        gpu: Whose compute capability decides the kernels.
+        gpu: Whose compute capability decides the kernels; None for the CPU's own choices.
         model_class: Of the task.
 
     Raises:
@@ -229,12 +228,10 @@ def simulate_run(
     """
     model = build_weightless_base(config, model_class, shape.base)
     if model.config._attn_implementation == "sdpa":
-        model.set_attn_implementation(attention_for(gpu.card))
+        model.set_attn_implementation(attention_for(gpu.card if gpu is not None else None))
     run = SimulatedRun(Trace.empty(), shape)
     program = _Program(model, shape, run)
-    run.trace = simulate(
-        program, gpu.card, answers={"find_packed_sequence_indices": True, "all": True}
-    )
+    run.trace = simulate(program, gpu.card if gpu is not None else None, answers=ANSWERS)
     return run
 
 
@@ -261,7 +258,15 @@ class _Program:
         model.train()
         tracker.mark(RESET_PEAK)
         for step in range(2):
-            self._step(tracker, task, optimizer, batch, step)
+            watch_step(
+                tracker,
+                model,
+                [batch] * min(shape.accumulation, 2),
+                task=task,
+                optimizer=optimizer,
+                device=torch.device("meta"),
+                step=step,
+            )
         tracker.set_phase("evaluation")
         model.eval()
         task.evaluate(model, {name: part.to("meta") for name, part in batch.items()})
@@ -309,23 +314,49 @@ class _Program:
         run.paged_bytes, run.optimizer_bytes = sizes.pageable_bytes, sizes.total_bytes
         run.trained_parameters = sum(p.numel() for p in parameters.values())
         run.trained_bytes = sum(p.nbytes for p in parameters.values())
-        for parameter in parameters.values():
-            parameter.register_post_accumulate_grad_hook(
-                lambda p: tracker.tag(p.grad, "gradients") if p.grad is not None else None
-            )
+        tag_gradients(tracker, parameters.values())
 
-    def _step(self, tracker: AllocationTracker, task: CausalLM, optimizer: AdapterAdamW,
-              batch: dict[str, Tensor], step: int) -> None:  # fmt: skip
-        def before_update(_result: StepResult) -> bool:
-            tracker.follow_engine(None)
-            tracker.set_phase("optimizer step")
-            return True
 
-        tracker.follow_engine(("forward", "backward"))
-        train_step(
-            self.model, [batch] * min(self.shape.accumulation, 2), task=task, optimizer=optimizer,
-            learning_rate=1e-4, device=torch.device("meta"), step=step, check=before_update,
-        )  # fmt: skip
+def watch_step(
+    tracker: AllocationTracker,
+    model: Any,
+    micro_batches: Sequence[Batch],
+    *,
+    task: Task,
+    optimizer: AdapterAdamW,
+    device: torch.device,
+    step: int,
+) -> None:
+    """One training step with its phases marked: the same for weightless and for real tensors."""
+
+    def before_update(_result: StepResult) -> bool:
+        tracker.follow_engine(None)
+        tracker.set_phase("optimizer step")
+        return True
+
+    tracker.follow_engine(("forward", "backward"))
+    train_step(
+        model,
+        micro_batches,
+        task=task,
+        optimizer=optimizer,
+        learning_rate=1e-4,
+        device=device,
+        step=step,
+        check=before_update,
+    )
+
+
+def tag_gradients(tracker: AllocationTracker, parameters: Iterable[nn.Parameter]) -> None:
+    """Book gradients under their own name as the engine hands them over."""
+
+    def tag(parameter: Tensor) -> None:
+        if parameter.grad is not None:
+            tracker.tag(parameter.grad, "gradients")
+
+    for parameter in parameters:
+        if isinstance(parameter, nn.Parameter):
+            parameter.register_post_accumulate_grad_hook(tag)
 
 
 def _activations(shape: RunShape) -> Activation | Sequence[Activation]:
@@ -375,5 +406,3 @@ def foresee(
         with_timeline=with_timeline,
     )
 
-
-Progress = Callable[[str], None]

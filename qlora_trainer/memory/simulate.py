@@ -62,6 +62,34 @@ class Peaks:
 
 
 @dataclass
+class Live:
+    """Peaks of live storages, without an allocator."""
+
+    peak_bytes: int = 0
+    by_component: dict[str, int] = field(default_factory=dict)
+    by_phase: dict[str, int] = field(default_factory=dict)
+
+
+def _live(log: Log) -> Live:
+    found, now, phase = Live(), 0, "start"
+    components: dict[str, int] = {}
+    for kind, about in log.events:
+        if kind == PHASE:
+            phase = str(about)
+        elif kind == RESET_PEAK:
+            found = Live(now, dict(components), {})
+        elif kind in (ALLOCATE, FREE):
+            record = log.allocations[int(about)]
+            size = record.size_bytes if kind == ALLOCATE else -record.size_bytes
+            now += size
+            components[record.component] = components.get(record.component, 0) + size
+            if now > found.peak_bytes:
+                found.peak_bytes, found.by_component = now, dict(components)
+        found.by_phase[phase] = max(found.by_phase.get(phase, 0), now)
+    return found
+
+
+@dataclass
 class Trace:
     """The log of one simulated program."""
 
@@ -71,6 +99,10 @@ class Trace:
     def empty(cls) -> "Trace":
         """A trace of nothing."""
         return cls(Log())
+
+    def live(self) -> "Live":
+        """Peaks of the storages' own bytes, with no allocator: what a CPU's memory must hold."""
+        return _live(self.log)
 
     def replay(
         self,
@@ -156,9 +188,11 @@ class _Replay:
     def _phase_peaks(self) -> None:
         peaks, allocator, phase = self.peaks, self.allocator, self.phase
         peaks.allocated_by_phase[phase] = max(
-            peaks.allocated_by_phase.get(phase, 0), allocator.allocated_bytes)
+            peaks.allocated_by_phase.get(phase, 0), allocator.allocated_bytes
+        )
         peaks.reserved_by_phase[phase] = max(
-            peaks.reserved_by_phase.get(phase, 0), allocator.reserved_bytes)
+            peaks.reserved_by_phase.get(phase, 0), allocator.reserved_bytes
+        )
 
     def _note_peak(self, position: int) -> None:
         now = self.allocator.allocated_bytes
@@ -188,8 +222,7 @@ class _Replay:
             self.peaks.by_component[record.component] = (
                 self.peaks.by_component.get(record.component, 0) + record.size_bytes
             )
-            key = (record.component, record.operator, record.where, record.phase,
-                   record.size_bytes)
+            key = (record.component, record.operator, record.where, record.phase, record.size_bytes)
             groups[key] = groups.get(key, 0) + 1
         self.peaks.alive = sorted(
             (LiveTensor(*key, count) for key, count in groups.items()),
@@ -199,7 +232,7 @@ class _Replay:
 
 def simulate(
     program: Callable[[AllocationTracker], Any],
-    gpu: Gpu,
+    gpu: Gpu | None,
     *,
     answers: Mapping[str, Any] | None = None,
 ) -> Trace:
@@ -208,10 +241,10 @@ def simulate(
     Args:
         program: Builds and steps; everything it puts on `meta` counts as the card's memory. It is
             given the tracker, to mark phases and components.
-        gpu: The card whose kernels are chosen.
+        gpu: The card whose kernels are chosen; None for a CPU, which has no such rules.
         answers: See `AllocationTracker`.
     """
-    tracker = AllocationTracker("meta", CudaRules(gpu).table(), answers)
+    tracker = AllocationTracker("meta", CudaRules(gpu).table() if gpu is not None else None, answers)
     collecting = gc.isenabled()
     gc.collect()
     gc.disable()  # a collection at a random moment would move deaths; reference counting decides
@@ -225,4 +258,4 @@ def simulate(
     return Trace(tracker.log)
 
 
-__all__ = ["Allocation", "LiveTensor", "Peaks", "Trace", "simulate"]
+__all__ = ["Allocation", "Live", "LiveTensor", "Peaks", "Trace", "simulate"]

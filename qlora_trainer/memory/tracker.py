@@ -272,7 +272,9 @@ class AllocationTracker(TorchDispatchMode):
             result = rule(self, func, args, kwargs)
         elif func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
             return self._answer(sys._getframe(1))
-        elif func is torch.ops.aten.add.Tensor and self._engine_adds(args, kwargs, sys._getframe(1)):
+        elif func is torch.ops.aten.add.Tensor and self._engine_adds(
+            args, kwargs, sys._getframe(1)
+        ):
             # InputBuffer::accumulate (torch/csrc/autograd/input_buffer.cpp) adds in place when it
             # holds the last reference, but never while a mode is active
             result = torch.ops.aten.add_.Tensor(*args)
