@@ -13,13 +13,14 @@ from pathlib import Path
 
 from qlora_trainer.export.combine import combine_adapters
 from qlora_trainer.export.companions import copy_tokenizer
-from qlora_trainer.export.export import Exported, ExportSource, export_merged
+from qlora_trainer.export.export import Exported, export_merged
 from qlora_trainer.export.folder import building, check_disk
 from qlora_trainer.export.merge import Progress
 from qlora_trainer.export.merged import prepare
 from qlora_trainer.export.proof import ProofRequest
 from qlora_trainer.export.report import REPORT_NAME, base_name
 from qlora_trainer.export.serving import ServingNote, serving_notes
+from qlora_trainer.export.source import ExportSource
 from qlora_trainer.lora.files import WEIGHTS_NAME
 from qlora_trainer.lora.peft_config import CONFIG_NAME
 

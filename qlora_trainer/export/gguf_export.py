@@ -5,23 +5,20 @@ adapter like any export; storing weights in 8 or 4 bits is allowed its own furth
 """
 
 import dataclasses
+import shutil
 from pathlib import Path
 from typing import Any
 
 from qlora_trainer.errors import UserError
-from qlora_trainer.export.export import (
-    Exported,
-    ExportSource,
-    make_report,
-    merge_and_prove,
-    write_report,
-)
+from qlora_trainer.export.candidates import merge_and_prove
+from qlora_trainer.export.export import Exported
 from qlora_trainer.export.folder import building, check_disk
 from qlora_trainer.export.merge import Progress
 from qlora_trainer.export.merged import prepare
 from qlora_trainer.export.ollama import modelfile, quantize_line, read_chat_template
 from qlora_trainer.export.proof import ProofRequest, check_limits, compare_in_fresh_process
-from qlora_trainer.export.report import base_name, gguf_card
+from qlora_trainer.export.report import base_name, gguf_card, make_report, write_report
+from qlora_trainer.export.source import ExportSource
 
 # Mean KL divergence in nats that storing in fewer bits may add.
 FURTHER_KL = {"f16": 0.0, "q8_0": 0.02, "q4_0": 0.5}
@@ -97,8 +94,6 @@ def export_gguf(
 
 
 def _remove_folders(folder: Path) -> None:
-    import shutil
-
     for entry in list(folder.iterdir()):
         if entry.is_dir():
             shutil.rmtree(entry)

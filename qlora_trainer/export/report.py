@@ -3,11 +3,19 @@
 Only facts of the export go in; of a local base only its name, no paths of the user's machine.
 """
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+import transformers
 import yaml
+
+from qlora_trainer.export.candidates import Merged
+from qlora_trainer.export.merged import Prepared
+from qlora_trainer.export.proof import ProofRequest, auto_class_name
+from qlora_trainer.export.source import ExportSource
 
 REPORT_NAME = "export_report.json"
 _SHOWN = (
@@ -120,3 +128,61 @@ def gguf_card(report: Mapping[str, Any]) -> str:
         "```\n",
     ]
     return "\n".join(lines)
+
+
+def make_report(
+    source: ExportSource,
+    prepared: Prepared,
+    merged: Merged,
+    request: ProofRequest | None,
+    *,
+    onto: str,
+    dtype: str,
+) -> dict[str, Any]:
+    """The content of `export_report.json`."""
+    parts, kept = merged.parts, merged.kept
+    spec = prepared.adapter.spec
+    notes = [
+        f"{len(part['merge']['unchanged'])} adapted weights came out as the base's ({way}): their "
+        f"update is smaller than {dtype} can tell"
+        for way, part in parts.items()
+        if part["merge"]["unchanged"]
+    ]
+    for way, part in parts.items():
+        times = part["merge"]["cast_error"]["mean"]
+        if dtype == "bf16" and times > 1:
+            notes.append(
+                f"rounding to bf16 moved the adapted weights {times:.1f} times as far as the "
+                f"adapter did ({way}, mean of norms); fp16 and fp32 round less"
+            )
+    if prepared.plan.left_out:
+        notes.append(
+            f"left out, of no use to this model class: {', '.join(prepared.plan.left_out)}"
+        )
+    if prepared.config_changes.get("tie_word_embeddings") is False:
+        notes.append("embedding and head are no longer tied: the adapter made them differ")
+    proven = next(iter(parts[kept]["proof"].values())) if request is not None else None
+    return {
+        "format": 1,
+        "base": {"name": base_name(source.base_source), "revision": source.revision},
+        "adapter": {"rank": spec.rank, "alpha": spec.alpha, "rslora": spec.rslora},
+        "architecture": prepared.architecture,
+        "auto_class": auto_class_name(prepared.architecture),
+        "dtype": dtype,
+        "asked_onto": onto,
+        "kept": kept,
+        "reason": merged.reason,
+        "rows": None
+        if request is None or proven is None
+        else {"from": request.rows_from, "positions": int(proven["figures"]["positions"])},
+        "ways": parts,
+        "notes": notes,
+        "transformers": transformers.__version__,
+        "torch": torch.__version__,
+    }
+
+
+def write_report(folder: Path, report: dict[str, Any], card: str) -> None:
+    """Write `export_report.json` and the model card."""
+    (folder / REPORT_NAME).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    (folder / "README.md").write_text(card, encoding="utf-8")

@@ -2,17 +2,23 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from qlora_trainer.errors import UserError
-from qlora_trainer.export import export as export_module
 from qlora_trainer.export.export import builtin_proof, export_merged
-from qlora_trainer.export.merged import write_candidate
+from qlora_trainer.export.merged import prepare, write_candidate
 from qlora_trainer.export.plain import NOT_COUNTED, Comparison, compared_logits
-from qlora_trainer.export.proof import Limits, ProofRequest
+from qlora_trainer.export.proof import (
+    Limits,
+    ProofRequest,
+    check_limits,
+    compare_in_fresh_process,
+    write_references,
+)
 from tests.export import tiny
 
 
@@ -53,41 +59,47 @@ def test_classifier_is_compared_on_one_choice_a_row(bench, tmp_path):
     assert made.report["auto_class"] == "AutoModelForSequenceClassification"
 
 
-def test_wrong_weights_fail_the_proof_and_leave_nothing(bench, tmp_path, monkeypatch):
-    def damaged(prepared, folder, onto, **settings):
-        figures = write_candidate(prepared, folder, onto, **settings)
-        path = folder / "model.safetensors"
-        tensors = load_file(path)
-        tensors["model.layers.0.self_attn.v_proj.weight"].neg_()
-        save_file(tensors, path, metadata={"format": "pt"})
-        return figures
-
-    monkeypatch.setattr(export_module, "write_candidate", damaged)
+def test_export_above_its_limit_is_refused_and_leaves_nothing(bench, tmp_path):
     source = bench.source()
+    proof = builtin_proof(source, limits=Limits(mean_kl=0.0))
     with pytest.raises(UserError, match=r"is not the model that was trained.*mean KL"):
-        export_merged(
-            source, tmp_path / "out", dtype="bf16", onto="dequantized",
-            proof=builtin_proof(source),
-        )  # fmt: skip
+        export_merged(source, tmp_path / "out", dtype="bf16", onto="dequantized", proof=proof)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_weights_transformers_does_not_find_fail_the_proof(bench, tmp_path, monkeypatch):
-    def incomplete(prepared, folder, onto, **settings):
-        figures = write_candidate(prepared, folder, onto, **settings)
-        tensors = load_file(folder / "model.safetensors")
-        tensors["model.nrom.weight"] = tensors.pop("model.norm.weight")
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-        return figures
+def damage(folder: Path, change) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
-    monkeypatch.setattr(export_module, "write_candidate", incomplete)
+
+def test_wrong_weights_are_far_outside_the_limit_and_lost_ones_are_named(bench, tmp_path):
     source = bench.source()
-    match = r"(?s)not find every weight.*missing_keys: model.norm.weight"
+    prepared = prepare(
+        source.base_folder, source.adapter_folder, source.model_class, source.spec, dtype="bf16"
+    )
+    out = tmp_path / "out"
+    out.mkdir()
+    write_candidate(prepared, out, "dequantized", max_shard_bytes=10**9)
+    request = builtin_proof(source)
+    references = write_references(
+        tmp_path, source.base_folder, source.adapter_folder, prepared.adapter, source.model_class,
+        source.spec, request, precision="native", config_changes={},
+    )  # fmt: skip
+
+    def compare():
+        return compare_in_fresh_process(
+            out, references, request, precision="native", trust_remote_code=False
+        )
+
+    damage(out, lambda t: t["model.layers.0.self_attn.v_proj.weight"].neg_())
+    fault = check_limits(compare()["figures"], "dequantized", Limits().mean_kl)
+    assert fault is not None
+    assert "mean KL divergence" in fault
+    damage(out, lambda t: t.update(lost=t.pop("model.norm.weight")))
+    match = r"(?s)not find every weight.*missing_keys: model.norm.weight.*unexpected_keys: lost"
     with pytest.raises(UserError, match=match):
-        export_merged(
-            source, tmp_path / "out", dtype="bf16", onto="dequantized",
-            proof=builtin_proof(source),
-        )  # fmt: skip
+        compare()
 
 
 def test_model_that_reads_no_text_needs_rows(bench):
