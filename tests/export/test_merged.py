@@ -30,6 +30,9 @@ CASES = {
         "bert",
         {"target_modules": ["query", "word_embeddings"], "task_type": "SEQ_CLS"},
     ),
+    "renamed-in-memory": ("vit", {"modules_to_save": ["classifier"]}),
+    "experts-fused-in-memory": ("mixtral", {"target_modules": ["q_proj", "o_proj"]}),
+    "encoder-decoder": ("t5", {"target_modules": ["q", "v", "wo"]}),
     "conv2d": ("resnet", {"target_modules": ["convolution"], "modules_to_save": ["classifier"]}),
 }  # fmt: skip
 

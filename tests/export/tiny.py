@@ -8,12 +8,16 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageClassification,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     BertConfig,
     GPT2Config,
     LlamaConfig,
+    MixtralConfig,
     PreTrainedModel,
     ResNetConfig,
+    T5Config,
+    ViTConfig,
 )
 
 VOCABULARY = 96
@@ -22,6 +26,9 @@ CLASSES: dict[str, Any] = {
     "gpt2": AutoModelForCausalLM,
     "bert": AutoModelForSequenceClassification,
     "resnet": AutoModelForImageClassification,
+    "vit": AutoModelForImageClassification,
+    "mixtral": AutoModelForCausalLM,
+    "t5": AutoModelForSeq2SeqLM,
 }
 
 
@@ -41,6 +48,21 @@ def make_config(family: str, *, tied: bool = True) -> Any:
         return BertConfig(
             vocab_size=VOCABULARY, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
             num_attention_heads=4, max_position_embeddings=64, num_labels=3, pad_token_id=0,
+        )  # fmt: skip
+    if family == "vit":  # parameters are called otherwise in memory than in its files
+        return ViTConfig(
+            hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+            image_size=32, patch_size=8, num_labels=3,
+        )  # fmt: skip
+    if family == "mixtral":  # experts lie apart in the files and together in memory
+        return MixtralConfig(
+            vocab_size=VOCABULARY, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=2, num_local_experts=4, **special,
+        )  # fmt: skip
+    if family == "t5":
+        return T5Config(
+            vocab_size=VOCABULARY, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4,
+            decoder_start_token_id=0, eos_token_id=2, pad_token_id=0,
         )  # fmt: skip
     return ResNetConfig(
         embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=3
@@ -90,7 +112,10 @@ def make_adapter(
 
 def inputs(family: str = "llama") -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(7)
-    if family == "resnet":
+    if family == "t5":
+        ids = torch.randint(3, VOCABULARY, (2, 12), generator=generator)
+        return {"input_ids": ids, "decoder_input_ids": ids[:, :5]}
+    if family in ("resnet", "vit"):
         return {"pixel_values": torch.randn(2, 3, 32, 32, generator=generator)}
     return {"input_ids": torch.randint(3, VOCABULARY, (2, 12), generator=generator)}
 
