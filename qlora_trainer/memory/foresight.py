@@ -254,7 +254,7 @@ class _Program:
         with tracker.component("optimizer states"):
             optimizer = AdapterAdamW(parameters, kind=shape.optimizer)
         self._account(tracker, parameters, optimizer)
-        batch = task.prepare(_batch(shape))
+        batch = task.prepare(full_batch(shape))
         model.train()
         tracker.mark(RESET_PEAK)
         for step in range(2):
@@ -363,7 +363,8 @@ def _activations(shape: RunShape) -> Activation | Sequence[Activation]:
     return shape.activations
 
 
-def _batch(shape: RunShape) -> dict[str, Tensor]:
+def full_batch(shape: RunShape) -> dict[str, Tensor]:
+    """The largest micro-batch of a run, on the host: full length, every token trained."""
     size = (shape.micro_batch_size, shape.seq_len)
     batch = {
         "input_ids": torch.zeros(size, dtype=torch.int64),

@@ -85,7 +85,7 @@ def _is_plumbing(code: CodeType) -> bool:
 def _returns_alias(func: Any) -> bool:
     schema = getattr(func, "_schema", None)
     return schema is not None and all(
-        # a write to storage not seen before is a birth: torch.tensor(..., device=...) shows no other
+        # a write to storage not seen before is a birth: torch.tensor(...) shows no other
         r.alias_info is not None and not r.alias_info.is_write
         for r in schema.returns
     )
@@ -98,6 +98,56 @@ def _maker(frame: FrameType | None) -> tuple[CodeType | None, int]:
             return frame.f_code, frame.f_lineno
         frame = frame.f_back
     return None, 0
+
+
+@functools.cache
+def _makes_one_tensor(func: Any) -> bool:
+    schema = getattr(func, "_schema", None)
+    return (
+        schema is not None
+        and len(schema.returns) == 1
+        and str(schema.returns[0].type) == "Tensor"
+        and not any(a.alias_info is not None for a in (*schema.arguments, *schema.returns))
+    )
+
+
+def _describe(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        if not value.is_meta:
+            raise TypeError
+        return value.shape, value.stride(), value.dtype
+    if isinstance(value, (list, tuple)):
+        return tuple(_describe(part) for part in value)
+    return value, type(value)
+
+
+class ShapeMemory:
+    """What an operator makes of given shapes, asked of torch once: layers repeat, answers too.
+
+    Only for operators that make one fresh, dense tensor; torch's own shape functions for `meta` are
+    Python and would take most of a simulation.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[Any, tuple[Any, Any, torch.dtype] | None] = {}
+
+    def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the operator on weightless tensors, or make again what it made before."""
+        if not _makes_one_tensor(func):
+            return func(*args, **kwargs)
+        try:
+            key = (func, _describe(args), _describe(tuple(kwargs.items())))
+            made = self._known.get(key)
+        except TypeError:  # a tensor with values, or an argument without a hash
+            return func(*args, **kwargs)
+        if made is not None:
+            return torch.empty_strided(made[0], made[1], dtype=made[2], device="meta")
+        result = func(*args, **kwargs)
+        if result.is_meta and torch.ops.aten.is_non_overlapping_and_dense(result):
+            whole = result.numel() * result.element_size()
+            if result.untyped_storage().nbytes() == whole:
+                self._known[key] = (result.shape, result.stride(), result.dtype)
+        return result
 
 
 class AllocationTracker(TorchDispatchMode):
@@ -128,6 +178,7 @@ class AllocationTracker(TorchDispatchMode):
         self._known: dict[int, int] = {}  # storage address -> allocation
         self._refs: dict[int, Any] = {}
         self._free_base: int | None = None
+        self._shapes = ShapeMemory()
 
     # ---- phases and components -------------------------------------------------------------
     @property
@@ -278,6 +329,8 @@ class AllocationTracker(TorchDispatchMode):
             # InputBuffer::accumulate (torch/csrc/autograd/input_buffer.cpp) adds in place when it
             # holds the last reference, but never while a mode is active
             result = torch.ops.aten.add_.Tensor(*args)
+        elif self.device_type == "meta":
+            result = self._shapes.run(func, args, kwargs)
         else:
             result = func(*args, **kwargs)
         if _returns_alias(func):

@@ -1,0 +1,248 @@
+"""What fits this card: the longest sequence, the largest micro-batch, the highest rank, the way out.
+
+Every answer is a configuration that was simulated and replayed at the card's capacity, and so is
+the next larger one that no longer fits. Memory grows with each of these settings, so a straight line
+between a simulation that fits and one that does not says where to simulate next: a handful finds
+the border. The line only chooses where to look; it is never the answer.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from qlora_trainer.errors import UserError
+from qlora_trainer.memory.foresight import Foresight, RunShape, foresee
+from qlora_trainer.memory.gpus import GpuProfile
+
+_DEFAULT_LONGEST = 131_072  # where the model's configuration names no longest position
+_LARGEST_BATCH = 1024
+_HIGHEST_RANK = 1024
+
+
+@dataclass(frozen=True)
+class FitAnswer:
+    """One border.
+
+    Attributes:
+        setting: Its name in the run file.
+        value: The largest value that fits; 0 when none does.
+        foresight: The prediction at that value (at the smallest one, when none fits).
+        limit: Why it stops there: `card`, `model` or `setting`.
+        next_value: The next larger value tried, which does not fit; None at a limit.
+        overrides: Ready for `--set`.
+    """
+
+    setting: str
+    value: int
+    foresight: Foresight
+    limit: str
+    next_value: int | None
+    overrides: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Change:
+    """A change that makes a run fit.
+
+    Attributes:
+        overrides: Ready for `--set`.
+        what: In words.
+        foresight: The prediction with it.
+    """
+
+    overrides: tuple[str, ...]
+    what: str
+    foresight: Foresight
+
+
+@dataclass(frozen=True)
+class Fitter:
+    """A model, settings and a card; each method changes one setting and keeps the others.
+
+    Attributes:
+        config: The model's transformers configuration.
+        shape: The run's settings.
+        gpu: The card.
+        budget_bytes: What of the card is free for this process.
+        expandable_segments: Of the allocator's configuration.
+    """
+
+    config: Any
+    shape: RunShape
+    gpu: GpuProfile
+    budget_bytes: int | None = None
+    expandable_segments: bool = False
+
+    def foresee(self, shape: RunShape) -> Foresight:
+        """Simulate one configuration."""
+        return foresee(
+            self.config,
+            shape,
+            self.gpu,
+            budget_bytes=self.budget_bytes,
+            expandable_segments=self.expandable_segments,
+        )
+
+    def longest_sequence(self, step_tokens: int = 64) -> FitAnswer:
+        """The longest sequence, in multiples of `step_tokens`, never past the model's positions."""
+        positions = _longest_position(self.config)
+        return self._border(
+            "data.max_seq_len",
+            lambda units: replace(self.shape, seq_len=min(positions, units * step_tokens)),
+            most=max(1, -(-positions // step_tokens)),
+            value_of=lambda units: min(positions, units * step_tokens),
+            limit="model",
+        )
+
+    def largest_micro_batch(self) -> FitAnswer:
+        """The most sequences per forward pass."""
+        return self._border(
+            "train.micro_batch_size",
+            lambda rows: replace(self.shape, micro_batch_size=rows),
+            most=_LARGEST_BATCH,
+            limit="setting",
+        )
+
+    def highest_rank(self) -> FitAnswer:
+        """The highest adapter rank."""
+        return self._border(
+            "adapter.rank",
+            lambda rank: replace(self.shape, adapter=replace(self.shape.adapter, rank=rank)),
+            most=_HIGHEST_RANK,
+            limit="setting",
+        )
+
+    def smallest_change(self) -> Change | None:
+        """The mildest change with which the run fits: None where it fits already.
+
+        Raises:
+            UserError: Nothing tried makes it fit.
+        """
+        if self.foresee(self.shape).fits:
+            return None
+        for overrides, what, shape in self._ways_out():
+            found = self.foresee(shape)
+            if found.fits:
+                return Change(overrides, what, found)
+        raise UserError(
+            f"no change of settings makes this run fit {self.gpu.name}; take a smaller model or a "
+            "larger card"
+        )
+
+    def _ways_out(self) -> Iterator[tuple[tuple[str, ...], str, RunShape]]:
+        """Mildest first: what leaves the result alone, then what changes it little, then more."""
+        shape, said = self.shape, []
+        words = []
+        if shape.activations == "keep":
+            shape = replace(shape, activations="recompute")
+            said.append("train.activations=recompute")
+            words.append("recompute activations (slower, same result)")
+            yield tuple(said), ", ".join(words), shape
+        if shape.micro_batch_size > 1:
+            rows, halved = shape.micro_batch_size, False
+            base, base_words = list(said), list(words)
+            while rows > 1:
+                rows //= 2
+                more = shape.accumulation * shape.micro_batch_size // rows
+                smaller = replace(shape, micro_batch_size=rows, accumulation=more)
+                said = [*base, f"train.micro_batch_size={rows}",
+                        f"train.gradient_accumulation_steps={more}"]  # fmt: skip
+                words = [*base_words, f"{rows} sequences per pass (slower, same result)"]
+                halved = True
+                yield tuple(said), ", ".join(words), smaller
+            if halved:
+                shape = smaller
+        if shape.optimizer in ("adamw", "adamw_8bit"):
+            shape = replace(shape, optimizer="paged_adamw_8bit")
+            said.append("train.optimizer=paged_adamw_8bit")
+            words.append("8-bit, paged optimizer states")
+            yield tuple(said), ", ".join(words), shape
+        if shape.base.quantization != "nf4":
+            shape = replace(shape, base=replace(shape.base, quantization="nf4"))
+            said.append("model.quantization=nf4")
+            words.append("4-bit base")
+            yield tuple(said), ", ".join(words), shape
+        if not shape.base.double_quant:
+            shape = replace(shape, base=replace(shape.base, double_quant=True))
+            said.append("model.double_quant=true")
+            words.append("double quantization")
+            yield tuple(said), ", ".join(words), shape
+        yield from self._shorter(shape, said, words)
+
+    def _shorter(
+        self, shape: RunShape, said: list[str], words: list[str]
+    ) -> Iterator[tuple[tuple[str, ...], str, RunShape]]:
+        tokens = shape.seq_len
+        while tokens > 256:
+            tokens = max(256, tokens // 2 // 64 * 64)
+            yield (
+                (*said, f"data.max_seq_len={tokens}"),
+                ", ".join([*words, f"sequences of at most {tokens} tokens"]),
+                replace(shape, seq_len=tokens),
+            )
+        shape = replace(shape, seq_len=tokens)
+        rank = shape.adapter.rank
+        while rank > 4:
+            rank //= 2
+            yield (
+                (*said, f"data.max_seq_len={tokens}", f"adapter.rank={rank}"),
+                ", ".join([*words, f"sequences of at most {tokens} tokens, rank {rank}"]),
+                replace(shape, adapter=replace(shape.adapter, rank=rank)),
+            )
+
+    def _border(
+        self,
+        setting: str,
+        shape_of: Callable[[int], RunShape],
+        *,
+        most: int,
+        value_of: Callable[[int], int] = lambda units: units,
+        limit: str,
+    ) -> FitAnswer:
+        tried: dict[int, Foresight] = {}
+
+        def fits(units: int) -> bool:
+            if units not in tried:
+                tried[units] = self.foresee(shape_of(units))
+            return tried[units].fits
+
+        if not fits(1):
+            return FitAnswer(setting, 0, tried[1], "card", value_of(1), ())
+        good, bad = (most, most + 1) if fits(most) else (1, most)
+        while bad - good > 1:
+            ahead = _between(good, bad, tried[good], tried[bad])
+            if fits(ahead):
+                good = ahead
+                # the line between two simulations ends just below the border: look right above
+                if bad - good > 1 and not fits(good + 1):
+                    bad = good + 1
+            else:
+                bad = ahead
+        at_limit = good == most
+        value = value_of(good)
+        return FitAnswer(
+            setting,
+            value,
+            tried[good],
+            limit if at_limit else "card",
+            None if at_limit else value_of(bad),
+            (f"{setting}={value}",),
+        )
+
+
+def _between(good: int, bad: int, fitting: Foresight, failing: Foresight) -> int:
+    """Where the straight line between two simulations meets the card; inside, never at the ends."""
+    low, high = fitting.total_bytes, failing.total_bytes
+    share = 0.5
+    if high > low:
+        share = (fitting.capacity_bytes - low) / (high - low)
+    return min(max(good + int((bad - good) * share), good + 1), bad - 1)
+
+
+def _longest_position(config: Any) -> int:
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    for name in ("max_position_embeddings", "n_positions"):
+        found = getattr(text, name, None)
+        if isinstance(found, int) and found > 0:
+            return found
+    return _DEFAULT_LONGEST

@@ -1,0 +1,35 @@
+import pytest
+import torch
+
+from qlora_trainer.memory.measure import predict_cpu
+from tests.memory.models import real_steps, run_shape, tiny_config
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "qwen3"])
+@pytest.mark.parametrize(
+    ("quantization", "activations", "dtype"),
+    [("nf4", "recompute", torch.bfloat16), ("none", "keep", torch.float32)],
+)
+def test_predicted_peak_is_within_half_a_percent_of_real_steps(
+    name, quantization, activations, dtype
+):
+    config = tiny_config(name)
+    shape = run_shape(quantization, activations, dtype)
+    predicted, real = predict_cpu(config, shape), real_steps(config, shape)
+    assert predicted.peak_bytes == pytest.approx(real.allocated_bytes, rel=0.005)
+
+
+def test_real_phases_agree_with_predicted_phases():
+    config, shape = tiny_config("llama"), run_shape()
+    predicted, real = predict_cpu(config, shape), real_steps(config, shape)
+    for phase in ("forward", "backward", "optimizer step"):
+        assert predicted.by_phase[phase] == pytest.approx(real.by_phase[phase], rel=0.005)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw_8bit", "paged_adamw_32bit"])
+def test_every_optimizer_is_foreseen(optimizer):
+    config, shape = tiny_config("llama"), run_shape(optimizer=optimizer)
+    predicted, real = predict_cpu(config, shape), real_steps(config, shape)
+    assert predicted.by_component["adapters"] == real.by_component["adapters"]
+    # pageable states are outside the card's allocator but in a CPU's memory: all tiny here
+    assert predicted.peak_bytes == pytest.approx(real.allocated_bytes, rel=0.005)

@@ -1,0 +1,92 @@
+import pytest
+import torch
+
+from qlora_trainer.memory.simulate import simulate
+from qlora_trainer.memory.tracker import ALLOCATE, FREE, AllocationTracker, UnforeseeableOperator
+
+
+def sizes(log, kind):
+    return [log.allocations[index].size_bytes for k, index in log.events if k == kind]
+
+
+@pytest.mark.parametrize("device", ["meta", "cpu"])
+def test_each_storage_is_born_once_and_dies_when_its_last_view_does(device):
+    tracker = AllocationTracker(device)
+    with tracker:
+        whole = torch.zeros(256, device=device)
+        view = whole.view(16, 16).t()
+        del whole
+        assert sizes(tracker.log, FREE) == []
+        del view
+    assert sizes(tracker.log, ALLOCATE) == sizes(tracker.log, FREE) == [1024]
+
+
+def test_other_devices_are_not_counted():
+    tracker = AllocationTracker("meta")
+    with tracker:
+        torch.zeros(4)
+    assert tracker.log.allocations == []
+
+
+def test_an_allocation_names_the_line_that_made_it():
+    tracker = AllocationTracker("meta")
+    with tracker:
+        kept = torch.zeros(4, device="meta")
+    assert "test_tracker.py" in tracker.log.allocations[0].where
+    del kept
+
+
+def test_views_of_tensors_made_outside_are_no_births():
+    outside = torch.zeros(4, device="meta")
+    tracker = AllocationTracker("meta")
+    with tracker:
+        view = outside.detach().view(2, 2)
+    assert tracker.log.allocations == []
+    del view
+
+
+def test_the_engine_accumulates_in_place_as_without_a_mode():
+    x = torch.zeros(1000, device="meta", requires_grad=True)
+    tracker = AllocationTracker("meta")
+    with tracker:
+        y = x * 2  # used twice: the engine adds two gradients
+        (y.sin() + y.cos()).sum().backward()
+    adds = [a for a in tracker.log.allocations if a.operator.startswith("add")]
+    assert len(adds) == 1  # the forward's own
+
+
+def test_a_branch_on_a_value_is_refused_by_line():
+    def program(_tracker):
+        if torch.zeros(1, device="meta").all():
+            raise AssertionError
+
+    with pytest.raises(UnforeseeableOperator, match=r"test_tracker\.py:\d+ in program"):
+        simulate(program, None)
+
+
+def test_a_branch_with_a_known_answer_takes_it():
+    def is_plain(tensor):
+        return bool(tensor.all())
+
+    answered = []
+
+    def program(_tracker):
+        answered.append(is_plain(torch.zeros(1, device="meta")))
+
+    simulate(program, None, answers={"is_plain": True})
+    assert answered == [True]
+
+
+def test_repeated_shapes_give_the_same_log_as_torchs_own_shape_functions():
+    def program(tracker):
+        for _ in range(3):
+            x = torch.zeros(8, 4, device="meta")
+            y = (x @ x.t()).softmax(-1).to(torch.bfloat16)
+            del x, y
+
+    log = simulate(program, None).log
+    third = len(log.allocations) // 3
+    first, last = log.allocations[:third], log.allocations[-third:]
+    assert [(a.size_bytes, a.operator) for a in first] == [
+        (a.size_bytes, a.operator) for a in last
+    ]
