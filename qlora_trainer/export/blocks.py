@@ -16,8 +16,8 @@ from torch import Tensor
 from qlora_trainer.errors import UserError
 from qlora_trainer.export.adapter import LowRank
 
-# 512 KiB in float32: stays in a core's cache, and below the size from which the C library maps fresh
-# pages for every block, which costs more than the arithmetic.
+# 512 KiB in float32: stays in a core's cache, and below the size from which the C library maps
+# fresh pages for every block, which costs more than the arithmetic.
 BLOCK_ELEMENTS = 2**17
 
 

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+import torch
+
 from qlora_trainer.errors import UserError
 from qlora_trainer.export.merge import MergeFigures, Onto, Progress
 from qlora_trainer.export.merged import Prepared, write_candidate
@@ -16,6 +19,7 @@ from qlora_trainer.export.proof import (
     References,
     check_limits,
     compare_in_fresh_process,
+    memory_fault,
     write_references,
 )
 from qlora_trainer.export.shards import DEFAULT_SHARD_BYTES
@@ -52,8 +56,17 @@ def merge_and_prove(
     """Write every candidate into a folder of its own, compare them, choose.
 
     Raises:
-        UserError: The chosen one is not the model that was trained.
+        UserError: The chosen one is not the model that was trained, or there is too little memory
+            to find out.
     """
+    if proof is not None:
+        elements = sum(torch.Size(tensor.shape).numel() for tensor in prepared.plan.tensors)
+        fault = memory_fault(
+            elements, proof, quantized=prepared.quantization is not None,
+            available_bytes=psutil.virtual_memory().available,
+        )  # fmt: skip
+        if fault is not None:
+            raise UserError(fault)
     parts: dict[str, Any] = {}
     for way in ways:
         candidate = folder / way

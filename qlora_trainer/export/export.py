@@ -16,7 +16,7 @@ from qlora_trainer.export.candidates import merge_and_prove
 from qlora_trainer.export.folder import building, check_disk
 from qlora_trainer.export.merge import Progress
 from qlora_trainer.export.merged import prepare
-from qlora_trainer.export.proof import ProofRequest
+from qlora_trainer.export.proof import ProofRequest, reference_bytes
 from qlora_trainer.export.report import make_report, model_card, write_report
 from qlora_trainer.export.shards import DEFAULT_SHARD_BYTES
 from qlora_trainer.export.source import ExportSource as ExportSource
@@ -91,7 +91,8 @@ def export_merged(
     ways = prepared.ways(onto)
     if len(ways) > 1 and proof is None:
         raise UserError("--onto best: needs the proof to choose; name one way, or leave it on")
-    check_disk(out, prepared.size_bytes * len(ways))
+    needed = prepared.size_bytes * len(ways) + 2 * reference_bytes(proof, prepared.widest)
+    check_disk(out, needed)
     with building(out, overwrite=overwrite) as folder:
         merged = merge_and_prove(
             source, prepared, ways, folder, proof,

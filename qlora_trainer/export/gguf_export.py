@@ -16,7 +16,12 @@ from qlora_trainer.export.folder import building, check_disk
 from qlora_trainer.export.merge import Progress
 from qlora_trainer.export.merged import prepare
 from qlora_trainer.export.ollama import modelfile, quantize_line, read_chat_template
-from qlora_trainer.export.proof import ProofRequest, check_limits, compare_in_fresh_process
+from qlora_trainer.export.proof import (
+    ProofRequest,
+    check_limits,
+    compare_in_fresh_process,
+    reference_bytes,
+)
 from qlora_trainer.export.report import base_name, gguf_card, make_report, write_report
 from qlora_trainer.export.source import ExportSource
 
@@ -65,7 +70,8 @@ def export_gguf(
     ways = prepared.ways(onto)
     if len(ways) > 1 and proof is None:
         raise UserError("--onto best: needs the proof to choose; name one way, or leave it on")
-    check_disk(out, prepared.size_bytes * (len(ways) + 1))
+    needed = prepared.size_bytes * (len(ways) + 1) + 2 * reference_bytes(proof, prepared.widest)
+    check_disk(out, needed)
     name = base_name(source.base_source).rpartition("/")[2]
     file_name = f"{name}-{kind}.gguf"
     with building(out, overwrite=overwrite) as folder:

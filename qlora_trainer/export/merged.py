@@ -59,6 +59,11 @@ class Prepared:
         sizes = (torch.Size(t.shape).numel() * t.dtype.itemsize for t in self.plan.tensors)
         return sum(sizes)
 
+    @property
+    def widest(self) -> int:
+        """Rows of the tallest matrix: at least as many as a head has outputs."""
+        return max((t.shape[0] for t in self.plan.tensors if len(t.shape) == 2), default=1)
+
     def ways(self, onto: str) -> tuple[Onto, ...]:
         """The ways of merging that were asked for and can be had.
 

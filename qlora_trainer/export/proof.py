@@ -29,6 +29,7 @@ from qlora_trainer.errors import UserError
 from qlora_trainer.export import plain
 from qlora_trainer.export.adapter import FittedAdapter
 from qlora_trainer.lora.files import load_adapter
+from qlora_trainer.units import format_bytes
 
 Row = Mapping[str, Tensor]
 Precision = Literal["native", "fp32"]
@@ -131,6 +132,38 @@ def write_references(
     )
     return References(
         Path(file.name), rows_file, counts, columns, shift, auto_class_name(type(model).__name__)
+    )
+
+
+def reference_bytes(request: ProofRequest | None, widest: int) -> int:
+    """Disk the logits of base + adapter may take; `widest` is the most columns they can have."""
+    if request is None:
+        return 0
+    return min(_MOST_REFERENCE_BYTES, 4 * request.max_positions * widest)
+
+
+def memory_fault(
+    elements: int, request: ProofRequest, *, quantized: bool, available_bytes: int
+) -> str | None:
+    """Why the comparison would not fit into this machine's memory, or None.
+
+    Base + adapter is held as in training, a little over half a byte a weight in NF4. The export is
+    mapped from its files in the dtype it has; in fp32 it is not, and every weight takes four.
+
+    Args:
+        elements: Weights of the model.
+        request: What is compared.
+        quantized: Whether training held the base in NF4.
+        available_bytes: Of memory.
+    """
+    in_training = 0.75 if quantized else 2.0
+    needed = elements * (4.0 if "fp32" in request.precisions else in_training)
+    if request.device.type != "cpu" or needed <= available_bytes:
+        return None
+    return (
+        f"comparing the export with base + adapter needs about {format_bytes(needed)} of memory, "
+        f"{format_bytes(available_bytes)} are available; close other programs, compare in native "
+        "precision only, or leave the proof out (--no-proof)"
     )
 
 

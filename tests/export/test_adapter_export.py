@@ -9,7 +9,7 @@ import torch
 
 from qlora_trainer.errors import UserError
 from qlora_trainer.export.adapter_export import export_adapter, merge_adapters
-from qlora_trainer.export.export import builtin_proof
+from qlora_trainer.export.export import builtin_proof, export_merged
 from tests.export import tiny
 
 
@@ -43,3 +43,9 @@ def test_several_adapters_become_one_proven_model(bench, tmp_path):
     figures = made.report["ways"]["dequantized"]["proof"]["fp32"]["figures"]
     assert figures["relative_difference"] < 1e-5
     assert tiny.load(made.folder).dtype == torch.float32
+
+
+def test_another_base_of_the_same_shape_is_noted_in_the_report(bench, tmp_path):
+    source = replace(bench.source(), base_source="org/other-name")
+    made = export_merged(source, tmp_path / "out", dtype="bf16", onto="original", proof=None)
+    assert any("merged with other-name" in note for note in made.report["notes"])

@@ -17,6 +17,7 @@ from qlora_trainer.export.proof import (
     ProofRequest,
     check_limits,
     compare_in_fresh_process,
+    memory_fault,
     write_references,
 )
 from tests.export import tiny
@@ -150,3 +151,14 @@ def test_base_that_does_not_tell_limits_apart_uses_the_tight_one():
     assert limits.of("original", quantized=True) == 0.9
     assert limits.of("original", quantized=False) == limits.of("dequantized", quantized=True) == 0.1
     assert replace(limits, mean_kl=0.2).of("dequantized", quantized=True) == 0.2
+
+
+def test_comparison_that_does_not_fit_says_so_before_it_starts():
+    request = ProofRequest([], precisions=("native",))
+    both = replace(request, precisions=("native", "fp32"))
+    elements = 7 * 10**9
+    assert memory_fault(elements, request, quantized=True, available_bytes=6 * 10**9) is None
+    fault = memory_fault(elements, both, quantized=True, available_bytes=6 * 10**9)
+    assert fault is not None
+    assert "needs about 26.1 GiB" in fault
+    assert memory_fault(elements, request, quantized=False, available_bytes=6 * 10**9) is not None
