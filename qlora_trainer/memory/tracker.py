@@ -145,7 +145,10 @@ class ShapeMemory:
         result = func(*args, **kwargs)
         if result.is_meta and torch.ops.aten.is_non_overlapping_and_dense(result):
             whole = result.numel() * result.element_size()
-            if result.untyped_storage().nbytes() == whole:
+            storage = result.untyped_storage()
+            given = {t.untyped_storage()._cdata for t in args if isinstance(t, torch.Tensor)}
+            # `_unsafe_view` shares storage and does not say so
+            if storage.nbytes() == whole and storage._cdata not in given:
                 self._known[key] = (result.shape, result.stride(), result.dtype)
         return result
 
@@ -359,6 +362,8 @@ class AllocationTracker(TorchDispatchMode):
     def _engine_adds(self, args: Any, kwargs: Any, frame: FrameType) -> bool:
         if kwargs or len(args) != 2 or torch.is_grad_enabled():
             return False
+        while frame.f_code.co_filename.endswith("eval_frame.py") and frame.f_back is not None:
+            frame = frame.f_back  # torch wraps every mode's dispatch
         if frame.f_code.co_name != "_engine_run_backward":
             return False
         old, new = args

@@ -90,3 +90,11 @@ def test_repeated_shapes_give_the_same_log_as_torchs_own_shape_functions():
     assert [(a.size_bytes, a.operator) for a in first] == [
         (a.size_bytes, a.operator) for a in last
     ]
+
+
+def test_views_that_do_not_say_so_are_no_births_the_second_time_either():
+    def program(_tracker):
+        for _ in range(2):
+            torch.ops.aten._unsafe_view(torch.zeros(4, 4, device="meta"), [16])
+
+    assert len(simulate(program, None).log.allocations) == 2
