@@ -3,8 +3,8 @@
     python scripts/quickstart.py [--restart]
 
 Makes `.venv`, brings SmolLM2-135M-Instruct and human-rated film reviews, shows the data gate,
-trains by `profiles/quickstart.yaml`, and reports what was learned: held-out loss, accuracy and
-sample answers, before and after. A second run finds everything done and only reports again; an
+trains by `profiles/quickstart.yaml`, reports what was learned (held-out loss, accuracy and sample
+answers, before and after) and merges the adapter into a checkpoint that is proven to equal it. A second run finds everything done and only reports again; an
 interrupted training goes on where it stopped. The run folder is `runs/quickstart`. Standard library
 only: what needs torch runs as a program of `.venv`.
 """
@@ -23,6 +23,7 @@ from steps import REPOSITORY, Stop, run_step, say, seconds_in_words, stop_with_m
 
 PROFILE = Path("profiles") / "quickstart.yaml"
 RUN_FOLDER = REPOSITORY / "runs" / "quickstart"
+MERGED = REPOSITORY / "runs" / "quickstart-merged"
 SETTINGS = {
     "HF_HUB_OFFLINE": "1",  # everything is on disk by now
     "TOKENIZERS_PARALLELISM": "false",
@@ -63,6 +64,11 @@ def quickstart(*, restart: bool) -> dict[str, float]:
         [python, REPOSITORY / "scripts" / "film_reviews.py", RUN_FOLDER, "--json", report],
         environment=SETTINGS,
     )
+    seconds["export"] = run_step(
+        "Merging the adapter into an fp16 checkpoint, and proving it",
+        [*qlora, "export", RUN_FOLDER, "--out", MERGED, "--overwrite"],
+        environment=SETTINGS,
+    )
     (RUN_FOLDER / "quickstart-seconds.json").write_text(
         json.dumps(seconds, indent=2) + "\n", encoding="utf-8"
     )
@@ -82,6 +88,7 @@ def main() -> int:
         f"\nInstall {seconds_in_words(seconds['install'])}, "
         f"everything after it {seconds_in_words(after_install)}.\n"
         f"The adapter and all that belongs to the run: {RUN_FOLDER}\n"
+        f"The merged checkpoint, for any program that reads transformers': {MERGED}\n"
         f"Ask it something: {venv_command()} generate runs/quickstart"
     )
     return 0

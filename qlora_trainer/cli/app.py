@@ -5,6 +5,7 @@ fault in a run file answer at once.
 """
 
 import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -22,6 +23,39 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Fine-tune models in 4 bit on one GPU: foreseen before, exact throughout, proven after.",
 )
+
+
+class ExportFormat(StrEnum):
+    """What `qlora export` writes."""
+
+    merged = "merged"
+    adapter = "adapter"
+    gguf = "gguf"
+
+
+class ExportDtype(StrEnum):
+    """Precision of a merged checkpoint."""
+
+    fp16 = "fp16"
+    bf16 = "bf16"
+    fp32 = "fp32"
+
+
+class Onto(StrEnum):
+    """Weights an adapter is merged onto."""
+
+    original = "original"
+    dequantized = "dequantized"
+    best = "best"
+
+
+class GgufType(StrEnum):
+    """Types of GGUF files."""
+
+    f16 = "f16"
+    q8_0 = "q8_0"
+    q4_0 = "q4_0"
+
 
 RunFile = Annotated[Path, typer.Argument(metavar="RUN.yaml", help="the run file")]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="a run folder")]
@@ -80,27 +114,27 @@ def schema() -> None:
 @app.command()
 def check(run_file: RunFile, overrides: Overrides = None) -> None:
     """Check a run file and its data: what is trained, what is cut, what is wrong."""
-    from qlora_trainer.cli.show import ConsoleReporter, show_gate
+    from qlora_trainer.cli.show import ConsoleReporter
     from qlora_trainer.config.read import read_run_file
 
     config = read_run_file(run_file, overrides or ())
     from qlora_trainer.run.check import check as check_data
 
     with ConsoleReporter() as reporter:
-        show_gate(check_data(config, reporter=reporter))
+        reporter.gate(check_data(config, reporter=reporter))
 
 
 @app.command()
 def audit(run_file: RunFile, overrides: Overrides = None) -> None:
     """Load the base and print its bytes by role and dtype, and what stayed unquantized and why."""
-    from qlora_trainer.cli.show import ConsoleReporter, show_audit
+    from qlora_trainer.cli.show import ConsoleReporter
     from qlora_trainer.config.read import read_run_file
 
     config = read_run_file(run_file, overrides or ())
     from qlora_trainer.run.check import audit as audit_base
 
     with ConsoleReporter() as reporter:
-        show_audit(audit_base(config, reporter=reporter))
+        reporter.audit(audit_base(config, reporter=reporter))
 
 
 @app.command()
@@ -203,6 +237,41 @@ def profile(
         show_foresight(found[0][1], as_json=as_json)
     codes = {"fits": 0, "tight": TIGHT, "does not fit": DOES_NOT_FIT}
     raise typer.Exit(min(codes[foresight.verdict] for _, foresight in found))
+
+
+@app.command()
+def export(
+    folder: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="run or PEFT adapter folder")],
+    out: Annotated[Path, typer.Option(help="folder to write")],
+    format: Annotated[ExportFormat, typer.Option(help="what to write")] = ExportFormat.merged,
+    dtype: Annotated[ExportDtype, typer.Option(help="of the merged weights")] = ExportDtype.fp16,
+    onto: Annotated[Onto, typer.Option(help="weights to merge onto; best tries both")] = Onto.best,
+    gguf_type: Annotated[GgufType, typer.Option(help="of a GGUF file")] = GgufType.f16,
+    base: Annotated[str | None, typer.Option(help="base of a bare adapter folder")] = None,
+    proof: Annotated[bool, typer.Option(help="compare the export in a fresh process")] = True,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace a folder")] = False,
+) -> None:
+    """Export a merged checkpoint, the adapter or a GGUF file, proven against base + adapter."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder")
+    from qlora_trainer.cli.show import ConsoleReporter
+    from qlora_trainer.cli.show_export import show_export
+    from qlora_trainer.run.export import export_run
+
+    with ConsoleReporter() as reporter:
+        exported = export_run(
+            folder,
+            out,
+            format=format.value,
+            dtype=dtype.value,
+            onto=onto.value,
+            gguf_type=gguf_type.value,
+            base=base,
+            prove=proof,
+            overwrite=overwrite,
+            reporter=reporter,
+        )
+    show_export(exported)
 
 
 @app.command()

@@ -85,11 +85,14 @@ def generate(
         One answer per prompt, in order, without special tokens.
     """
     tokenizer = trained.source.tokenizer
-    chats = [_as_chat(prompt, system) for prompt in prompts]
+    asked = [trained.encoder.encode_prompt(_as_chat(prompt, system)) for prompt in prompts]
+    empty = [number for number, ids in enumerate(asked, start=1) if not ids]
+    if empty:
+        raise UserError(f"prompt {empty[0]} is empty; ask something")
     with nullcontext() if adapter else adapters_disabled(trained.model):
         answers = generate_tokens(
             trained.model,
-            [trained.encoder.encode_prompt(chat) for chat in chats],
+            asked,
             pad_token_id=choose_pad_id(tokenizer),
             stop_token_ids=sorted({tokenizer.eos_token_id, *trained.source.stop_ids}),
             max_new_tokens=max_new_tokens,

@@ -60,7 +60,7 @@ def train(
         UserError: Something only the user can mend; what was saved so far stays.
     """
     told = reporter or Reporter()
-    with RunFolder(Path(run.output.folder), restart=restart) as folder:
+    with RunFolder(Path(run.output.folder).expanduser(), restart=restart) as folder:
         earlier = folder.earlier_settings
         if earlier is not None:
             run = _at_the_same_commit(run, earlier)
@@ -92,10 +92,15 @@ def resolved_settings(run: RunConfig, revision: str | None) -> dict[str, Any]:
     """
     settings = run.model_dump()
     settings["model"]["revision"] = revision or run.model.revision
+    if run.model.chat_template is not None:
+        settings["model"]["chat_template"] = _absolute(run.model.chat_template)
+    if run.data.cache_folder is not None:
+        cache_folder = Path(run.data.cache_folder).expanduser().absolute()
+        settings["data"]["cache_folder"] = str(cache_folder)
     settings["model"]["source"] = _absolute(settings["model"]["source"])
     for source in (*settings["data"]["train"], *settings["data"]["eval"]):
         source["path"] = _absolute(source["path"])
-    settings["output"]["folder"] = str(Path(run.output.folder).absolute())
+    settings["output"]["folder"] = str(Path(run.output.folder).expanduser().absolute())
     return settings
 
 
@@ -147,7 +152,8 @@ def _train_in(
         rows = {"training": gate.train.rows}
         if gate.evaluation is not None:
             rows["held out"] = gate.evaluation.rows
-        _write_cards(folder, settings, source, result, rows, environment)
+        template = data.encoder.template.text if data.encoder.template else None
+        _write_cards(folder, settings, source, result, rows, environment, template)
         folder.write_json("result.json", {**asdict(outcome), "metrics": result.metrics})
     return result
 
@@ -232,6 +238,7 @@ def _write_cards(
     result: TrainResult,
     rows: dict[str, int],
     environment: dict[str, Any],
+    template: str | None,
 ) -> None:
     card = model_card(
         base_source=settings["model"]["source"],
@@ -241,6 +248,8 @@ def _write_cards(
         rows=rows,
         versions=environment["versions"],
     )
+    if template is not None:  # asked elsewhere, the adapter shall be asked as it was trained
+        source.tokenizer.chat_template = template
     for name in ("adapter", "adapter-last"):
         target = folder.path / name
         if target.is_dir():

@@ -51,6 +51,7 @@ class _Loop:
         )
         self._course = Course()
         self._saved_step: int | None = None
+        self._saved_at = time.monotonic()
 
     def run(self) -> TrainingOutcome:
         run, course = self._run, self._resume()
@@ -64,9 +65,12 @@ class _Loop:
                 verify = self._due(self._plan.evaluate_every_steps)
                 if verify:
                     self._evaluate()
-                if self._due(self._plan.save_every_steps):
+                if self._due(self._plan.save_every_steps) or self._long_unsaved():
                     self._save()
             return self._finish(stop)
+
+    def _long_unsaved(self) -> bool:
+        return time.monotonic() - self._saved_at >= self._plan.save_every_seconds
 
     def _due(self, every: int | None) -> bool:
         return every is not None and self._course.step % every == 0
@@ -195,7 +199,7 @@ class _Loop:
                 },
                 keep_last=self._plan.keep_last,
             )
-        self._saved_step = self._course.step
+        self._saved_step, self._saved_at = self._course.step, time.monotonic()
 
     def _finish(self, stop: StopRequest) -> TrainingOutcome:
         run, course = self._run, self._course

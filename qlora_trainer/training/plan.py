@@ -30,6 +30,7 @@ class TrainingPlan:
         seed: Of dropout.
         evaluate_every_steps: Also always at the end, where there are held-out rows.
         save_every_steps: Also always at the end and when stopped.
+        save_every_seconds: However many steps that is: what a kill can cost at most.
         keep_last: Saved states kept.
         patience: Stop after so many evaluations without a better metric.
         best_metric: Name of an evaluation's metric that decides.
@@ -44,6 +45,7 @@ class TrainingPlan:
     seed: int = 0
     evaluate_every_steps: int | None = None
     save_every_steps: int | None = None
+    save_every_seconds: float = 600.0
     keep_last: int = 2
     patience: int | None = None
     best_metric: str = "loss"
