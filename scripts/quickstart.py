@@ -4,9 +4,10 @@
 
 Makes `.venv`, brings SmolLM2-135M-Instruct and human-rated film reviews, shows the data gate,
 trains by `profiles/quickstart.yaml`, reports what was learned (held-out loss, accuracy and sample
-answers, before and after) and merges the adapter into a checkpoint that is proven to equal it. A second run finds everything done and only reports again; an
-interrupted training goes on where it stopped. The run folder is `runs/quickstart`. Standard library
-only: what needs torch runs as a program of `.venv`.
+answers, before and after), and merges the adapter into a checkpoint proven to equal it. A second
+run finds everything done and only reports again; an interrupted training goes on where it stopped.
+The run folder is `runs/quickstart`. Standard library only: what needs torch runs as a program of
+`.venv`.
 """
 
 from __future__ import annotations
