@@ -4,8 +4,8 @@ Runs in a process of its own (`validate_memory.py` starts it): other people's li
 steered here, which the package never does. What is steered, and why:
 
 - `Params4bit.to`: quantizes when it reaches the card; `meta` stands for the card here;
-- `torch.nn.functional.softmax` from half precision to fp32: on CUDA one kernel without a copy of the
-  input (aten/src/ATen/native/SoftMax.cpp), elsewhere cast first;
+- `torch.nn.functional.softmax` from half precision to fp32: on CUDA one kernel without a copy of
+  the input (aten/src/ATen/native/SoftMax.cpp), elsewhere cast first;
 - loading: transformers' own loop, its loader threads as reading four weights ahead (`_ReadAhead`);
 - `scaled_dot_product_attention`: the memory-efficient kernel the measurements pinned, with keys and
   values expanded to all heads first;
@@ -33,8 +33,9 @@ from transformers.quantizers.auto import AutoHfQuantizer
 
 from qlora_trainer.memory.attention import ANSWERS, attention_for
 from qlora_trainer.memory.cuda_rules import Gpu
+from qlora_trainer.memory.log import EMPTY_CACHE, RESET_PEAK
 from qlora_trainer.memory.simulate import Trace, simulate
-from qlora_trainer.memory.tracker import EMPTY_CACHE, RESET_PEAK, AllocationTracker
+from qlora_trainer.memory.tracker import AllocationTracker
 
 MIB = 2**20
 CARD = torch.device("meta")
@@ -388,7 +389,7 @@ def _train(model: Any, optimizer: Any, batch: torch.Tensor, tracker: AllocationT
     step("phased")
 
 
-# ---- two other published recipes ------------------------------------------------------------------
+# ---- two other published recipes -----------------------------------------------------------
 def _loss_of_transformers_4(
     logits: torch.Tensor, labels: torch.Tensor, vocab_size: int, **_kwargs: Any
 ) -> torch.Tensor:

@@ -13,7 +13,7 @@ below, taken from c10/cuda/CUDACachingAllocator.cpp and c10/cuda/CUDAAllocatorCo
 - when the card is full, wholly free segments go back and the request is tried again
   (`release_cached_blocks`); then it is out of memory;
 - `expandable_segments`: one segment per pool and stream grows in pages of 2 MiB (small) or 20 MiB
-  (large), and every remainder of 512 B splits (`ExpandableSegment`, `try_allocate_expandable_block`);
+  (large), every remainder of 512 B splits (`ExpandableSegment`, `try_allocate_expandable_block`);
 - blocks of equal size are taken by lowest address, so the driver's choice of addresses decides
   which segment is broken up. The driver fills address space from the top down, one reservation per
   large segment; segments of at most 32 MiB are packed upwards into common reservations below them.

@@ -69,17 +69,15 @@ def _run(kernel: str, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | 
     if kernel == CPU_FLASH:
         # sdp_utils_cpp.cpp: the CPU has one fused kernel, for any mask and grouping, no dropout
         attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        on_cpu: Tensor = attend(
-            query, key, value, dropout, causal, attn_mask=mask, scale=scale
-        )[0]
+        on_cpu: Tensor = attend(query, key, value, dropout, causal, attn_mask=mask, scale=scale)[0]
         return on_cpu
     if kernel == EFFICIENT:
         recorded = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
         attend = torch.ops.aten._scaled_dot_product_efficient_attention
         bias = None if mask is None else additive_bias(mask, query)
-        attended: Tensor = attend(
-            query, key, value, bias, recorded, dropout, causal, scale=scale
-        )[0]
+        attended: Tensor = attend(query, key, value, bias, recorded, dropout, causal, scale=scale)[
+            0
+        ]
         return attended
     return F.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, dropout_p=dropout, scale=scale, is_causal=causal,

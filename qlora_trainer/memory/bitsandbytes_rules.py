@@ -1,8 +1,8 @@
 """When bitsandbytes multiplies by packed 4-bit weights without unpacking them first.
 
 `gemm_4bit` on CUDA has a fused kernel for few rows and otherwise dequantizes the whole weight. The
-choice is a long, measured ladder by card and shape in bitsandbytes/backends/cuda/ops.py. That module
-cannot be imported without its CUDA library, so the ladder is read from the installed source and run
+choice is a long, measured ladder by card and shape in bitsandbytes/backends/cuda/ops.py. It cannot
+be imported without its CUDA library, so the ladder is read from the installed source and run
 as it stands: the answer is always that of the version installed, and nothing is written twice.
 """
 

@@ -1,7 +1,7 @@
-"""What fits this card: the longest sequence, the largest micro-batch, the highest rank, the way out.
+"""What fits this card: longest sequence, largest micro-batch, highest rank, and the way out.
 
 Every answer is a configuration that was simulated and replayed at the card's capacity, and so is
-the next larger one that no longer fits. Memory grows with each of these settings, so a straight line
+the next larger one that no longer fits. Memory grows with each of these settings: a straight line
 between a simulation that fits and one that does not says where to simulate next: a handful finds
 the border. The line only chooses where to look; it is never the answer.
 """

@@ -27,8 +27,9 @@ from qlora_trainer.lora.inject import adapter_parameters, inject_adapter
 from qlora_trainer.lora.spec import AdapterSpec
 from qlora_trainer.memory.attention import ANSWERS, attention_for
 from qlora_trainer.memory.gpus import GpuProfile
+from qlora_trainer.memory.log import RESET_PEAK
 from qlora_trainer.memory.simulate import LiveTensor, Peaks, Trace, simulate
-from qlora_trainer.memory.tracker import RESET_PEAK, AllocationTracker
+from qlora_trainer.memory.tracker import AllocationTracker
 from qlora_trainer.tasks.causal_lm import CausalLM
 from qlora_trainer.tasks.task import Batch, Task
 from qlora_trainer.training.activations import Activation, plan_activations
@@ -126,7 +127,7 @@ class Foresight:
 
     @property
     def verdict(self) -> str:
-        """`fits`, `tight` (less than 5 % of the card left, or only by giving memory back), or not."""
+        """`fits`, `tight` (less than 5 % of the card left) or `does not fit`."""
         if not self.fits:
             return "does not fit"
         left = self.capacity_bytes - self.total_bytes
@@ -147,8 +148,14 @@ class SimulatedRun:
     largest_tensor_bytes: int = 0
     large_unquantized: dict[str, int] = field(default_factory=dict)
 
-    def on(self, gpu: GpuProfile, *, budget_bytes: int | None = None,
-           expandable_segments: bool = False, with_timeline: bool = False) -> Foresight:  # fmt: skip
+    def on(
+        self,
+        gpu: GpuProfile,
+        *,
+        budget_bytes: int | None = None,
+        expandable_segments: bool = False,
+        with_timeline: bool = False,
+    ) -> Foresight:
         """What it takes on a card of the same architecture.
 
         Args:
@@ -406,4 +413,3 @@ def foresee(
         expandable_segments=expandable_segments,
         with_timeline=with_timeline,
     )
-

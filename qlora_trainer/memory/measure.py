@@ -13,8 +13,9 @@ import psutil
 import torch
 
 from qlora_trainer.memory.foresight import RunShape, simulate_run, tag_gradients, watch_step
+from qlora_trainer.memory.log import RESET_PEAK
 from qlora_trainer.memory.simulate import Live, Trace
-from qlora_trainer.memory.tracker import RESET_PEAK, AllocationTracker
+from qlora_trainer.memory.tracker import AllocationTracker
 from qlora_trainer.tasks.task import Batch, Task
 from qlora_trainer.training.optimizer import AdapterAdamW
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from qlora_trainer.memory.allocator import Block, CachingAllocator, OutOfMemory
 from qlora_trainer.memory.cuda_rules import CudaRules, Gpu
-from qlora_trainer.memory.tracker import (
+from qlora_trainer.memory.log import (
     ALLOCATE,
     EMPTY_CACHE,
     FREE,
@@ -20,10 +20,9 @@ from qlora_trainer.memory.tracker import (
     RECORD_STREAM,
     RESET_PEAK,
     SYNCHRONIZE,
-    Allocation,
-    AllocationTracker,
     Log,
 )
+from qlora_trainer.memory.tracker import AllocationTracker
 
 
 @dataclass(frozen=True)
@@ -244,7 +243,9 @@ def simulate(
         gpu: The card whose kernels are chosen; None for a CPU, which has no such rules.
         answers: See `AllocationTracker`.
     """
-    tracker = AllocationTracker("meta", CudaRules(gpu).table() if gpu is not None else None, answers)
+    tracker = AllocationTracker(
+        "meta", CudaRules(gpu).table() if gpu is not None else None, answers
+    )
     collecting = gc.isenabled()
     gc.collect()
     gc.disable()  # a collection at a random moment would move deaths; reference counting decides
@@ -256,6 +257,3 @@ def simulate(
             gc.enable()
         tracker.close()
     return Trace(tracker.log)
-
-
-__all__ = ["Allocation", "Live", "LiveTensor", "Peaks", "Trace", "simulate"]

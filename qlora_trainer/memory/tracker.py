@@ -16,7 +16,6 @@ import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from types import CodeType, FrameType
 from typing import Any, TypeAlias
 
@@ -24,61 +23,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qlora_trainer.errors import UserError
+from qlora_trainer.memory.log import ALLOCATE, FREE, PHASE, WRAPPERS, Allocation, Log, maker_of
+from qlora_trainer.memory.shapes import ShapeMemory
 
-# kinds of event; the second element says what it is about
-ALLOCATE, FREE, PHASE, EMPTY_CACHE, RESET_PEAK, RECORD_STREAM, SYNCHRONIZE = range(7)
-
-Event: TypeAlias = tuple[int, int | str]
 Rule: TypeAlias = Callable[["AllocationTracker", Any, tuple[Any, ...], dict[str, Any]], Any]
-
-
-@dataclass(slots=True)
-class Allocation:
-    """One storage (or one workspace) of the program, whatever views share it."""
-
-    size_bytes: int
-    phase: str
-    operator: str
-    code: CodeType | None
-    line: int
-    component: str
-    stream: int = 0
-    on_host: bool = False
-
-    @property
-    def where(self) -> str:
-        """File and line of the Python code that made it."""
-        if self.code is None:
-            return "(inside torch)"
-        name = self.code.co_filename
-        for marker in ("/site-packages/", "/qlora_trainer/"):
-            if marker in name:
-                name = ("qlora_trainer/" if "qlora" in marker else "") + name.split(marker)[-1]
-                break
-        return f"{name}:{self.line} in {self.code.co_name}"
-
-
-@dataclass
-class Log:
-    """Births and deaths in order: `events` refer to `allocations` by index."""
-
-    allocations: list[Allocation] = field(default_factory=list)
-    events: list[Event] = field(default_factory=list)
-    kernels: dict[str, int] = field(default_factory=dict)
-    notes: dict[str, str] = field(default_factory=dict)
 
 
 class UnforeseeableOperator(UserError):
     """An operator whose result depends on values, which weightless tensors do not have."""
-
-
-_SKIP = ("/torch/", "/memory/tracker.py", "/memory/cuda_rules.py", "/memory/simulate.py")
-
-
-@functools.cache
-def _is_plumbing(code: CodeType) -> bool:
-    name = code.co_filename
-    return name.startswith("<") or any(part in name for part in _SKIP)
 
 
 @functools.cache
@@ -89,68 +41,6 @@ def _returns_alias(func: Any) -> bool:
         r.alias_info is not None and not r.alias_info.is_write
         for r in schema.returns
     )
-
-
-def _maker(frame: FrameType | None) -> tuple[CodeType | None, int]:
-    """The nearest Python frame that is not torch's own or this room's plumbing."""
-    while frame is not None:
-        if not _is_plumbing(frame.f_code):
-            return frame.f_code, frame.f_lineno
-        frame = frame.f_back
-    return None, 0
-
-
-@functools.cache
-def _makes_one_tensor(func: Any) -> bool:
-    schema = getattr(func, "_schema", None)
-    return (
-        schema is not None
-        and len(schema.returns) == 1
-        and str(schema.returns[0].type) == "Tensor"
-        and not any(a.alias_info is not None for a in (*schema.arguments, *schema.returns))
-    )
-
-
-def _describe(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        if not value.is_meta:
-            raise TypeError
-        return value.shape, value.stride(), value.dtype
-    if isinstance(value, (list, tuple)):
-        return tuple(_describe(part) for part in value)
-    return value, type(value)
-
-
-class ShapeMemory:
-    """What an operator makes of given shapes, asked of torch once: layers repeat, answers too.
-
-    Only for operators that make one fresh, dense tensor; torch's own shape functions for `meta` are
-    Python and would take most of a simulation.
-    """
-
-    def __init__(self) -> None:
-        self._known: dict[Any, tuple[Any, Any, torch.dtype] | None] = {}
-
-    def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run the operator on weightless tensors, or make again what it made before."""
-        if not _makes_one_tensor(func):
-            return func(*args, **kwargs)
-        try:
-            key = (func, _describe(args), _describe(tuple(kwargs.items())))
-            made = self._known.get(key)
-        except TypeError:  # a tensor with values, or an argument without a hash
-            return func(*args, **kwargs)
-        if made is not None:
-            return torch.empty_strided(made[0], made[1], dtype=made[2], device="meta")
-        result = func(*args, **kwargs)
-        if result.is_meta and torch.ops.aten.is_non_overlapping_and_dense(result):
-            whole = result.numel() * result.element_size()
-            storage = result.untyped_storage()
-            given = {t.untyped_storage()._cdata for t in args if isinstance(t, torch.Tensor)}
-            # `_unsafe_view` shares storage and does not say so
-            if storage.nbytes() == whole and storage._cdata not in given:
-                self._known[key] = (result.shape, result.stride(), result.dtype)
-        return result
 
 
 class AllocationTracker(TorchDispatchMode):
@@ -230,7 +120,7 @@ class AllocationTracker(TorchDispatchMode):
         self, size_bytes: int, operator: str, component: str = "workspaces", stream: int = 0
     ) -> int:
         """Log memory that no tensor shows; the caller frees it with `free`."""
-        code, line = _maker(sys._getframe(1))
+        code, line = maker_of(sys._getframe(1))
         index = len(self.log.allocations)
         self.log.allocations.append(
             Allocation(int(size_bytes), self._phase, operator, code, line, component, stream)
@@ -282,7 +172,7 @@ class AllocationTracker(TorchDispatchMode):
         size_bytes = storage.nbytes()
         if size_bytes == 0:
             return
-        code, line = _maker(frame)
+        code, line = maker_of(frame)
         index = len(self.log.allocations)
         label = component or self._component or self._guess_component(operator, code)
         self.log.allocations.append(
@@ -352,7 +242,7 @@ class AllocationTracker(TorchDispatchMode):
             if asked.f_code.co_name in self.answers:
                 return self.answers[asked.f_code.co_name]
             asked = asked.f_back
-        code, line = _maker(frame)
+        code, line = maker_of(frame)
         where = f"{code.co_filename}:{line} in {code.co_name}" if code else "torch"
         raise UnforeseeableOperator(
             f"memory foresight: {where} branches on a tensor's value, which weightless tensors do "
@@ -362,7 +252,7 @@ class AllocationTracker(TorchDispatchMode):
     def _engine_adds(self, args: Any, kwargs: Any, frame: FrameType) -> bool:
         if kwargs or len(args) != 2 or torch.is_grad_enabled():
             return False
-        while frame.f_code.co_filename.endswith("eval_frame.py") and frame.f_back is not None:
+        while frame.f_code.co_filename.endswith(WRAPPERS) and frame.f_back is not None:
             frame = frame.f_back  # torch wraps every mode's dispatch
         if frame.f_code.co_name != "_engine_run_backward":
             return False

@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -145,7 +147,7 @@ def test_reserved_covers_allocated_and_all_comes_back(steps, expandable):
         assert allocator.allocated_bytes == sum(block.size for block in live)
         assert allocator.allocated_bytes <= allocator.reserved_bytes
         spans = sorted((block.address, block.address + block.size) for block in live)
-        assert all(a[1] <= b[0] for a, b in zip(spans, spans[1:], strict=False))
+        assert all(a[1] <= b[0] for a, b in pairwise(spans))
     for block in live:
         allocator.free(block)
     allocator.empty_cache()

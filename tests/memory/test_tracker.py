@@ -1,8 +1,9 @@
 import pytest
 import torch
 
+from qlora_trainer.memory.log import ALLOCATE, FREE
 from qlora_trainer.memory.simulate import simulate
-from qlora_trainer.memory.tracker import ALLOCATE, FREE, AllocationTracker, UnforeseeableOperator
+from qlora_trainer.memory.tracker import AllocationTracker, UnforeseeableOperator
 
 
 def sizes(log, kind):
@@ -87,9 +88,7 @@ def test_repeated_shapes_give_the_same_log_as_torchs_own_shape_functions():
     log = simulate(program, None).log
     third = len(log.allocations) // 3
     first, last = log.allocations[:third], log.allocations[-third:]
-    assert [(a.size_bytes, a.operator) for a in first] == [
-        (a.size_bytes, a.operator) for a in last
-    ]
+    assert [(a.size_bytes, a.operator) for a in first] == [(a.size_bytes, a.operator) for a in last]
 
 
 def test_views_that_do_not_say_so_are_no_births_the_second_time_either():
