@@ -22,7 +22,7 @@ from qlora_trainer.run.report import Reporter
 from qlora_trainer.training import setup
 
 Format = Literal["merged", "adapter", "gguf"]
-_PROOF_ROWS = 64
+_PROOF_ROWS = 32
 
 
 @dataclass(frozen=True)
