@@ -3,12 +3,15 @@
 Names, dtypes and shapes are known before the first value is, so a shard's header is written first
 and the values follow as they are made, block by block. Tensors come in the order they were
 announced; a tensor that gets too few or too many bytes is an error, so a shard whose writer was
-closed is whole.
+closed is whole. Writing, and forcing a full shard to disk, happen on a thread of their own while
+the next values are computed; at most a few batches wait.
 """
 
 import json
 import os
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,6 +22,8 @@ from qlora_trainer.base.checkpoint import INDEX_FILE, SINGLE_FILE
 from qlora_trainer.export.checkpoint import DTYPE_CODES
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
+_BATCH_BYTES = 4 * 2**20  # handed to the writing thread at one time
+_MOST_WAITING = 4
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,10 @@ class ShardWriter:
         self._open: Announced | None = None
         self._left = 0
         self._waiting: list[Announced] = []
+        self._batch: list[memoryview] = []
+        self._batch_bytes = 0
+        self._thread = ThreadPoolExecutor(max_workers=1)
+        self._running: deque[Future[object]] = deque()
 
     def __enter__(self) -> "ShardWriter":
         return self
@@ -67,6 +76,7 @@ class ShardWriter:
             if kind is None:
                 self.close()
         finally:
+            self._thread.shutdown(cancel_futures=True)
             if self._file is not None:
                 self._file.close()
 
@@ -87,20 +97,25 @@ class ShardWriter:
                 return
             flat: Any = values.contiguous().view(-1).view(torch.uint8).numpy()
             values = memoryview(flat)
-        assert self._file is not None
         self._left -= values.nbytes
-        self._file.write(values)
+        self._batch.append(values)
+        self._batch_bytes += values.nbytes
+        if self._batch_bytes >= _BATCH_BYTES:
+            self._hand_over()
 
     def close(self) -> None:
         """Finish the last shard and write the index.
 
         Raises:
             ValueError: Something announced has not been written.
+            OSError: The disk is full, or failed.
         """
         self._end()
         if self._waiting or self._at + 1 < len(self._shards):
             raise ValueError("not every announced tensor was written")
         self._finish_shard()
+        while self._running:
+            self._running.popleft().result()
         if len(self._shards) > 1:
             self._write_index()
 
@@ -130,10 +145,21 @@ class ShardWriter:
 
     def _finish_shard(self) -> None:
         if self._file is not None:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._file.close()
+            self._hand_over()
+            self._run(_finish, self._file)
             self._file = None
+
+    def _hand_over(self) -> None:
+        """Give what has gathered to the writing thread."""
+        assert self._file is not None
+        self._run(self._file.writelines, self._batch)
+        self._batch, self._batch_bytes = [], 0
+
+    def _run(self, work: Callable[..., object], *args: object) -> None:
+        """Queue work behind what is waiting; an earlier failure is raised here."""
+        self._running.append(self._thread.submit(work, *args))
+        while len(self._running) > _MOST_WAITING:
+            self._running.popleft().result()
 
     def _write_index(self) -> None:
         pairs = list(zip(self._names, self._shards, strict=True))
@@ -142,6 +168,12 @@ class ShardWriter:
             "weight_map": {tensor.name: name for name, shard in pairs for tensor in shard},
         }
         (self.folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _finish(file: BinaryIO) -> None:
+    with file:
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _divide(tensors: Sequence[Announced], max_shard_bytes: int) -> list[list[Announced]]:
