@@ -10,71 +10,18 @@ Assumed, and said: every sequence has the full length; every token is trained (t
 the most logits chunks); rows are not padded and not packed unless `padded` says so.
 """
 
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.utils._python_dispatch import _disable_current_modes
 from transformers import AutoModelForCausalLM
 
-from qlora_trainer.base.audit import audit_base
-from qlora_trainer.base.layers import decoder_layers
-from qlora_trainer.base.load import BaseSpec, build_weightless_base
-from qlora_trainer.base.nf4 import NF4Linear
-from qlora_trainer.lora.inject import adapter_parameters, inject_adapter
-from qlora_trainer.lora.spec import AdapterSpec
+from qlora_trainer.base.load import build_weightless_base
 from qlora_trainer.memory.attention import ANSWERS, attention_for
 from qlora_trainer.memory.gpus import GpuProfile
-from qlora_trainer.memory.log import RESET_PEAK
+from qlora_trainer.memory.program import Accounts, Program, RunShape
 from qlora_trainer.memory.simulate import LiveTensor, Peaks, Trace, simulate
-from qlora_trainer.memory.tracker import AllocationTracker
-from qlora_trainer.tasks.causal_lm import CausalLM
-from qlora_trainer.tasks.task import Batch, Task
-from qlora_trainer.training.activations import Activation, plan_activations
-from qlora_trainer.training.optimizer import AdapterAdamW, OptimizerKind
-from qlora_trainer.training.step import StepResult, train_step
 
-_ROLE_COMPONENTS = {
-    "linear weights (NF4)": "base weights",
-    "linear weights": "base weights",
-    "experts": "base weights",
-    "router": "base weights",
-    "convolution": "base weights",
-    "quantization state": "quantization state",
-    "embedding": "embeddings and heads",
-    "head": "embeddings and heads",
-}
-
-
-@dataclass(frozen=True)
-class RunShape:
-    """The settings of a run that decide its memory.
-
-    Attributes:
-        base: How the base is held.
-        adapter: The low-rank update.
-        adapter_dtype: Of its factors.
-        micro_batch_size: Sequences per forward pass.
-        seq_len: Tokens per sequence.
-        accumulation: Forward passes per optimizer step.
-        optimizer: Kind of AdamW.
-        activations: One choice for all layers, or one per layer.
-        loss_chunk_tokens: As in the run file.
-        padded: Batches carry an attention mask.
-    """
-
-    base: BaseSpec
-    adapter: AdapterSpec
-    adapter_dtype: torch.dtype = torch.bfloat16
-    micro_batch_size: int = 1
-    seq_len: int = 1024
-    accumulation: int = 1
-    optimizer: OptimizerKind = "paged_adamw_32bit"
-    activations: Activation | tuple[Activation, ...] = "recompute"
-    loss_chunk_tokens: int | None = None
-    padded: bool = False
+__all__ = ["Foresight", "RunShape", "SimulatedRun", "foresee", "simulate_run"]
 
 
 @dataclass(frozen=True)
@@ -140,13 +87,7 @@ class SimulatedRun:
 
     trace: Trace
     shape: RunShape
-    paged_bytes: int = 0
-    trained_parameters: int = 0
-    trained_bytes: int = 0
-    optimizer_bytes: int = 0
-    base_parameters: int = 0
-    largest_tensor_bytes: int = 0
-    large_unquantized: dict[str, int] = field(default_factory=dict)
+    accounts: Accounts
 
     def on(
         self,
@@ -182,7 +123,7 @@ class SimulatedRun:
             allocated_bytes=shown.allocated_bytes,
             reserved_bytes=shown.reserved_bytes,
             context_bytes=gpu.context_bytes,
-            paged_bytes=self.paged_bytes,
+            paged_bytes=self.accounts.paged_bytes,
             by_component=dict(sorted(shown.by_component.items(), key=lambda item: -item[1])),
             allocated_by_phase=_merge_phases(shown.allocated_by_phase),
             reserved_by_phase=_merge_phases(shown.reserved_by_phase),
@@ -193,21 +134,21 @@ class SimulatedRun:
             fits_without_retry=limited.fits and limited.retries == 0,
             host_bytes=self._host_bytes(),
             disk_bytes=self._disk_bytes(),
-            trained_parameters=self.trained_parameters,
-            large_unquantized=self.large_unquantized,
+            trained_parameters=self.accounts.trained_parameters,
+            large_unquantized=self.accounts.large_unquantized,
             timeline=tuple(free.timeline),
         )
 
     def _host_bytes(self) -> int:
         # weights are memory-mapped; one tensor at a time is private, the page-outs come on top
-        return _PROCESS_BYTES + 2 * self.largest_tensor_bytes + self.paged_bytes
+        return _PROCESS_BYTES + 2 * self.accounts.largest_tensor_bytes + self.accounts.paged_bytes
 
     def _disk_bytes(self) -> dict[str, int]:
-        adapter = self.trained_bytes
+        adapter = self.accounts.trained_bytes
         return {
             "adapter": adapter,
-            "saved state": adapter + self.optimizer_bytes,
-            "merged checkpoint": 2 * self.base_parameters,
+            "saved state": adapter + self.accounts.optimizer_bytes,
+            "merged checkpoint": 2 * self.accounts.base_parameters,
         }
 
 
@@ -236,151 +177,11 @@ def simulate_run(
     model = build_weightless_base(config, model_class, shape.base)
     if model.config._attn_implementation == "sdpa":
         model.set_attn_implementation(attention_for(gpu.card if gpu is not None else None))
-    run = SimulatedRun(Trace.empty(), shape)
-    program = _Program(model, shape, run)
-    run.trace = simulate(program, gpu.card if gpu is not None else None, answers=ANSWERS)
-    return run
-
-
-class _Program:
-    """Load, adapt, two steps, one evaluation: what the tracker watches."""
-
-    def __init__(self, model: Any, shape: RunShape, run: SimulatedRun) -> None:
-        self.model, self.shape, self.run = model, shape, run
-
-    def __call__(self, tracker: AllocationTracker) -> None:
-        """Run under the tracker."""
-        model, shape = self.model, self.shape
-        tracker.set_phase("load")
-        self._load(tracker)
-        with tracker.component("adapters"):
-            inject_adapter(model, shape.adapter, dtype=shape.adapter_dtype)
-        parameters = adapter_parameters(model)
-        plan_activations(model, decoder_layers(model), _activations(shape))
-        task = CausalLM.for_model(model, chunk_tokens=shape.loss_chunk_tokens)
-        with tracker.component("optimizer states"):
-            optimizer = AdapterAdamW(parameters, kind=shape.optimizer)
-        self._account(tracker, parameters, optimizer)
-        batch = task.prepare(full_batch(shape))
-        model.train()
-        tracker.mark(RESET_PEAK)
-        for step in range(2):
-            watch_step(
-                tracker,
-                model,
-                [batch] * min(shape.accumulation, 2),
-                task=task,
-                optimizer=optimizer,
-                device=torch.device("meta"),
-                step=step,
-            )
-        tracker.set_phase("evaluation")
-        model.eval()
-        task.evaluate(model, {name: part.to("meta") for name, part in batch.items()})
-        tracker.set_phase("end")
-
-    def _load(self, tracker: AllocationTracker) -> None:
-        with _disable_current_modes():
-            audit = {item.name: item for item in audit_base(self.model).tensors}
-        dense = {
-            f"{name}.codes": module.out_features * module.in_features * 2
-            for name, module in self.model.named_modules()
-            if isinstance(module, NF4Linear)
-        }
-        tensors: dict[str, Tensor] = dict(self.model.named_parameters())
-        tensors |= dict(self.model.named_buffers())
-        for name, tensor in tensors.items():
-            item = audit.get(name)
-            role = item.role if item is not None else "other"
-            component = _ROLE_COMPONENTS.get(role, "norms and other")
-            if name in dense:  # the 16-bit weight is on the card while it is quantized
-                with tracker.temporary(dense[name], "weight before quantization"):
-                    tracker.adopt(tensor, "load", component)
-            else:
-                tracker.adopt(tensor, "load", component)
-            if item is not None and item.kept_because:
-                self.run.large_unquantized[name] = item.size_bytes
-        run = self.run
-        run.base_parameters = sum(
-            2 * t.numel() if n.endswith(".codes") else t.numel()
-            for n, t in tensors.items()
-            if n.endswith(".codes") or isinstance(t, nn.Parameter)
-        )
-        sizes = [t.nbytes for t in tensors.values()] + list(dense.values())
-        run.largest_tensor_bytes = max(sizes, default=0)
-
-    def _account(
-        self, tracker: AllocationTracker, parameters: dict[str, nn.Parameter],
-        optimizer: AdapterAdamW,
-    ) -> None:  # fmt: skip
-        for _name, tensor, pageable in optimizer.state_tensors():
-            if pageable:
-                tracker.move_to_host(tensor)
-        sizes = optimizer.optimizer_bytes()
-        run = self.run
-        run.paged_bytes, run.optimizer_bytes = sizes.pageable_bytes, sizes.total_bytes
-        run.trained_parameters = sum(p.numel() for p in parameters.values())
-        run.trained_bytes = sum(p.nbytes for p in parameters.values())
-        tag_gradients(tracker, parameters.values())
-
-
-def watch_step(
-    tracker: AllocationTracker,
-    model: Any,
-    micro_batches: Sequence[Batch],
-    *,
-    task: Task,
-    optimizer: AdapterAdamW,
-    device: torch.device,
-    step: int,
-) -> None:
-    """One training step with its phases marked: the same for weightless and for real tensors."""
-
-    def before_update(_result: StepResult) -> bool:
-        tracker.follow_engine(None)
-        tracker.set_phase("optimizer step")
-        return True
-
-    tracker.follow_engine(("forward", "backward"))
-    train_step(
-        model,
-        micro_batches,
-        task=task,
-        optimizer=optimizer,
-        learning_rate=1e-4,
-        device=device,
-        step=step,
-        check=before_update,
+    accounts = Accounts()
+    trace = simulate(
+        Program(model, shape, accounts), gpu.card if gpu is not None else None, answers=ANSWERS
     )
-
-
-def tag_gradients(tracker: AllocationTracker, parameters: Iterable[nn.Parameter]) -> None:
-    """Book gradients under their own name as the engine hands them over."""
-
-    def tag(parameter: Tensor) -> None:
-        if parameter.grad is not None:
-            tracker.tag(parameter.grad, "gradients")
-
-    for parameter in parameters:
-        if isinstance(parameter, nn.Parameter):
-            parameter.register_post_accumulate_grad_hook(tag)
-
-
-def _activations(shape: RunShape) -> Activation | Sequence[Activation]:
-    return shape.activations
-
-
-def full_batch(shape: RunShape) -> dict[str, Tensor]:
-    """The largest micro-batch of a run, on the host: full length, every token trained."""
-    size = (shape.micro_batch_size, shape.seq_len)
-    batch = {
-        "input_ids": torch.zeros(size, dtype=torch.int64),
-        "labels": torch.zeros(size, dtype=torch.int64),
-    }
-    if shape.padded:
-        batch["attention_mask"] = torch.ones(size, dtype=torch.int64)
-        batch["attention_mask"][0, -1] = 0
-    return batch
+    return SimulatedRun(trace, shape, accounts)
 
 
 def foresee(

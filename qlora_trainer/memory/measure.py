@@ -12,8 +12,9 @@ from typing import Any
 import psutil
 import torch
 
-from qlora_trainer.memory.foresight import RunShape, simulate_run, tag_gradients, watch_step
+from qlora_trainer.memory.foresight import simulate_run
 from qlora_trainer.memory.log import RESET_PEAK
+from qlora_trainer.memory.program import RunShape, tag_gradients, watch_step
 from qlora_trainer.memory.simulate import Live, Trace
 from qlora_trainer.memory.tracker import AllocationTracker
 from qlora_trainer.tasks.task import Batch, Task

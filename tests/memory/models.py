@@ -13,8 +13,8 @@ from qlora_trainer.base.layers import decoder_layers
 from qlora_trainer.base.load import BaseSpec, build_weightless_base
 from qlora_trainer.lora.inject import adapter_parameters, inject_adapter
 from qlora_trainer.lora.spec import AdapterSpec
-from qlora_trainer.memory.foresight import RunShape, full_batch
 from qlora_trainer.memory.measure import Measured, measure_steps
+from qlora_trainer.memory.program import RunShape, full_batch
 from qlora_trainer.tasks.causal_lm import CausalLM
 from qlora_trainer.training.activations import plan_activations
 from qlora_trainer.training.optimizer import AdapterAdamW

@@ -82,7 +82,7 @@ def test_paged_states_are_counted_apart(small, shape, run):
     wide = replace(shape, adapter=AdapterSpec(rank=256, alpha=16), adapter_dtype=torch.float32)
     paged = simulate_run(small, wide, card)
     plain = simulate_run(small, replace(wide, optimizer="adamw"), card)
-    assert paged.paged_bytes > 0 == plain.paged_bytes
+    assert paged.accounts.paged_bytes > 0 == plain.accounts.paged_bytes
     assert paged.on(card).allocated_bytes < plain.on(card).allocated_bytes
 
 

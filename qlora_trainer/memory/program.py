@@ -1,0 +1,232 @@
+"""The program that is foreseen: load, adapt, two training steps, one evaluation.
+
+It calls the very functions the trainer calls, on weightless tensors, and tells the tracker which
+phase it is in and what belongs to which component. `watch_step` marks a step's phases for
+weightless and for real tensors alike.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
+
+from qlora_trainer.base.audit import audit_base
+from qlora_trainer.base.layers import decoder_layers
+from qlora_trainer.base.nf4 import NF4Linear
+from qlora_trainer.base.spec import BaseSpec
+from qlora_trainer.lora.inject import adapter_parameters, inject_adapter
+from qlora_trainer.lora.spec import AdapterSpec
+from qlora_trainer.memory.log import RESET_PEAK
+from qlora_trainer.memory.tracker import AllocationTracker
+from qlora_trainer.tasks.causal_lm import CausalLM
+from qlora_trainer.tasks.task import Batch, Task
+from qlora_trainer.training.activations import Activation, plan_activations
+from qlora_trainer.training.optimizer import AdapterAdamW, OptimizerKind
+from qlora_trainer.training.step import StepResult, train_step
+
+_ROLE_COMPONENTS = {
+    "linear weights (NF4)": "base weights",
+    "linear weights": "base weights",
+    "experts": "base weights",
+    "router": "base weights",
+    "convolution": "base weights",
+    "quantization state": "quantization state",
+    "embedding": "embeddings and heads",
+    "head": "embeddings and heads",
+}
+
+
+@dataclass(frozen=True)
+class RunShape:
+    """The settings of a run that decide its memory.
+
+    Attributes:
+        base: How the base is held.
+        adapter: The low-rank update.
+        adapter_dtype: Of its factors.
+        micro_batch_size: Sequences per forward pass.
+        seq_len: Tokens per sequence.
+        accumulation: Forward passes per optimizer step.
+        optimizer: Kind of AdamW.
+        activations: One choice for all layers, or one per layer.
+        loss_chunk_tokens: As in the run file.
+        padded: Batches carry an attention mask.
+    """
+
+    base: BaseSpec
+    adapter: AdapterSpec
+    adapter_dtype: torch.dtype = torch.bfloat16
+    micro_batch_size: int = 1
+    seq_len: int = 1024
+    accumulation: int = 1
+    optimizer: OptimizerKind = "paged_adamw_32bit"
+    activations: Activation | tuple[Activation, ...] = "recompute"
+    loss_chunk_tokens: int | None = None
+    padded: bool = False
+
+
+@dataclass
+class Accounts:
+    """What is known of a run beside its trace.
+
+    Attributes:
+        paged_bytes: Optimizer states in managed memory.
+        trained_parameters: How many numbers are trained.
+        trained_bytes: What they take.
+        optimizer_bytes: All states.
+        base_parameters: Numbers of the base, unpacked.
+        largest_tensor_bytes: The largest tensor on its way to the card.
+        large_unquantized: Path -> bytes of large weights outside NF4.
+    """
+
+    paged_bytes: int = 0
+    trained_parameters: int = 0
+    trained_bytes: int = 0
+    optimizer_bytes: int = 0
+    base_parameters: int = 0
+    largest_tensor_bytes: int = 0
+    large_unquantized: dict[str, int] = field(default_factory=dict)
+
+
+class Program:
+    """Load, adapt, two steps, one evaluation: what the tracker watches."""
+
+    def __init__(self, model: Any, shape: RunShape, accounts: Accounts) -> None:
+        self.model, self.shape, self.accounts = model, shape, accounts
+
+    def __call__(self, tracker: AllocationTracker) -> None:
+        """Run under the tracker."""
+        model, shape = self.model, self.shape
+        tracker.set_phase("load")
+        self._load(tracker)
+        with tracker.component("adapters"):
+            inject_adapter(model, shape.adapter, dtype=shape.adapter_dtype)
+        parameters = adapter_parameters(model)
+        plan_activations(model, decoder_layers(model), _activations(shape))
+        task = CausalLM.for_model(model, chunk_tokens=shape.loss_chunk_tokens)
+        with tracker.component("optimizer states"):
+            optimizer = AdapterAdamW(parameters, kind=shape.optimizer)
+        self._account(tracker, parameters, optimizer)
+        batch = task.prepare(full_batch(shape))
+        model.train()
+        tracker.mark(RESET_PEAK)
+        for step in range(2):
+            watch_step(
+                tracker,
+                model,
+                [batch] * min(shape.accumulation, 2),
+                task=task,
+                optimizer=optimizer,
+                device=torch.device("meta"),
+                step=step,
+            )
+        tracker.set_phase("evaluation")
+        model.eval()
+        task.evaluate(model, {name: part.to("meta") for name, part in batch.items()})
+        tracker.set_phase("end")
+
+    def _load(self, tracker: AllocationTracker) -> None:
+        with _disable_current_modes():
+            audit = {item.name: item for item in audit_base(self.model).tensors}
+        dense = {
+            f"{name}.codes": module.out_features * module.in_features * 2
+            for name, module in self.model.named_modules()
+            if isinstance(module, NF4Linear)
+        }
+        tensors: dict[str, Tensor] = dict(self.model.named_parameters())
+        tensors |= dict(self.model.named_buffers())
+        for name, tensor in tensors.items():
+            item = audit.get(name)
+            role = item.role if item is not None else "other"
+            component = _ROLE_COMPONENTS.get(role, "norms and other")
+            if name in dense:  # the 16-bit weight is on the card while it is quantized
+                with tracker.temporary(dense[name], "weight before quantization"):
+                    tracker.adopt(tensor, "load", component)
+            else:
+                tracker.adopt(tensor, "load", component)
+            if item is not None and item.kept_because:
+                self.accounts.large_unquantized[name] = item.size_bytes
+        accounts = self.accounts
+        accounts.base_parameters = sum(
+            2 * t.numel() if n.endswith(".codes") else t.numel()
+            for n, t in tensors.items()
+            if n.endswith(".codes") or isinstance(t, nn.Parameter)
+        )
+        sizes = [t.nbytes for t in tensors.values()] + list(dense.values())
+        accounts.largest_tensor_bytes = max(sizes, default=0)
+
+    def _account(
+        self, tracker: AllocationTracker, parameters: dict[str, nn.Parameter],
+        optimizer: AdapterAdamW,
+    ) -> None:  # fmt: skip
+        for _name, tensor, pageable in optimizer.state_tensors():
+            if pageable:
+                tracker.move_to_host(tensor)
+        sizes = optimizer.optimizer_bytes()
+        accounts = self.accounts
+        accounts.paged_bytes, accounts.optimizer_bytes = sizes.pageable_bytes, sizes.total_bytes
+        accounts.trained_parameters = sum(p.numel() for p in parameters.values())
+        accounts.trained_bytes = sum(p.nbytes for p in parameters.values())
+        tag_gradients(tracker, parameters.values())
+
+
+def watch_step(
+    tracker: AllocationTracker,
+    model: Any,
+    micro_batches: Sequence[Batch],
+    *,
+    task: Task,
+    optimizer: AdapterAdamW,
+    device: torch.device,
+    step: int,
+) -> None:
+    """One training step with its phases marked: the same for weightless and for real tensors."""
+
+    def before_update(_result: StepResult) -> bool:
+        tracker.follow_engine(None)
+        tracker.set_phase("optimizer step")
+        return True
+
+    tracker.follow_engine(("forward", "backward"))
+    train_step(
+        model,
+        micro_batches,
+        task=task,
+        optimizer=optimizer,
+        learning_rate=1e-4,
+        device=device,
+        step=step,
+        check=before_update,
+    )
+
+
+def tag_gradients(tracker: AllocationTracker, parameters: Iterable[nn.Parameter]) -> None:
+    """Book gradients under their own name as the engine hands them over."""
+
+    def tag(parameter: Tensor) -> None:
+        if parameter.grad is not None:
+            tracker.tag(parameter.grad, "gradients")
+
+    for parameter in parameters:
+        if isinstance(parameter, nn.Parameter):
+            parameter.register_post_accumulate_grad_hook(tag)
+
+
+def _activations(shape: RunShape) -> Activation | Sequence[Activation]:
+    return shape.activations
+
+
+def full_batch(shape: RunShape) -> dict[str, Tensor]:
+    """The largest micro-batch of a run, on the host: full length, every token trained."""
+    size = (shape.micro_batch_size, shape.seq_len)
+    batch = {
+        "input_ids": torch.zeros(size, dtype=torch.int64),
+        "labels": torch.zeros(size, dtype=torch.int64),
+    }
+    if shape.padded:
+        batch["attention_mask"] = torch.ones(size, dtype=torch.int64)
+        batch["attention_mask"][0, -1] = 0
+    return batch
