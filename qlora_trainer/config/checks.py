@@ -1,56 +1,108 @@
-"""Settings that contradict each other, found before anything heavy starts."""
+"""Settings that contradict each other, found before anything heavy starts.
+
+Each rule names the settings it looks at, so that it is not told where one of them is faulty
+itself. A resolved run file lists defaults too, so only a value of its own counts as given.
+"""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+
+from pydantic import BaseModel
 
 from qlora_trainer.config.settings import RunConfig
 
 
-def cross_field_faults(config: RunConfig) -> Iterator[tuple[tuple[str | int, ...], str]]:
-    """Yield the place and the message of every contradiction between settings."""
-    model, data, train = config.model, config.data, config.train
+@dataclass(frozen=True)
+class Contradiction:
+    """One fault between settings.
+
+    Attributes:
+        settings: The settings it is between; the fault is told where the first one stands.
+        message: What is wrong and the way out.
+    """
+
+    settings: tuple[tuple[str, str], ...]
+    message: str
+
+
+def contradictions(config: RunConfig) -> Iterator[Contradiction]:
+    """Every contradiction between settings."""
+    yield from _held_out_rows(config)
+    yield from _precision(config)
+    yield from _warm_up(config)
+
+
+def _held_out_rows(config: RunConfig) -> Iterator[Contradiction]:
+    data, evaluation = config.data, config.evaluation
+    held_out = (("data", "eval"), ("data", "eval_fraction"))
     if data.eval and data.eval_fraction:
-        yield (
-            ("data", "eval_fraction"),
+        yield Contradiction(
+            held_out[::-1],
             f"data.eval_fraction = {data.eval_fraction}: data.eval is given too; keep one of them",
         )
-    if config.evaluation.early_stopping_patience and not (data.eval or data.eval_fraction):
-        yield (
-            ("evaluation", "early_stopping_patience"),
-            "evaluation.early_stopping_patience: needs held-out rows; "
-            "set data.eval or data.eval_fraction",
+    if not (data.eval or data.eval_fraction):
+        for name, value in evaluation:
+            if value is not None:
+                yield Contradiction(
+                    (("evaluation", name), *held_out),
+                    f"evaluation.{name} = {value}: needs held-out rows; "
+                    "set data.eval or data.eval_fraction",
+                )
+    if evaluation.early_stopping_patience and not evaluation.every_steps:
+        yield Contradiction(
+            (("evaluation", "early_stopping_patience"), ("evaluation", "every_steps")),
+            f"evaluation.early_stopping_patience = {evaluation.early_stopping_patience}: "
+            "needs evaluation.every_steps",
         )
-    if config.evaluation.early_stopping_patience and not config.evaluation.every_steps:
-        yield (
-            ("evaluation", "early_stopping_patience"),
-            "evaluation.early_stopping_patience: needs evaluation.every_steps",
-        )
-    if config.evaluation.every_steps and not (data.eval or data.eval_fraction):
-        yield (
-            ("evaluation", "every_steps"),
-            "evaluation.every_steps: there are no held-out rows; "
-            "set data.eval or data.eval_fraction",
-        )
+
+
+def _precision(config: RunConfig) -> Iterator[Contradiction]:
+    model = config.model
+    attention = ("model", "attention")
     if model.attention == "flash_attention_2" and model.device == "cpu":
-        yield (
-            ("model", "attention"),
+        yield Contradiction(
+            (attention, ("model", "device")),
             "model.attention = 'flash_attention_2': needs a GPU, but model.device = 'cpu'; "
             "take 'auto'",
         )
     if model.attention == "flash_attention_2" and model.compute_dtype == "fp32":
-        yield (
-            ("model", "attention"),
+        yield Contradiction(
+            (attention, ("model", "compute_dtype")),
             "model.attention = 'flash_attention_2': works in 16 bit only, "
             "but model.compute_dtype = 'fp32'",
         )
     if model.compute_dtype == "fp16" and config.adapter.dtype == "bf16":
-        yield (
-            ("adapter", "dtype"),
+        yield Contradiction(
+            (("adapter", "dtype"), ("model", "compute_dtype")),
             "adapter.dtype = 'bf16': adapters of an fp16 model are held in fp32; take 'auto'",
         )
-    # A resolved run file lists defaults too, so only a value of its own counts as given.
-    ratio_given = train.warmup_ratio != type(train).model_fields["warmup_ratio"].default
-    if train.warmup_steps is not None and ratio_given:
-        yield (
-            ("train", "warmup_ratio"),
-            "train.warmup_ratio: train.warmup_steps is given too; keep one of them",
+    for name in ("double_quant", "block_size"):
+        if model.quantization == "none" and _is_given(model, name):
+            yield Contradiction(
+                (("model", name), ("model", "quantization")),
+                f"model.{name} = {getattr(model, name)}: means nothing with "
+                "model.quantization = 'none'; leave it out, or take 'nf4'",
+            )
+
+
+def _warm_up(config: RunConfig) -> Iterator[Contradiction]:
+    train = config.train
+    steps = ("train", "warmup_steps")
+    if train.warmup_steps is None:
+        return
+    if _is_given(train, "warmup_ratio"):
+        yield Contradiction(
+            (("train", "warmup_ratio"), steps),
+            f"train.warmup_ratio = {train.warmup_ratio}: train.warmup_steps is given too; "
+            "keep one of them",
         )
+    if train.max_steps is not None and train.warmup_steps >= train.max_steps:
+        yield Contradiction(
+            (steps, ("train", "max_steps")),
+            f"train.warmup_steps = {train.warmup_steps}: must be below "
+            f"train.max_steps = {train.max_steps}",
+        )
+
+
+def _is_given(section: BaseModel, name: str) -> bool:
+    return bool(getattr(section, name) != type(section).model_fields[name].get_default())

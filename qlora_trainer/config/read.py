@@ -5,21 +5,19 @@ key written twice is a fault instead of a silent winner. `--set a.b=value` goes 
 checks under its own name.
 """
 
-import difflib
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from qlora_trainer.config.checks import cross_field_faults
+from qlora_trainer.config.checks import contradictions
+from qlora_trainer.config.faults import Place, describe, meant_by, setting_of
 from qlora_trainer.config.settings import RunConfig
 from qlora_trainer.errors import UserError
-
-Place = tuple[str | int, ...]
 
 
 class _Loader(yaml.SafeLoader):
@@ -29,6 +27,8 @@ class _Loader(yaml.SafeLoader):
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
 )
+
+_YAML_ERRORS = (yaml.YAMLError, ValueError, TypeError, RecursionError)
 
 
 def read_run_file(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -64,27 +64,60 @@ def check_values(
         UserError: With every fault found.
     """
     merged: dict[str, Any] = _copied(values)
-    overridden = {_apply_override(merged, override) for override in overrides}
+    faults: list[str] = []
+    overridden: list[Place] = []
+    for override in overrides:
+        try:
+            overridden.append(_apply_override(merged, override))
+        except UserError as error:
+            faults.append(str(error))
     written: Mapping[Place, int] = lines or {}
 
-    def place_name(place: Place) -> str:
+    def where(place: Place) -> str:
         if any(place[: len(key)] == key for key in overridden):
             return "--set"
         known = (place[:depth] for depth in range(len(place), 0, -1) if place[:depth] in written)
         nearest = next(known, None)
         return f"{name}:{written[nearest]}" if nearest else name
 
-    faults: list[str] = []
-    config = None
-    try:
-        config = RunConfig.model_validate(merged)
-    except ValidationError as error:
-        faults += [_describe(detail, place_name) for detail in _without_echoes(error.errors())]
-    if config is not None:
-        faults += [f"{place_name(place)}: {fault}" for place, fault in cross_field_faults(config)]
+    config, wrong = _validate(merged)
+    faults += [f"{where(setting_of(error))}: {describe(error)}" for error in wrong]
+    checked = config or _mended(merged, wrong)
+    spoilt = _spoilt(wrong)
+    for found in contradictions(checked) if checked else ():
+        if not any(setting[: len(part)] == part for setting in found.settings for part in spoilt):
+            faults.append(f"{where(found.settings[0])}: {found.message}")
     if config is None or faults:
         raise UserError.from_faults(f"{name} is not a run that can start", faults)
     return config
+
+
+def _validate(values: Any) -> tuple[RunConfig | None, list[ErrorDetails]]:
+    try:
+        return RunConfig.model_validate(values), []
+    except ValidationError as error:
+        return None, error.errors()
+
+
+def _spoilt(wrong: Iterable[ErrorDetails]) -> set[Place]:
+    """The faulty settings, and for each unknown one the setting that was perhaps meant."""
+    spoilt = {setting_of(error) for error in wrong}
+    meant = {meant_by(setting_of(e)) for e in wrong if e["type"] == "extra_forbidden"}
+    return {place[:2] for place in spoilt | {place for place in meant if place}}
+
+
+def _mended(values: Any, wrong: Iterable[ErrorDetails]) -> RunConfig | None:
+    """The run with the faulty settings at their defaults, to see what else is wrong with it."""
+    mended = _copied(values)
+    for place in {setting_of(error)[:2] for error in wrong}:
+        section = mended if len(place) < 2 else mended.get(place[0])
+        if isinstance(section, dict) and place:
+            section.pop(place[-1], None)
+    for section, name in (("model", "source"), ("data", "train")):
+        if mended.get(section) is None:
+            mended[section] = {}
+        mended[section].setdefault(name, "to be given")
+    return _validate(mended)[0]
 
 
 def _copied(value: Any) -> Any:
@@ -106,15 +139,19 @@ def _parse(text: str, path: Path) -> tuple[dict[str, Any], dict[Place, int]]:
         lines: dict[Place, int] = {}
         doubles = list(_walk(node, (), lines))
         values = loader.construct_document(node)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
+    except _YAML_ERRORS as error:
+        mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise UserError(f"{where}: not valid YAML: {error.problem or error}") from None
-    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
-        raise UserError(f"{path}: not valid YAML: {error}") from None
+        raise UserError(f"{where}: not valid YAML: {_one_line(error)}") from None
     if doubles:
         raise UserError.from_faults(f"{path}: settings written twice", doubles)
     return values, lines
+
+
+def _one_line(error: Exception) -> str:
+    """What PyYAML says, without the piece of the file it draws below."""
+    said = getattr(error, "problem", None) or getattr(error, "reason", None) or error
+    return " ".join(str(said).split())
 
 
 def _walk(node: yaml.Node, place: Place, lines: dict[Place, int]) -> Iterable[str]:
@@ -136,96 +173,32 @@ def _walk(node: yaml.Node, place: Place, lines: dict[Place, int]) -> Iterable[st
 
 
 def _apply_override(values: dict[str, Any], override: str) -> Place:
-    """Put one `a.b=value` into the values and return its place.
+    """Put one `a.b=value` into the values and return the place of what was not there before.
 
     Raises:
         UserError: The text is not of that form, or runs through a setting that holds no others.
     """
     key, equals, text = override.partition("=")
-    place = tuple(key.strip().split("."))
+    place: Place = tuple(part.strip() for part in key.split("."))
     if not equals or not all(place):
         raise UserError(f"--set {override}: write section.setting=value")
     try:
-        value = yaml.load(text, Loader=_Loader)
-    except (yaml.YAMLError, ValueError) as error:
-        raise UserError(f"--set {override}: the value is not valid YAML: {error}") from None
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        doubles = list(_walk(node, place, {})) if node else []
+        value = loader.construct_document(node) if node else None
+    except _YAML_ERRORS as error:
+        raise UserError(f"--set {override}: not valid YAML: {_one_line(error)}") from None
+    if doubles:
+        raise UserError(f"--set {override}: a setting is written twice")
     target: Any = values
-    for depth, part in enumerate(place[:-1]):
-        target = target.setdefault(part, {}) if isinstance(target, dict) else None
+    new = len(place)
+    for depth, part in enumerate(place[:-1], start=1):
+        if target.get(part) is None:
+            target[part], new = {}, min(new, depth)
+        target = target[part]
         if not isinstance(target, dict):
-            raise UserError(
-                f"--set {override}: {'.'.join(place[: depth + 1])} holds no other settings"
-            )
+            above = ".".join(map(str, place[:depth]))
+            raise UserError(f"--set {override}: {above} holds no other settings")
     target[place[-1]] = value
-    return place
-
-
-def _without_echoes(errors: Sequence[ErrorDetails]) -> Iterable[ErrorDetails]:
-    """Keep, where every branch of a union failed, the branch that came furthest."""
-    best: dict[Place, ErrorDetails] = {}
-    for error in errors:
-        place = _place(error)
-        if place not in best or _reached(error) > _reached(best[place]):
-            best[place] = error
-    return best.values()
-
-
-def _reached(error: ErrorDetails) -> tuple[int, bool]:
-    """How far a branch of a union came: depth, then whether it got as far as our own rules."""
-    return len(error["loc"]), error["type"] == "value_error"
-
-
-def _place(error: ErrorDetails) -> Place:
-    """The setting of an error: its location without pydantic's names for branches of a union."""
-    model: Any = RunConfig
-    place: list[str | int] = []
-    for part in error["loc"]:
-        fields = getattr(model, "model_fields", None)
-        if fields is None and isinstance(part, str):
-            break
-        place.append(part)
-        if isinstance(part, int):
-            continue
-        model = _inner_model(fields[part].annotation) if fields and part in fields else None
-    return tuple(place)
-
-
-def _inner_model(annotation: Any) -> Any:
-    """The section inside an annotation such as `list[SourceSettings]`; None where there is none."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    if get_origin(annotation) is list:
-        return _inner_model(get_args(annotation)[0])
-    return None
-
-
-def _describe(error: ErrorDetails, place_name: Callable[[Place], str]) -> str:
-    """One line for one fault: where, setting, value, rule and, for a typo, the nearest name."""
-    place = _place(error)
-    where = f"{place_name(place)}: {'.'.join(str(part) for part in place) or 'run'}"
-    if error["type"] == "extra_forbidden":
-        return f"{where}: unknown setting{_hint(place)}"
-    if error["type"] == "missing":
-        return f"{where}: has to be given"
-    message = error["msg"].removeprefix("Value error, ").removeprefix("Input ")
-    inner = [str(part) for part in error["loc"][len(place) + 1 :]]
-    shown = "" if isinstance(error["input"], dict) else f" = {error['input']!r}"
-    return f"{'.'.join([where, *inner])}{shown}: {message}"
-
-
-def _hint(place: Place) -> str:
-    """What an unknown setting was perhaps meant to be: the same name elsewhere, or one like it."""
-    name = str(place[-1])
-    elsewhere = [
-        f"{section}.{name}"
-        for section, field in RunConfig.model_fields.items()
-        if name in getattr(field.annotation, "model_fields", {})
-    ]
-    if elsewhere:
-        return f"; it belongs at {elsewhere[0]}"
-    model: Any = RunConfig
-    for part in place[:-1]:
-        field = getattr(model, "model_fields", {}).get(part)
-        model = _inner_model(field.annotation) if field else model
-    near = difflib.get_close_matches(name, getattr(model, "model_fields", {}), n=1, cutoff=0.5)
-    return f"; did you mean {near[0]}?" if near else ""
+    return place[:new]

@@ -5,24 +5,46 @@ are all made from these declarations. Values are strict: YAML already gives numb
 their types, so a quoted number is a mistake and not something to guess about.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    model_validator,
+)
 
+from qlora_trainer.config.kinds import (
+    Device,
+    Ending,
+    Names,
+    TargetModules,
+    Text,
+    without_doubles,
+)
+
+Rank = Annotated[int, Field(ge=1, le=1024)]
+Alpha = Annotated[float, Field(gt=0)]
 Format = Literal["auto", "text", "prompt-completion", "alpaca", "messages", "sharegpt"]
 
 
 class Settings(BaseModel):
     """What every section shares: no unknown keys, no coercion, no change after reading."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, allow_inf_nan=False, protected_namespaces=()
+    )
 
 
 class ModelSettings(Settings):
     """The frozen base: where it comes from and in which precision it is held."""
 
-    source: str = Field(min_length=1, description="local folder or hub name of the base model")
-    revision: str | None = Field(
+    source: Text = Field(description="local folder or hub name of the base model")
+    revision: Text | None = Field(
         None, description="hub branch, tag or commit; the commit found is recorded"
     )
     trust_remote_code: bool = Field(False, description="run Python code shipped with the model")
@@ -35,15 +57,11 @@ class ModelSettings(Settings):
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = Field(
         "auto", description="attention kernel; auto is the model's best without extra packages"
     )
-    chat_template: str | None = Field(
+    chat_template: Text | None = Field(
         None, description="'chatml' or a Jinja file, for a model that has no template of its own"
     )
-    keep_unquantized: list[str] = Field(
-        [], description="names of further modules to hold in 16 bit"
-    )
-    device: str = Field(
-        "auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto takes the first GPU"
-    )
+    keep_unquantized: Names = Field([], description="names of further modules to hold in 16 bit")
+    device: Device = Field("auto", description="auto takes the first GPU")
 
 
 class LayerChoice(Settings):
@@ -65,22 +83,46 @@ class LayerChoice(Settings):
         return self
 
 
+def _layers_kind(value: object) -> str | None:
+    if isinstance(value, (dict, LayerChoice)):
+        return "choice"
+    return "numbers" if isinstance(value, list) else "all" if value == "all" else None
+
+
+Layers = Annotated[
+    Annotated[Literal["all"], Tag("all")]
+    | Annotated[
+        list[Annotated[int, Field(ge=0)]],
+        Field(min_length=1),
+        AfterValidator(without_doubles),
+        Tag("numbers"),
+    ]
+    | Annotated[LayerChoice, Tag("choice")],
+    Discriminator(
+        _layers_kind,
+        custom_error_type="layers",
+        custom_error_message="should be all, a list of layer numbers, {last: 8}, {first: 8} or "
+        "{range: [8, 16]}",
+    ),
+]
+
+
 class AdapterSettings(Settings):
     """The low-rank update that is trained."""
 
-    rank: int = Field(16, ge=1, le=1024, description="rank of the update")
-    alpha: float = Field(32.0, gt=0, description="scale of the update is alpha / rank")
+    rank: Rank = Field(16, description="rank of the update")
+    alpha: Alpha = Field(32.0, description="scale of the update is alpha / rank")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input")
     rslora: bool = Field(False, description="scale by alpha / sqrt(rank) instead")
-    target_modules: str | list[str] = Field(
+    target_modules: TargetModules = Field(
         "all-linear", description="'all-linear', a list of names, or one regular expression"
     )
-    layers: Literal["all"] | list[int] | LayerChoice = Field(
+    layers: Layers = Field(
         "all", description="all, a list of layer numbers, {last: 8}, {first: 8} or {range: [8, 16]}"
     )
-    modules_to_save: list[str] = Field([], description="modules trained in full and saved")
-    rank_pattern: dict[str, int] = Field({}, description="rank by module name or expression")
-    alpha_pattern: dict[str, float] = Field({}, description="alpha by module name or expression")
+    modules_to_save: Names = Field([], description="modules trained in full and saved")
+    rank_pattern: dict[Ending, Rank] = Field({}, description="rank by module name or expression")
+    alpha_pattern: dict[Ending, Alpha] = Field({}, description="alpha by module name or expression")
     dtype: Literal["auto", "bf16", "fp32"] = Field(
         "auto", description="auto: bf16 with fp32 master values; fp32 where compute is fp16"
     )
@@ -89,18 +131,25 @@ class AdapterSettings(Settings):
 class SourceSettings(Settings):
     """One source of records."""
 
-    path: str = Field(min_length=1, description="file, folder or hub data set")
+    path: Text = Field(description="file, folder or hub data set")
     format: Format = Field("auto", description="recognised from the first records unless set")
-    split: str | None = Field(None, description="split of a data set, for example train")
-    name: str | None = Field(None, description="configuration of a data set")
+    split: Text | None = Field(None, description="split of a data set, for example train")
+    name: Text | None = Field(None, description="configuration of a data set")
+    revision: Text | None = Field(None, description="hub branch, tag or commit of a data set")
     weight: float = Field(1.0, gt=0, le=100, description="0.5 takes half the rows, 2 each twice")
-    columns: dict[str, str] = Field({}, description="field name we expect: column name you have")
+    columns: dict[Text, Text] = Field({}, description="field name we expect: column name you have")
 
 
 def _as_sources(value: object) -> object:
-    """Accept one path, one mapping or a list of either."""
+    """Accept one path, one mapping or a list of either; nothing at all stays nothing."""
+    if value is None:
+        return None
     listed = value if isinstance(value, list) else [value]
     return [{"path": item} if isinstance(item, str) else item for item in listed]
+
+
+def _none_as_empty(value: object) -> object:
+    return [] if value is None else value
 
 
 Sources = Annotated[list[SourceSettings], BeforeValidator(_as_sources)]
@@ -110,7 +159,9 @@ class DataSettings(Settings):
     """Records, and how they become examples."""
 
     train: Sources = Field(min_length=1, description="training data: a path, or a list of sources")
-    eval: Sources = Field([], description="evaluation data: a path, or a list of sources")
+    eval: Annotated[Sources, BeforeValidator(_none_as_empty)] = Field(
+        [], description="evaluation data: a path, or a list of sources"
+    )
     eval_fraction: float = Field(
         0.0, ge=0, le=0.5, description="share of the training rows held out where eval is not given"
     )
@@ -125,7 +176,7 @@ class DataSettings(Settings):
     loss_on: Literal["assistant", "last", "completion", "all"] = Field(
         "assistant", description="which tokens are learned"
     )
-    cache_folder: str | None = Field(
+    cache_folder: Text | None = Field(
         None, description="encoded rows are kept here; null: ~/.cache/qlora_trainer"
     )
 
@@ -167,14 +218,6 @@ class TrainSettings(Settings):
     )
     seed: int = Field(42, ge=0, lt=2**32, description="of the adapter, the order and dropout")
 
-    @model_validator(mode="after")
-    def _warmup_ends_before_training(self) -> "TrainSettings":
-        if None not in (self.warmup_steps, self.max_steps) and self.warmup_steps >= self.max_steps:  # type: ignore[operator]
-            raise ValueError(
-                f"warmup_steps = {self.warmup_steps} must be below max_steps = {self.max_steps}"
-            )
-        return self
-
 
 class EvaluationSettings(Settings):
     """Held-out loss during training, and what follows from it."""
@@ -196,13 +239,16 @@ class EvaluationSettings(Settings):
 class OutputSettings(Settings):
     """Where the run lives and what it leaves."""
 
-    folder: str = Field("runs/qlora", min_length=1, description="run folder")
+    folder: Text = Field("runs/qlora", description="run folder")
+    save_every_minutes: float = Field(
+        10.0, gt=0, description="save the state this often; always at the end and when stopped"
+    )
     save_every_steps: Annotated[int, Field(ge=1)] | None = Field(
-        None, description="save the state every N steps; always at the end and when stopped"
+        None, description="also save the state every N steps"
     )
     keep_last: int = Field(2, ge=1, le=1000, description="saved states kept")
-    trackers: list[Literal["tensorboard", "wandb"]] = Field(
-        [], description="also log to these (extras of the package)"
+    trackers: Annotated[list[Literal["tensorboard", "wandb"]], AfterValidator(without_doubles)] = (
+        Field([], description="also log to these (extras of the package)")
     )
     log_every_steps: int = Field(1, ge=1, description="steps per line of metrics.jsonl")
 
@@ -217,3 +263,11 @@ class RunConfig(Settings):
     train: TrainSettings = Field(TrainSettings(), description="the optimization")
     evaluation: EvaluationSettings = Field(EvaluationSettings(), description="held-out loss")
     output: OutputSettings = Field(OutputSettings(), description="the run folder")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _empty_section_means_its_defaults(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        optional = {name for name, field in cls.model_fields.items() if not field.is_required()}
+        return {k: v for k, v in values.items() if not (v is None and k in optional)}
