@@ -20,11 +20,16 @@ _COLOURS = {
 }  # fmt: skip
 _STYLE = """
 body{font:16px/1.5 system-ui,sans-serif;margin:0 auto;max-width:60rem;padding:1rem;color:#222;
-background:#fff}h1{font-size:1.5rem}h2{font-size:1.15rem;margin-top:2rem}svg{width:100%;height:auto}
-table{border-collapse:collapse;width:100%;font-size:.85rem}td,th{text-align:left;padding:.25rem
-.5rem;border-bottom:1px solid #ddd;overflow-wrap:anywhere}td.n,th.n{text-align:right;white-space:
-nowrap}.key{display:inline-block;margin:0 .9rem .3rem 0;font-size:.85rem}
-.key i{display:inline-block;width:.8rem;height:.8rem;margin-right:.3rem;border-radius:2px;vertical-align:-1px}.bad{color:#a4161a}
+background:#fff}
+h1{font-size:1.5rem}
+h2{font-size:1.15rem;margin-top:2rem}
+svg{width:100%;height:auto}
+table{border-collapse:collapse;width:100%;font-size:.85rem}
+td,th{text-align:left;padding:.25rem .5rem;border-bottom:1px solid #ddd;overflow-wrap:anywhere}
+td.n,th.n{text-align:right;white-space:nowrap}
+.key{display:inline-block;margin:0 .9rem .3rem 0;font-size:.85rem}
+.key i{display:inline-block;width:.8rem;height:.8rem;margin-right:.3rem;border-radius:2px}
+.bad{color:#a4161a}
 @media print{h2{break-after:avoid}svg,tr{break-inside:avoid}}
 """
 _WIDTH, _BAR, _GAP = 900, 34, 56
