@@ -117,9 +117,14 @@ class RunLog:
         for tracker in self._trackers:
             tracker.finish()
 
-    def begin(self, step: int) -> None:
-        """Start or resume at a step: cut what was logged past it."""
-        cut_metrics(self._file, step)
+    def begin(self, step: int, *, evaluated: bool = True) -> None:
+        """Start or resume at a step: cut what was logged past it.
+
+        Args:
+            step: Where the run stands.
+            evaluated: False where the evaluation at this step is still to come (again).
+        """
+        cut_metrics(self._file, step, evaluated=evaluated)
         self._show(step, "")
 
     def say(self, line: str) -> None:
@@ -189,10 +194,15 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
     return records
 
 
-def cut_metrics(file: Path, step: int) -> None:
-    """Keep the lines up to a step."""
+def cut_metrics(file: Path, step: int, *, evaluated: bool = True) -> None:
+    """Keep the lines up to a step; of an evaluation at that step only with `evaluated`."""
     if not file.is_file():
         file.parent.mkdir(parents=True, exist_ok=True)
         return
-    kept = [json.dumps(r) + "\n" for r in read_metrics(file) if r["step"] <= step]
+    kept = [
+        json.dumps(record) + "\n"
+        for record in read_metrics(file)
+        if record["step"] < step
+        or (record["step"] == step and (evaluated or record["kind"] != "eval"))
+    ]
     write_atomically(file, lambda path: path.write_text("".join(kept), encoding="utf-8"))

@@ -6,9 +6,7 @@ of the step, so a resumed run cannot tell that it was interrupted.
 """
 
 import time
-from dataclasses import asdict
 
-from qlora_trainer.base.files import replace_folder
 from qlora_trainer.errors import UserError
 from qlora_trainer.tasks.task import Batch
 from qlora_trainer.training.attempt import StepRunner
@@ -16,17 +14,22 @@ from qlora_trainer.training.checks import LearningChecks
 from qlora_trainer.training.evaluate import evaluate
 from qlora_trainer.training.log import Phase
 from qlora_trainer.training.plan import Course, Run, TrainingOutcome, TrainingPlan
+from qlora_trainer.training.resume import require_same_things
+from qlora_trainer.training.saver import Saver
 from qlora_trainer.training.schedule import learning_rate_factor
 from qlora_trainer.training.signals import StopRequest, stop_on_signals
-from qlora_trainer.training.state import newest_good_state, restore, save_state
+from qlora_trainer.training.state import newest_good_state, restore
 
 
 def run_training(run: Run, plan: TrainingPlan) -> TrainingOutcome:
     """Train to the end, from the newest whole state if there is one.
 
+    What fails between two updates loses nothing: the state is saved before the error goes on.
+
     Raises:
         UserError: Something the user must decide: a loss that is not finite, out of memory with
-            one sequence, a saved state that does not fit, an adapter that does not learn.
+            one sequence, a saved state that does not fit, an adapter that does not learn, a disk
+            that is full.
     """
     return _Loop(run, plan).run()
 
@@ -34,7 +37,7 @@ def run_training(run: Run, plan: TrainingPlan) -> TrainingOutcome:
 class _Loop:
     def __init__(self, run: Run, plan: TrainingPlan) -> None:
         self._run, self._plan = run, plan
-        self._states = run.folder / "states"
+        self._saver = Saver(run, plan)
         self._checks = LearningChecks(run.model, run.log.say)
         self._steps = StepRunner(
             run.model,
@@ -50,48 +53,55 @@ class _Loop:
             say=run.log.say,
         )
         self._course = Course()
-        self._saved_step: int | None = None
         self._saved_at = time.monotonic()
 
     def run(self) -> TrainingOutcome:
         run, course = self._run, self._resume()
-        run.log.begin(course.step)
-        verify = True  # the first step of a process, and the first after each evaluation
+        evaluated = course.last_evaluation_step == course.step or (
+            course.step == 0 and course.first_evaluation is not None
+        )
+        run.log.begin(course.step, evaluated=evaluated)
         with stop_on_signals(run.log.say) as stop:
-            if course.step == 0 and course.first_evaluation is None:
-                course.first_evaluation = self._measure()
-            while course.step < self._plan.total_steps and not course.stopped_early and not stop:
-                self._step(verify)
-                verify = self._due(self._plan.evaluate_every_steps)
-                if verify:
-                    self._evaluate()
-                if self._due(self._plan.save_every_steps) or self._long_unsaved():
-                    self._save()
-            return self._finish(stop)
+            try:
+                if course.step == 0 and course.first_evaluation is None:
+                    course.first_evaluation = self._measure()
+                self._train(stop)
+                return self._finish(stop)
+            except Exception:
+                self._saver.save_before_leaving(self._course)
+                raise
 
-    def _long_unsaved(self) -> bool:
-        return time.monotonic() - self._saved_at >= self._plan.save_every_seconds
+    def _train(self, stop: StopRequest) -> None:
+        """Steps until the end or a signal; what is due after a step comes first on resuming."""
+        plan, course = self._plan, self._course
+        verify = True  # the first step of a process, and the first after each evaluation
+        while True:
+            if self._due(plan.evaluate_every_steps) and course.last_evaluation_step != course.step:
+                self._evaluate()
+                verify = True
+            if self._due(plan.save_every_steps):
+                self._saver.save(course)
+            if course.step >= plan.total_steps or course.stopped_early or stop:
+                return
+            self._step(verify)
+            verify = False
 
     def _due(self, every: int | None) -> bool:
-        return every is not None and self._course.step % every == 0
+        step = self._course.step
+        return every is not None and step > 0 and step % every == 0
 
     def _resume(self) -> Course:
         run = self._run
-        saved = newest_good_state(self._states, run.log.say)
+        saved = newest_good_state(self._saver.states, run.log.say)
         if saved is None:
             return self._course
-        old = saved.trainer["identity"].get("data_fingerprint")
-        if old != run.identity.get("data_fingerprint"):
-            raise UserError(
-                f"{saved.folder}: the training data have changed since this state was saved "
-                "(other rows, template or order); put them back, or pass --restart"
-            )
+        require_same_things(saved.trainer["identity"], run.identity, where=str(saved.folder))
         restore(saved, run.optimizer)
         self._course = Course(**saved.trainer["course"])
         self._steps.micro_batch_parts = self._course.micro_batch_parts
         if run.scaler is not None and saved.trainer["scaler"] is not None:
             run.scaler.load(saved.trainer["scaler"])
-        self._saved_step = saved.step
+        self._saver.saved_step = saved.step
         run.log.say(f"resuming after step {saved.step} of {self._plan.total_steps}")
         return self._course
 
@@ -163,15 +173,18 @@ class _Loop:
         metrics = self._measure()
         if metrics is None:
             return
-        course.last_evaluation, course.last_evaluation_step = metrics, course.step
         if plan.best_metric not in metrics:
             raise UserError(f"no metric named {plan.best_metric!r}; there are {sorted(metrics)}")
         value, best = metrics[plan.best_metric], course.best_value
-        if best is None or (value > best if plan.greater_is_better else value < best):
+        better = best is None or (value > best if plan.greater_is_better else value < best)
+        if better:
+            self._saver.save_adapter("adapter")
+        # Only now: a course that tells of an evaluation is one whose adapter stands.
+        course.last_evaluation, course.last_evaluation_step = metrics, course.step
+        if better:
             course.best_value, course.best_step = value, course.step
             course.best_evaluation = metrics
             course.evaluations_without_gain = 0
-            replace_folder(run.folder / "adapter", run.save_adapter)
             return
         course.evaluations_without_gain += 1
         if plan.patience is not None and course.evaluations_without_gain >= plan.patience:
@@ -181,42 +194,23 @@ class _Loop:
                 f"{best:.4f} (step {course.best_step}) in {plan.patience} evaluations"
             )
 
-    def _save(self) -> None:
-        if self._saved_step == self._course.step:
-            return
-        run = self._run
-        with run.log.timed("save"):
-            save_state(
-                self._states,
-                self._course.step,
-                optimizer=run.optimizer,
-                trainer={
-                    "course": asdict(self._course),
-                    "scaler": run.scaler.state() if run.scaler is not None else None,
-                    "seed": self._plan.seed,
-                    "epoch": run.windows.position(self._course.step),
-                    "identity": dict(run.identity),
-                },
-                keep_last=self._plan.keep_last,
-            )
-        self._saved_step, self._saved_at = self._course.step, time.monotonic()
-
     def _finish(self, stop: StopRequest) -> TrainingOutcome:
         run, course = self._run, self._course
         complete = course.stopped_early or course.step >= self._plan.total_steps
         reason = f"stopped by {stop.signal_name}; the same command goes on from here"
         if complete:
             reason = "stopped early" if course.stopped_early else "all steps done"
-            self._checks.require_movement(run.optimizer.steps)
-            if course.last_evaluation_step != course.step:
-                self._evaluate()
-        self._save()
+        self._saver.save(course)  # before anything that can fail
         if complete:
+            self._checks.require_movement(run.optimizer.steps)
+            if course.last_evaluation_step != course.step and run.eval_batches is not None:
+                self._evaluate()
+                self._saver.save(course, again=True)
             # "adapter" is the best one; without held-out rows the last is all there is to choose.
             if course.best_step is None:
-                replace_folder(run.folder / "adapter", run.save_adapter)
+                self._saver.save_adapter("adapter")
             elif course.best_step != course.step:
-                replace_folder(run.folder / "adapter-last", run.save_adapter)
+                self._saver.save_adapter("adapter-last")
         return TrainingOutcome(
             step=course.step,
             complete=complete,

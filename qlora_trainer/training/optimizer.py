@@ -74,6 +74,7 @@ class AdapterAdamW:
         self.kind = kind
         self.betas, self.eps, self.weight_decay = betas, eps, weight_decay
         self.steps = dict.fromkeys(self.parameters, 0)
+        self.half_applied = False  # an update was begun and did not end: the values are of no step
         self.notes: list[str] = []
         self._maps: dict[str, Tensor] = {}
         self._states = {name: self._new_state(p) for name, p in self.parameters.items()}
@@ -125,6 +126,7 @@ class AdapterAdamW:
             learning_rate: Of this step.
             gradient_factor: Scalar the gradients are multiplied by, in fp32 (clipping, loss scale).
         """
+        self.half_applied = True  # until all have moved
         paged_device: torch.device | None = None
         for name, p in self.parameters.items():
             if p.grad is None:
@@ -146,6 +148,7 @@ class AdapterAdamW:
                 split_bf16(value, p.data, remainder)
         if paged_device is not None:
             torch.cuda.synchronize(paged_device)  # paged memory is written asynchronously
+        self.half_applied = False
 
     def _update(
         self, value: Tensor, gradient: Tensor, state: dict[str, Tensor], step: int, lr: float

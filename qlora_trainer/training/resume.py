@@ -11,10 +11,19 @@ from typing import Any
 
 from qlora_trainer.errors import UserError
 
+# What a run and its saved states are tied to, by its name in a state's `identity`.
+_TIED_TO = {
+    "base_fingerprint": "the base model's files",
+    "data_fingerprint": "the training data (rows, template or order)",
+    "eval_fingerprint": "the held-out data (rows or template)",
+}
+
 # Anything not listed is refused: a new setting is safe until someone has thought about it.
 MAY_CHANGE = (
     "output",
-    "evaluation",
+    "evaluation.every_steps",
+    "evaluation.micro_batch_size",
+    "evaluation.early_stopping_patience",
     "model.device",
     "model.attention",
     "model.trust_remote_code",
@@ -51,16 +60,42 @@ def compare_settings(
     >>> found.refused, found.allowed
     (['train.seed: was 1, now 2'], ["train.epochs: was 1, now 'not set'"])
     """
-    before, after = dict(_leaves(old)), dict(_leaves(new))
     refused: list[str] = []
     allowed: list[str] = []
+    for key, line in differences(old, new):
+        may = any(key == prefix or key.startswith(f"{prefix}.") for prefix in may_change)
+        (allowed if may else refused).append(line)
+    return SettingsDifferences(refused, allowed)
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Leaves that differ between two trees: key, and what it was and is."""
+    before, after = dict(_leaves(old)), dict(_leaves(new))
+    found = []
     for key in sorted(before.keys() | after.keys()):
         was, now = before.get(key, "not set"), after.get(key, "not set")
-        if was == now:
-            continue
-        may = any(key == prefix or key.startswith(f"{prefix}.") for prefix in may_change)
-        (allowed if may else refused).append(f"{key}: was {was!r}, now {now!r}")
-    return SettingsDifferences(refused, allowed)
+        if was != now:
+            found.append((key, f"{key}: was {was!r}, now {now!r}"))
+    return found
+
+
+def require_same_things(old: Mapping[str, Any], new: Mapping[str, Any], *, where: str) -> None:
+    """Refuse to go on with another base or other data than the run began with.
+
+    Args:
+        old: Fingerprints recorded then; one that was not recorded is not compared.
+        new: Fingerprints now.
+        where: What they were recorded with.
+
+    Raises:
+        UserError: Names everything that has changed.
+    """
+    changed = [text for key, text in _TIED_TO.items() if key in old and old[key] != new.get(key)]
+    if changed:
+        raise UserError.from_faults(
+            f"{where}: what this run depends on has changed since; put it back, or pass --restart",
+            [f"{text} have changed" for text in changed],
+        )
 
 
 def require_same_run(differences: SettingsDifferences) -> None:

@@ -67,20 +67,25 @@ def test_a_resumed_run_keeps_the_smaller_micro_batch(tmp_path: Path) -> None:
     assert again.model.norm.refusals == 0
 
 
-class OutOfMemoryInUpdate:
-    def __init__(self, run: Any) -> None:
-        self.inner = run.optimizer.step
-        run.optimizer.step = self
+def test_out_of_memory_in_the_update_is_not_tried_again_and_its_half_is_not_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines: list[str] = []
+    run = make_run(tmp_path, adapted_llama(), total_steps=4, lines=lines)
+    update, left = run.optimizer._update, len(run.optimizer.parameters) + 3
 
-    def __call__(self, *args: Any) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory.")
+    def fail_in_the_second_step(*args: Any) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        update(*args)
 
-
-def test_out_of_memory_in_the_update_is_not_tried_again(tmp_path: Path) -> None:
-    run = make_run(tmp_path, adapted_llama(), total_steps=2)
-    OutOfMemoryInUpdate(run)
+    monkeypatch.setattr(run.optimizer, "_update", fail_in_the_second_step)
     with pytest.raises(UserError, match="in the optimizer's update"):
-        run_training(run, PLAN)
+        run_training(run, TrainingPlan(total_steps=4, learning_rate=1e-2, save_every_steps=1))
+    assert "the last saved state stands (of step 1)" in "\n".join(lines)
+    assert [entry.name for entry in (tmp_path / "states").iterdir()] == ["step-00000001"]
 
 
 class Overflowing(nn.Module):

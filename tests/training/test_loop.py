@@ -115,7 +115,7 @@ def test_other_training_data_are_refused_on_resume(tmp_path: Path) -> None:
     other = make_run(
         tmp_path, adapted_llama(), total_steps=4, identity={"data_fingerprint": "other"}
     )
-    with pytest.raises(UserError, match="training data have changed"):
+    with pytest.raises(UserError, match=r"the training data .* have changed"):
         run_training(other, plan(4))
 
 
@@ -223,3 +223,128 @@ def test_bf16_adapters_reach_the_loss_of_fp32_adapters(tmp_path: Path) -> None:
         final[name] = outcome.last_evaluation["loss"]
         assert final[name] < 0.97 * read_metrics(tmp_path / name / "metrics.jsonl")[0]["eval_loss"]
     assert final["bf16"] == pytest.approx(final["fp32"], rel=5e-3)
+
+
+@pytest.mark.parametrize("thing", ["base_fingerprint", "eval_fingerprint"])
+def test_another_base_or_other_held_out_rows_are_refused_on_resume(
+    tmp_path: Path, thing: str
+) -> None:
+    known = {"data_fingerprint": "tiny", "base_fingerprint": "b", "eval_fingerprint": "e"}
+    run_training(make_run(tmp_path, adapted_llama(), total_steps=2, identity=known), plan(2))
+    other = make_run(tmp_path, adapted_llama(), total_steps=4, identity=known | {thing: "other"})
+    with pytest.raises(UserError, match=r"1 fault.*\n.*(base model's files|held-out data.*) have"):
+        run_training(other, plan(4))
+
+
+class FailAt:
+    """A metric that fails once, as a full card or a broken disk does."""
+
+    def __init__(self, evaluation: int, error: Exception) -> None:
+        self.left, self.error = evaluation, error
+
+    def __call__(self) -> dict[str, float]:
+        self.left -= 1
+        if self.left == -1:
+            raise self.error
+        return {}
+
+
+def evaluated_steps(folder: Path) -> list[int]:
+    return [r["step"] for r in read_metrics(folder / "metrics.jsonl") if r["kind"] == "eval"]
+
+
+@pytest.mark.parametrize("evaluation", [1, 2], ids=["midway", "last"])
+def test_a_failed_evaluation_loses_no_step_and_is_made_up_for(
+    tmp_path: Path, evaluation: int
+) -> None:
+    whole = adapted_llama()
+    run = make_run(tmp_path / "a", whole, total_steps=5, eval_batches=held_out())
+    expected = run_training(run, plan(5, evaluate_every_steps=3))
+    lines: list[str] = []
+    failing = make_run(
+        tmp_path / "b",
+        adapted_llama(),
+        total_steps=5,
+        eval_batches=held_out(),
+        extra_metrics=FailAt(evaluation, RuntimeError("the card fell off")),
+        lines=lines,
+    )
+    with pytest.raises(RuntimeError, match="the card fell off"):
+        run_training(failing, plan(5, evaluate_every_steps=3))
+    step = (3, 5)[evaluation - 1]
+    assert f"the state after step {step} is saved" in "\n".join(lines)
+    model = adapted_llama()
+    again = make_run(tmp_path / "b", model, total_steps=5, eval_batches=held_out())
+    assert run_training(again, plan(5, evaluate_every_steps=3)) == expected
+    assert evaluated_steps(tmp_path / "b") == [0, 3, 5]
+    assert all(torch.equal(v, trained_values(model)[k]) for k, v in trained_values(whole).items())
+
+
+def test_the_last_state_stands_before_the_last_evaluation_begins(tmp_path: Path) -> None:
+    stood: list[bool] = []
+
+    def look() -> dict[str, float]:
+        stood.append((tmp_path / "states" / "step-00000003" / "manifest.json").is_file())
+        return {}
+
+    run = make_run(
+        tmp_path, adapted_llama(), total_steps=3, eval_batches=held_out(), extra_metrics=look
+    )
+    run_training(run, plan(3))
+    assert stood == [False, True]
+    trainer = json.loads((tmp_path / "states/step-00000003/trainer.json").read_text())
+    assert trainer["course"]["last_evaluation_step"] == 3
+
+
+def test_a_kill_before_the_first_save_leaves_one_first_evaluation(tmp_path: Path) -> None:
+    class Killed(BaseException):
+        pass
+
+    def die() -> list[dict[str, torch.Tensor]]:
+        raise Killed
+
+    run = make_run(tmp_path, adapted_llama(), total_steps=2, eval_batches=held_out())
+    run.windows.window = lambda step: die()  # type: ignore[method-assign, assignment]
+    with pytest.raises(Killed):
+        run_training(run, plan(2))
+    assert evaluated_steps(tmp_path) == [0]
+    again = make_run(tmp_path, adapted_llama(), total_steps=2, eval_batches=held_out())
+    run_training(again, plan(2))
+    assert evaluated_steps(tmp_path) == [0, 2]
+
+
+def test_a_loss_that_turns_bad_keeps_the_steps_before_it(tmp_path: Path) -> None:
+    model = adapted_llama()
+    lines: list[str] = []
+    run = make_run(tmp_path, model, total_steps=4, lines=lines)
+    window = run.windows.window
+
+    def spoiled(step: int) -> list[dict[str, torch.Tensor]]:
+        if step == 2:
+            with torch.no_grad():
+                model.lm_head.weight[3] = float("nan")
+        return window(step)
+
+    run.windows.window = spoiled  # type: ignore[method-assign, assignment]
+    with pytest.raises(UserError, match="step 2: the loss is nan"):
+        run_training(run, plan(4))
+    assert "the state after step 2 is saved" in "\n".join(lines)
+    model = adapted_llama()
+    assert run_training(make_run(tmp_path, model, total_steps=4), plan(4)).complete
+    whole = adapted_llama()
+    run_training(make_run(tmp_path / "whole", whole, total_steps=4), plan(4))
+    assert all(torch.equal(v, trained_values(model)[k]) for k, v in trained_values(whole).items())
+
+
+def test_an_adapter_that_cannot_be_written_is_the_users_to_mend(tmp_path: Path) -> None:
+    def full(path: Path) -> None:
+        raise OSError(28, "No space left on device", str(path))
+
+    run = make_run(tmp_path, adapted_llama(), total_steps=2, eval_batches=held_out())
+    object.__setattr__(run, "save_adapter", full)
+    with pytest.raises(UserError, match=r"/adapter: .*No space left on device.*states are unt"):
+        run_training(run, plan(2))
+    again = make_run(tmp_path, adapted_llama(), total_steps=2, eval_batches=held_out())
+    outcome = run_training(again, plan(2))
+    assert outcome.best_step == 2
+    assert (tmp_path / "adapter" / "adapter.pt").is_file()

@@ -1,0 +1,100 @@
+"""What the loop writes: states, adapters, and the state of a run that is about to fail.
+
+A full disk or a folder that cannot be written is the user's to mend, so it is named, and what was
+saved before stands.
+"""
+
+from dataclasses import asdict
+
+from safetensors import SafetensorError
+
+from qlora_trainer.base.files import replace_folder
+from qlora_trainer.errors import UserError
+from qlora_trainer.training.plan import Course, Run, TrainingPlan
+from qlora_trainer.training.state import save_state
+
+
+class Saver:
+    """Writes into one run's folder.
+
+    Attributes:
+        states: Folder of the saved states.
+        saved_step: The newest state's; None while there is none.
+    """
+
+    def __init__(self, run: Run, plan: TrainingPlan) -> None:
+        self._run, self._plan = run, plan
+        self.states = run.folder / "states"
+        self.saved_step: int | None = None
+
+    def save(self, course: Course, *, again: bool = False) -> None:
+        """Save the state, unless the one of this step stands already.
+
+        Args:
+            course: Where the run stands.
+            again: Replace the state of this step: the course has learned something since.
+
+        Raises:
+            UserError: The state cannot be written.
+        """
+        if self.saved_step == course.step and not again:
+            return
+        run = self._run
+        with run.log.timed("save"):
+            save_state(
+                self.states,
+                course.step,
+                optimizer=run.optimizer,
+                trainer={
+                    "course": asdict(course),
+                    "scaler": run.scaler.state() if run.scaler is not None else None,
+                    "seed": self._plan.seed,
+                    "epoch": run.windows.position(course.step),
+                    "identity": dict(run.identity),
+                },
+                keep_last=self._plan.keep_last,
+            )
+        self.saved_step = course.step
+
+    def save_adapter(self, name: str) -> None:
+        """Write the adapter as it is now into a folder of the run.
+
+        Raises:
+            UserError: It cannot be written.
+        """
+        folder = self._run.folder / name
+        try:
+            replace_folder(folder, self._run.save_adapter)
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                f"{folder}: the adapter cannot be written ({error}); saved states are untouched. "
+                "Make room or mend the folder, then run the same command again"
+            ) from error
+
+    def save_before_leaving(self, course: Course) -> None:
+        """Keep what is good when a step or an evaluation fails; the error itself is to go on.
+
+        Args:
+            course: Of the last update that was applied.
+        """
+        run, step = self._run, course.step
+        if run.optimizer.half_applied:
+            last = f"of step {self.saved_step}" if self.saved_step is not None else "there is none"
+            run.log.say(
+                f"step {step}: the update was cut short, so the adapters are of no step and were "
+                f"not saved; the last saved state stands ({last})"
+            )
+            return
+        if step == 0:
+            return
+        try:
+            self.save(course)
+        except (UserError, RuntimeError, OSError) as error:
+            run.log.say(f"the state after step {step} could not be saved either: {error}")
+            return
+        run.log.say(
+            f"the state after step {step} is saved: mend the cause (a loss that is not finite "
+            "often needs a lower train.learning_rate), and the same command goes on from there. "
+            f"If it fails there again, delete {self.states / f'step-{step:08d}'} to go on from "
+            "an earlier state"
+        )
