@@ -13,52 +13,55 @@ result.json        how the run ended; there only when it is complete
 """
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import psutil
 import yaml
 
 from qlora_trainer.base.files import write_text_atomically
 from qlora_trainer.errors import UserError
+from qlora_trainer.training.lock import FolderLock
 
 MARKER = ".qlora-run"  # tells a run folder from any folder that happens to hold a run.yaml
+# In the order they are discarded: cut short, no state is left to be taken for a later run's, and
+# what says that a run stands here goes last.
 _OURS = (
-    "run.yaml",
-    "environment.json",
-    "data.json",
-    "audit.json",
-    "memory.json",
-    "metrics.jsonl",
     "states",
     "adapter",
     "adapter-last",
     "trackers",
     "failed-batch",
+    "environment.json",
+    "data.json",
+    "audit.json",
+    "memory.json",
+    "metrics.jsonl",
     "loss.png",
+    "run.yaml",
     "result.json",
-    "run.lock",
 )
 
 
 class RunFolder:
     """A run folder held for writing until `close`; use it as a context manager.
 
+    Args:
+        path: The folder.
+        restart: What a run left there is to be discarded, once `begin` is called.
+
     Attributes:
         path: The folder.
-        earlier_settings: The settings of an unfinished run found there, or None.
+        earlier_settings: The settings of an unfinished run to go on with, or None.
     """
 
     def __init__(self, path: Path, *, restart: bool) -> None:
         self.path = path
-        self._claim()
+        self._restart = restart
+        self._lock = self._claim()
         try:
-            if restart:
-                self._discard()
-            self.earlier_settings = self._earlier()
+            self.earlier_settings = None if restart else self._earlier()
         except BaseException:
             self.close()
             raise
@@ -71,18 +74,52 @@ class RunFolder:
 
     def close(self) -> None:
         """Let other processes write to the folder."""
-        (self.path / "run.lock").unlink(missing_ok=True)
+        self._lock.release()
+
+    def begin(self) -> None:
+        """Make room for what is about to be written: with `restart` the earlier run goes now.
+
+        Call it when nothing is left that could refuse the new run.
+        """
+        if self._restart:
+            self._discard()
+
+    def read_json(self, name: str) -> Any:
+        """Read one of the folder's JSON files; None where it is missing.
+
+        Raises:
+            UserError: It is damaged.
+        """
+        file = self.path / name
+        try:
+            return json.loads(file.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{file}: cannot be read ({error}); put it back, or pass --restart to discard "
+                "the run"
+            ) from None
 
     def write_settings(self, settings: Mapping[str, Any]) -> None:
         """Write the resolved run file, which `qlora train` accepts as it is."""
         text = yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True)
-        write_text_atomically(self.path / "run.yaml", text)
+        self._write("run.yaml", text)
 
     def write_json(self, name: str, content: Any) -> None:
         """Write one of the folder's JSON files."""
-        write_text_atomically(self.path / name, json.dumps(content, indent=2, ensure_ascii=False))
+        self._write(name, json.dumps(content, indent=2, ensure_ascii=False))
 
-    def _claim(self) -> None:
+    def _write(self, name: str, text: str) -> None:
+        try:
+            write_text_atomically(self.path / name, text)
+        except OSError as error:
+            raise UserError(
+                f"{self.path / name}: cannot be written ({error.strerror}); what was saved so far "
+                "stands. Make room or mend the folder, then run the same command again"
+            ) from error
+
+    def _claim(self) -> FolderLock:
         """Create the folder and its lock.
 
         Raises:
@@ -94,29 +131,19 @@ class RunFolder:
                 f"output.folder = {str(self.path)!r}: is no run folder (it holds "
                 f"{strangers[0]!r}); name a new or empty one"
             )
-        lock = self.path / "run.lock"
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            _remove_stale(lock)
-            handle = os.open(lock, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
-        except FileExistsError:
-            raise UserError(
-                f"output.folder = {str(self.path)!r}: process {lock.read_text().strip()} is "
-                "training there; wait for it, stop it, or name another folder"
-            ) from None
+            if not (self.path / MARKER).exists():
+                (self.path / MARKER).write_text("run folder of qlora_trainer, format 1\n")
+            return FolderLock(self.path / "run.lock")
         except OSError as error:
             raise UserError(
                 f"output.folder = {str(self.path)!r}: cannot be written: {error.strerror}"
             ) from None
-        with os.fdopen(handle, "w") as file:
-            file.write(str(os.getpid()))
-        (self.path / MARKER).write_text("run folder of qlora_trainer, format 1\n")
 
     def _discard(self) -> None:
         for name in _OURS:
             entry = self.path / name
-            if name == "run.lock":
-                continue
             if entry.is_dir() and not entry.is_symlink():
                 shutil.rmtree(entry)
             else:
@@ -152,14 +179,3 @@ def _strangers(path: Path) -> list[str]:
     if not path.is_dir() or (path / MARKER).is_file():
         return []
     return sorted(entry.name for entry in path.iterdir() if entry.name != "run.lock")
-
-
-def _remove_stale(lock: Path) -> None:
-    """Remove the lock of a process that no longer runs, as after a kill."""
-    try:
-        owner = int(lock.read_text())
-    except (FileNotFoundError, ValueError):
-        lock.unlink(missing_ok=True)
-        return
-    if owner == os.getpid() or not psutil.pid_exists(owner):
-        lock.unlink(missing_ok=True)

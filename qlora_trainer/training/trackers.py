@@ -24,6 +24,25 @@ class AccelerateTracker:
         self._tracker.finish()
 
 
+def require_trackers(names: Sequence[str]) -> None:
+    """See that the trackers asked for can be started.
+
+    Raises:
+        UserError: One is not installed; says which extra brings it.
+    """
+    if not names:
+        return
+    from accelerate.utils import is_tensorboard_available, is_wandb_available
+
+    present = {"tensorboard": is_tensorboard_available, "wandb": is_wandb_available}
+    missing = [name for name in names if name not in present or not present[name]()]
+    if missing:
+        raise UserError.from_faults(
+            "output.trackers: not installed",
+            [f"{n}: pip install 'qlora-trainer[{_EXTRAS.get(n, n)}]'" for n in missing],
+        )
+
+
 def open_trackers(
     names: Sequence[str], folder: Path, *, run_name: str, settings: Mapping[str, Any]
 ) -> list[AccelerateTracker]:
@@ -36,21 +55,14 @@ def open_trackers(
         settings: Flat values stored with the run.
 
     Raises:
-        UserError: One is not installed; says which extra brings it.
+        UserError: One is not installed.
     """
+    require_trackers(names)
     if not names:
         return []
     from accelerate import PartialState
     from accelerate.tracking import TensorBoardTracker, WandBTracker
-    from accelerate.utils import is_tensorboard_available, is_wandb_available
 
-    present = {"tensorboard": is_tensorboard_available, "wandb": is_wandb_available}
-    missing = [name for name in names if name not in present or not present[name]()]
-    if missing:
-        raise UserError.from_faults(
-            "output.trackers: not installed",
-            [f"{n}: pip install 'qlora-trainer[{_EXTRAS.get(n, n)}]'" for n in missing],
-        )
     PartialState()  # the trackers ask it which process may write
     folder.mkdir(parents=True, exist_ok=True)
     plain = {

@@ -1,6 +1,7 @@
 """A whole run through the public API: what it leaves, what it refuses, how it goes on."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 import torch
 import yaml
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import qlora_trainer
@@ -136,3 +138,105 @@ def test_what_does_not_fit_is_said_before_training(
         train(make_run(**sections))
     assert not (tmp_path / "run" / "adapter").exists()
     assert not (tmp_path / "run" / "run.lock").exists()
+
+
+class Listener(qlora_trainer.Reporter):
+    def __init__(self) -> None:
+        self.told: list[str] = []
+
+    def say(self, line: str) -> None:
+        self.told.append(line)
+
+
+def unfinish(folder: Path) -> None:
+    """As if the run had been killed while finishing."""
+    (folder / "result.json").unlink()
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"model": {"source": "no/such-model"}},
+        {"data": {"train": "nowhere.jsonl"}},
+        {"adapter": {"target_modules": ["q_prj"]}},
+        {"train": {"max_steps": None, "epochs": 1, "warmup_steps": 500}},
+    ],
+    ids=lambda sections: next(iter(sections)),
+)
+def test_a_restart_that_cannot_start_leaves_the_finished_run(
+    make_run: Make, sections: dict[str, Any]
+) -> None:
+    folder = train(make_run(train={"max_steps": 2})).folder
+
+    def written() -> dict[Path, int]:
+        return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+    before = written()
+    with pytest.raises(UserError):
+        train(make_run(**sections), restart=True)
+    assert written() == before
+
+
+def test_warm_up_longer_than_the_epochs_is_named(make_run: Make) -> None:
+    with pytest.raises(UserError, match=r"train\.warmup_steps = 500: must be below the run's 5 st"):
+        train(make_run(train={"max_steps": None, "epochs": 1, "warmup_steps": 500}))
+
+
+def test_a_run_begun_by_an_older_version_goes_on(make_run: Make) -> None:
+    folder = train(make_run(train={"max_steps": 2})).folder
+    unfinish(folder)
+    settings = yaml.safe_load((folder / "run.yaml").read_text())
+    for section, name in (("model", "double_quant"), ("train", "beta2"), ("data", "packing")):
+        del settings[section][name]
+    (folder / "run.yaml").write_text(yaml.safe_dump(settings))
+    listener = Listener()
+    assert train(make_run(train={"max_steps": 2}), reporter=listener).outcome.complete
+    assert not [line for line in listener.told if "differs" in line]
+    unfinish(folder)
+    (folder / "run.yaml").write_text(yaml.safe_dump(settings))
+    with pytest.raises(UserError, match=r"data\.packing: was False, now True"):
+        train(make_run(train={"max_steps": 2}, data={"packing": True}))
+
+
+def test_resuming_on_another_base_is_refused(
+    make_run: Make, tiny_model: Path, tmp_path: Path
+) -> None:
+    base = shutil.copytree(tiny_model, tmp_path / "base")
+    sections = {"model": {"source": str(base)}, "train": {"max_steps": 2}}
+    folder = train(make_run(**sections)).folder
+    unfinish(folder)
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.layers.1.self_attn.q_proj.weight"] *= 1.5
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"the base model's files have changed"):
+        train(make_run(**sections))
+
+
+def test_resuming_with_other_held_out_rows_is_refused(make_run: Make, tmp_path: Path) -> None:
+    held_out = tmp_path / "held-out.jsonl"
+    held_out.write_text('{"prompt": "2 plus 2 is", "completion": " 4."}\n')
+    data = {"eval": str(held_out), "eval_fraction": 0.0}
+    train_rows = tmp_path / "train.jsonl"
+    train_rows.write_text('{"prompt": "1 plus 2 is", "completion": " 3."}\n' * 8)
+    sections = {"data": data | {"train": str(train_rows)}, "train": {"max_steps": 2}}
+    folder = train(make_run(**sections)).folder
+    unfinish(folder)
+    held_out.write_text('{"prompt": "2 plus 2 is", "completion": " 5."}\n')
+    with pytest.raises(UserError, match=r"the held-out data .* have changed"):
+        train(make_run(**sections))
+
+
+def test_resuming_elsewhere_is_said_and_recorded(make_run: Make) -> None:
+    folder = train(make_run(train={"max_steps": 2})).folder
+    unfinish(folder)
+    file = folder / "environment.json"
+    begun = json.loads(file.read_text())
+    begun["versions"]["torch"] = "2.0.0"
+    file.write_text(json.dumps(begun))
+    listener = Listener()
+    train(make_run(train={"max_steps": 2}), reporter=listener)
+    assert [line for line in listener.told if "versions.torch: was '2.0.0'" in line]
+    recorded = json.loads(file.read_text())
+    resumed = recorded.pop("resumed")
+    assert recorded == begun
+    assert [entry["versions"]["torch"] for entry in resumed] == [torch.__version__]

@@ -1,6 +1,5 @@
 """A run folder has one writer, is never taken for something else, and is never overwritten."""
 
-import os
 from pathlib import Path
 
 import pytest
@@ -25,14 +24,25 @@ def test_a_finished_run_is_not_overwritten_unless_told(tmp_path: Path) -> None:
         RunFolder(tmp_path, restart=False)
     with RunFolder(tmp_path, restart=True) as folder:
         assert folder.earlier_settings is None
+        assert (tmp_path / "result.json").exists(), "discarded before the new run is sure to start"
+        folder.begin()
     assert not (tmp_path / "result.json").exists()
+
+
+def test_a_run_to_go_on_with_is_not_discarded(tmp_path: Path) -> None:
+    with RunFolder(tmp_path, restart=False) as folder:
+        folder.write_settings({"task": "causal-lm"})
+    with RunFolder(tmp_path, restart=False) as folder:
+        folder.begin()
+    assert (tmp_path / "run.yaml").exists()
 
 
 def test_restart_removes_only_what_a_run_wrote(tmp_path: Path) -> None:
     RunFolder(tmp_path, restart=False).close()
     (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / "states").mkdir()
-    RunFolder(tmp_path, restart=True).close()
+    with RunFolder(tmp_path, restart=True) as folder:
+        folder.begin()
     assert (tmp_path / "notes.txt").read_text() == "mine"
     assert not (tmp_path / "states").exists()
 
@@ -46,12 +56,20 @@ def test_a_folder_of_other_things_is_refused(tmp_path: Path) -> None:
         RunFolder(tmp_path / "run.yaml", restart=False)
 
 
-def test_two_writers_are_refused_but_a_dead_one_is_forgotten(tmp_path: Path) -> None:
-    (tmp_path / "run.lock").write_text(str(os.getppid()))
-    with pytest.raises(UserError, match=f"process {os.getppid()} is training there"):
+def test_a_second_writer_is_refused_until_the_first_is_done(tmp_path: Path) -> None:
+    with (
+        RunFolder(tmp_path, restart=False),
+        pytest.raises(UserError, match=r"output\.folder = .*is training there"),
+    ):
         RunFolder(tmp_path, restart=False)
-    (tmp_path / "run.lock").write_text("999999999")
     RunFolder(tmp_path, restart=False).close()
+
+
+def test_a_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    with RunFolder(tmp_path, restart=False) as folder:
+        (tmp_path / "data.json").mkdir()
+        with pytest.raises(UserError, match=r"data\.json: cannot be written \(Is a directory\)"):
+            folder.write_json("data.json", {})
 
 
 def test_a_damaged_run_file_is_named(tmp_path: Path) -> None:
@@ -59,3 +77,11 @@ def test_a_damaged_run_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("a: [")
     with pytest.raises(UserError, match=r"run\.yaml: cannot be read"):
         RunFolder(tmp_path, restart=False)
+
+
+def test_a_damaged_json_file_is_named_and_a_missing_one_is_none(tmp_path: Path) -> None:
+    with RunFolder(tmp_path, restart=False) as folder:
+        assert folder.read_json("environment.json") is None
+        (tmp_path / "environment.json").write_text("{")
+        with pytest.raises(UserError, match=r"environment\.json: cannot be read"):
+            folder.read_json("environment.json")

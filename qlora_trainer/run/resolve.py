@@ -1,0 +1,53 @@
+"""A run's settings made whole: to hold anywhere, and to be compared with those of another day."""
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from qlora_trainer.config.settings import RunConfig
+
+
+def with_todays_defaults(earlier: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Settings of a run that an older version began: what is new since stands at its default."""
+    try:
+        return None if earlier is None else RunConfig.model_validate(earlier).model_dump()
+    except ValidationError:
+        return earlier  # a setting has gone or is narrower now: the comparison names it
+
+
+def at_the_same_commit(run: RunConfig, earlier: dict[str, Any]) -> RunConfig:
+    """Go on with the commit of a hub model that the run began with, whatever its branch is now."""
+    model = earlier.get("model") or {}
+    if run.model.revision is not None or model.get("source") != run.model.source:
+        return run
+    pinned = run.model.model_copy(update={"revision": model.get("revision")})
+    return run.model_copy(update={"model": pinned})
+
+
+def resolved_settings(run: RunConfig, revision: str | None) -> dict[str, Any]:
+    """Every setting, so that the run file holds anywhere: paths absolute, a hub commit pinned.
+
+    Args:
+        run: As the user gave it.
+        revision: The commit found for a hub model; None for a local folder.
+    """
+    settings = run.model_dump()
+    settings["model"]["revision"] = revision or run.model.revision
+    if run.model.chat_template is not None:
+        settings["model"]["chat_template"] = _absolute(run.model.chat_template)
+    if run.data.cache_folder is not None:
+        cache_folder = Path(run.data.cache_folder).expanduser().absolute()
+        settings["data"]["cache_folder"] = str(cache_folder)
+    settings["model"]["source"] = _absolute(settings["model"]["source"])
+    for source in (*settings["data"]["train"], *settings["data"]["eval"]):
+        source["path"] = _absolute(source["path"])
+    settings["output"]["folder"] = str(Path(run.output.folder).expanduser().absolute())
+    return settings
+
+
+def _absolute(source: str) -> str:
+    """A local path made absolute; the name of something on the hub as it is."""
+    path = Path(source).expanduser()
+    is_local = path.exists() or any(character in source for character in "*?[")
+    return str(path.absolute()) if is_local else source

@@ -1,0 +1,51 @@
+"""What a run's bits depend on besides its settings: versions, device, dtype, threads, the base.
+
+Recorded when a run begins and kept as it was; each resumption adds its own below `resumed`.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from qlora_trainer.base.dtype import dtype_name
+from qlora_trainer.base.machine import versions
+from qlora_trainer.training.resume import differences
+
+# A change of the others (system, Python, what reads files) moves no bit of a step.
+_VERSIONS_THAT_COMPUTE = ("torch", "transformers", "bitsandbytes", "cuda", "qlora-trainer")
+
+
+def describe_environment(
+    device: torch.device,
+    compute_dtype: torch.dtype,
+    *,
+    model_revision: str | None,
+    base_fingerprint: str,
+) -> dict[str, Any]:
+    """Describe this process for `environment.json`."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return {
+        "versions": versions(),
+        "device": name,
+        "compute_dtype": dtype_name(compute_dtype),
+        "threads": torch.get_num_threads(),
+        "model_revision": model_revision,
+        "base_fingerprint": base_fingerprint,
+    }
+
+
+def environment_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """What differs and may change bits, a line each."""
+    return [line for _, line in differences(_what_computes(old), _what_computes(new))]
+
+
+def with_resumption(begun: Mapping[str, Any], resumed: Mapping[str, Any]) -> dict[str, Any]:
+    """The environment of the beginning, with that of one more resumption below it."""
+    return {**begun, "resumed": [*begun.get("resumed", []), dict(resumed)]}
+
+
+def _what_computes(environment: Mapping[str, Any]) -> dict[str, Any]:
+    kept = {name: environment.get(name) for name in ("device", "compute_dtype", "threads")}
+    found = environment.get("versions", {})
+    return kept | {f"versions.{name}": found.get(name) for name in _VERSIONS_THAT_COMPUTE}

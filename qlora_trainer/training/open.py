@@ -1,0 +1,210 @@
+"""What a run file names, found and opened: the model's folder and tokenizer, the rows, the base.
+
+model named -> folder, configuration, tokenizer -> records -> encoded rows -> base in NF4; `setup`
+goes on from there. Reads the configuration; everything it calls takes plain values.
+"""
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import is_flash_attn_2_available
+
+from qlora_trainer.base.dtype import choose_compute_dtype
+from qlora_trainer.base.hub import ResolvedModel, resolve_model
+from qlora_trainer.base.load import BaseSpec, load_base, load_config
+from qlora_trainer.base.machine import choose_device
+from qlora_trainer.config.settings import RunConfig, SourceSettings
+from qlora_trainer.data.dataset import EncodedDataset, build_dataset, split_eval
+from qlora_trainer.data.encode import Encoder, choose_pad_id
+from qlora_trainer.data.isolation import refuse_packing_leak
+from qlora_trainer.data.read import DataSource
+from qlora_trainer.errors import UserError
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model found, its tokenizer read, nothing heavy loaded.
+
+    Attributes:
+        resolved: Folder and, for a hub model, the commit.
+        config: transformers' configuration.
+        tokenizer: The model's own.
+        device: Where it is going to live.
+        base_spec: How it is going to be held.
+        stop_ids: Tokens that end an answer, by the model's generation settings.
+    """
+
+    resolved: ResolvedModel
+    config: Any
+    tokenizer: Any
+    device: torch.device
+    base_spec: BaseSpec
+    stop_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class RunData:
+    """Encoded rows of a run.
+
+    Attributes:
+        train: Rows to learn.
+        held_out: Rows to evaluate on, if any.
+        encoder: What made them.
+        pad_id: Fills shorter rows; never trained.
+    """
+
+    train: EncodedDataset
+    held_out: EncodedDataset | None
+    encoder: Encoder
+    pad_id: int
+
+
+def open_model(run: RunConfig) -> ModelSource:
+    """Find the model and read what is light: configuration and tokenizer.
+
+    Raises:
+        UserError: It is not there, is broken, or does not fit the device or the settings.
+    """
+    model = run.model
+    try:
+        device = choose_device(model.device)
+    except ValueError as error:
+        raise UserError(f"model.device = {model.device!r}: {error}") from None
+    check_attention(model.attention, device)
+    resolved = resolve_model(
+        model.source, model.revision, trust_remote_code=model.trust_remote_code
+    )
+    config = load_config(resolved.folder, trust_remote_code=model.trust_remote_code)
+    compute_dtype = choose_compute_dtype(model.compute_dtype, device, config.model_type)
+    spec = base_spec(run, compute_dtype)
+    check_length(run, config)
+    tokenizer = _read_tokenizer(resolved, model)
+    return ModelSource(resolved, config, tokenizer, device, spec, _stop_ids(resolved.folder))
+
+
+def check_attention(attention: str, device: torch.device) -> None:
+    """Refuse an attention kernel that the device or the installed packages do not have."""
+    if attention != "flash_attention_2":
+        return
+    if device.type != "cuda":
+        raise UserError(
+            f"model.attention = {attention!r}: needs a GPU, but the device is {device}; take 'auto'"
+        )
+    if not is_flash_attn_2_available():
+        raise UserError(
+            f"model.attention = {attention!r}: flash-attn 2.3.3 or newer is not installed; "
+            "pip install flash-attn, or take 'auto'"
+        )
+
+
+def _stop_ids(folder: Path) -> tuple[int, ...]:
+    """`eos_token_id` of the model's generation settings, which may be several or none."""
+    file = folder / "generation_config.json"
+    try:
+        given = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+    except FileNotFoundError:
+        return ()
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{file}: is not a JSON object: {error}") from None
+    return tuple(given) if isinstance(given, list) else () if given is None else (given,)
+
+
+def _read_tokenizer(resolved: ResolvedModel, model: Any) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(
+            str(resolved.folder), local_files_only=True, trust_remote_code=model.trust_remote_code
+        )
+    except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError) as error:
+        raise UserError(
+            f"model.source = {model.source!r}: its tokenizer cannot be read from "
+            f"{resolved.folder}: {error}"
+        ) from error
+
+
+def base_spec(run: RunConfig, compute_dtype: torch.dtype) -> BaseSpec:
+    """How the base is held."""
+    model = run.model
+    return BaseSpec(
+        quantization=model.quantization,
+        double_quant=model.double_quant,
+        block_size=model.block_size,
+        compute_dtype=compute_dtype,
+        attention=None if model.attention == "auto" else model.attention,
+        keep_unquantized=tuple(model.keep_unquantized),
+        trust_remote_code=model.trust_remote_code,
+    )
+
+
+def check_length(run: RunConfig, config: Any) -> None:
+    """Refuse sequences longer than the model knows positions."""
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and run.data.max_seq_len > limit:
+        raise UserError(
+            f"data.max_seq_len = {run.data.max_seq_len}: {run.model.source} knows {limit} "
+            f"positions; take {limit} or less"
+        )
+
+
+def open_data(
+    run: RunConfig, source: ModelSource, progress: Callable[[int], None] | None = None
+) -> RunData:
+    """Read and encode all rows, or find them encoded.
+
+    Raises:
+        UserError: With every faulty row, its file and line.
+    """
+    data = run.data
+    encoder = Encoder(source.tokenizer, chat_template=run.model.chat_template, loss_on=data.loss_on)
+
+    def build(sources: list[SourceSettings], name: str) -> EncodedDataset:
+        try:
+            return build_dataset(
+                [DataSource(**item.model_dump()) for item in sources],
+                encoder,
+                max_seq_len=data.max_seq_len,
+                over_length=data.over_length,
+                cache_dir=_cache_folder(data.cache_folder),
+                seed=run.train.seed,
+                progress=progress,
+            )
+        except UserError as error:
+            raise UserError(f"data.{name}: {error}") from None
+
+    train = build(data.train, "train")
+    held_out = build(data.eval, "eval") if data.eval else None
+    if data.eval_fraction:
+        train, held_out = split_eval(train, data.eval_fraction, run.train.seed)
+    if held_out is not None and run.evaluation.max_rows is not None:
+        held_out = held_out.select(range(min(len(held_out), run.evaluation.max_rows)))
+    return RunData(train, held_out, encoder, choose_pad_id(source.tokenizer))
+
+
+def _cache_folder(setting: str | None) -> Path:
+    chosen = setting or os.environ.get("QLORA_CACHE") or "~/.cache/qlora_trainer"
+    return Path(chosen).expanduser() / "data"
+
+
+def load_model(run: RunConfig, source: ModelSource, progress: Progress | None = None) -> Any:
+    """Load the base, frozen, onto its device.
+
+    Raises:
+        UserError: The checkpoint is not whole, or the model lets packed examples see each other.
+    """
+    model = load_base(
+        source.resolved.folder,
+        AutoModelForCausalLM,
+        source.base_spec,
+        source.device,
+        progress=progress,
+    )
+    if run.data.packing:
+        refuse_packing_leak(model, source.device, source.config.get_text_config().vocab_size)
+    return model
