@@ -15,11 +15,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, use_gqa_in_sdpa
 from transformers.masking_utils import sdpa_mask
 
 from qlora_trainer.memory.cuda_rules import Gpu
+from qlora_trainer.memory.tracker import AllocationTracker
 
 # transformers' masks ask the tensors two questions; asking function -> answer
 ANSWERS = {
@@ -79,6 +81,9 @@ def _run(kernel: str, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | 
             0
         ]
         return attended
+    watching = _get_current_dispatch_mode()
+    if isinstance(watching, AllocationTracker):
+        watching.count_kernel("math attention (builds every score)")
     return F.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, dropout_p=dropout, scale=scale, is_causal=causal,
         enable_gqa=key.shape[1] != query.shape[1],

@@ -117,7 +117,7 @@ class Program:
             watch_step(
                 tracker,
                 model,
-                [batch] * min(shape.accumulation, 2),
+                [batch] * (min(shape.accumulation, 2) if step else 1),
                 task=task,
                 optimizer=optimizer,
                 device=torch.device("meta"),
