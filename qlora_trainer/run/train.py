@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 
 from qlora_trainer.base.audit import BaseAudit, audit_base
 from qlora_trainer.base.files import write_text_atomically
@@ -67,7 +68,7 @@ def train(
         UserError: Something only the user can mend; what was saved so far stays.
     """
     told = reporter or Reporter()
-    with RunFolder(Path(run.output.folder), restart=restart) as folder:
+    with RunFolder(Path(run.output.folder).expanduser(), restart=restart) as folder:
         earlier = with_todays_defaults(folder.earlier_settings)
         if earlier is not None:
             run = at_the_same_commit(run, earlier)
@@ -88,7 +89,7 @@ def train(
         folder.write_json("environment.json", environment)
         folder.write_json("data.json", parts.gate.to_json())
         folder.write_json("audit.json", parts.account.to_json())
-        outcome = _run_loop(folder, settings, parts)
+        outcome = _run_loop(folder, settings, parts, told.console())
         return _finished(folder, settings, environment, parts, outcome)
 
 
@@ -168,7 +169,9 @@ def _prepare(run: RunConfig, source: setup.ModelSource, base: str, told: Reporte
     )
 
 
-def _run_loop(folder: RunFolder, settings: dict[str, Any], parts: _Parts) -> TrainingOutcome:
+def _run_loop(
+    folder: RunFolder, settings: dict[str, Any], parts: _Parts, console: Console
+) -> TrainingOutcome:
     run, source, data = parts.run, parts.source, parts.data
 
     def save(target: Path) -> None:
@@ -196,6 +199,7 @@ def _run_loop(folder: RunFolder, settings: dict[str, Any], parts: _Parts) -> Tra
         folder.path / "metrics.jsonl",
         total_steps=parts.plan.total_steps,
         every_steps=run.output.log_every_steps,
+        console=console,
         trackers=trackers,
         device=source.device,
     )
@@ -243,6 +247,9 @@ def _finished(
         rows=rows,
         versions=environment["versions"],
     )
+    template = parts.data.encoder.template
+    if template is not None:  # asked elsewhere, the adapter shall be asked as it was trained
+        parts.source.tokenizer.chat_template = template.text
     for name in ("adapter", "adapter-last"):
         target = folder.path / name
         if target.is_dir():

@@ -53,7 +53,6 @@ class _Loop:
             say=run.log.say,
         )
         self._course = Course()
-        self._saved_at = time.monotonic()
 
     def run(self) -> TrainingOutcome:
         run, course = self._run, self._resume()
@@ -79,7 +78,7 @@ class _Loop:
             if self._due(plan.evaluate_every_steps) and course.last_evaluation_step != course.step:
                 self._evaluate()
                 verify = True
-            if self._due(plan.save_every_steps):
+            if self._due(plan.save_every_steps) or self._saver.is_overdue():
                 self._saver.save(course)
             if course.step >= plan.total_steps or course.stopped_early or stop:
                 return

@@ -4,6 +4,7 @@ A full disk or a folder that cannot be written is the user's to mend, so it is n
 saved before stands.
 """
 
+import time
 from dataclasses import asdict
 
 from safetensors import SafetensorError
@@ -26,6 +27,11 @@ class Saver:
         self._run, self._plan = run, plan
         self.states = run.folder / "states"
         self.saved_step: int | None = None
+        self._saved_at = time.monotonic()
+
+    def is_overdue(self) -> bool:
+        """The last save is longer ago than the plan allows, however few steps that was."""
+        return time.monotonic() - self._saved_at >= self._plan.save_every_seconds
 
     def save(self, course: Course, *, again: bool = False) -> None:
         """Save the state, unless the one of this step stands already.
@@ -54,7 +60,7 @@ class Saver:
                 },
                 keep_last=self._plan.keep_last,
             )
-        self.saved_step = course.step
+        self.saved_step, self._saved_at = course.step, time.monotonic()
 
     def save_adapter(self, name: str) -> None:
         """Write the adapter as it is now into a folder of the run.

@@ -348,3 +348,21 @@ def test_an_adapter_that_cannot_be_written_is_the_users_to_mend(tmp_path: Path) 
     outcome = run_training(again, plan(2))
     assert outcome.best_step == 2
     assert (tmp_path / "adapter" / "adapter.pt").is_file()
+
+
+def test_however_few_steps_it_takes_the_state_is_saved_in_time(tmp_path: Path) -> None:
+    class Killed(BaseException):
+        pass
+
+    run = make_run(tmp_path, adapted_llama(), total_steps=4)
+    window = run.windows.window
+
+    def until_killed(step: int) -> list[dict[str, torch.Tensor]]:
+        if step == 2:
+            raise Killed
+        return window(step)
+
+    run.windows.window = until_killed  # type: ignore[method-assign]
+    with pytest.raises(Killed):
+        run_training(run, plan(4, save_every_seconds=1e-9))
+    assert (tmp_path / "states" / "step-00000002" / "manifest.json").is_file()
