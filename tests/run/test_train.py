@@ -240,3 +240,14 @@ def test_resuming_elsewhere_is_said_and_recorded(make_run: Make) -> None:
     resumed = recorded.pop("resumed")
     assert recorded == begun
     assert [entry["versions"]["torch"] for entry in resumed] == [torch.__version__]
+
+
+def test_a_template_of_the_users_own_goes_with_the_adapter(make_run: Make, tmp_path: Path) -> None:
+    template = tmp_path / "mine.jinja"
+    template.write_text(
+        "{% for m in messages %}[{{ m.role }}] {{ m.content }}{{ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}[assistant] {% endif %}"
+    )
+    result = train(make_run(model={"chat_template": str(template)}, train={"max_steps": 2}))
+    assert result.adapter is not None
+    assert "[{{ m.role }}]" in (result.adapter / "chat_template.jinja").read_text()
