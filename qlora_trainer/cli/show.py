@@ -35,6 +35,10 @@ class ConsoleReporter(Reporter):
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def console(self) -> Console:
+        """The training loop shows itself on standard error."""
+        return err
+
     def say(self, line: str) -> None:
         """Show one line, above any bar."""
         self.close()

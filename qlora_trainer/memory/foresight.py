@@ -152,7 +152,7 @@ class SimulatedRun:
         }
 
 
-_PROCESS_BYTES = 1100 * 2**20  # torch, transformers and bitsandbytes with CUDA, resident, measured
+_PROCESS_BYTES = 1100 * 2**20  # torch, transformers and bitsandbytes with CUDA, an estimate
 
 
 def _merge_phases(phases: dict[str, int]) -> dict[str, int]:

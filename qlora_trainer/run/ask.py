@@ -1,11 +1,13 @@
 """Asking a trained adapter: load base and adapter as they were trained, answer prompts."""
 
+import json
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qlora_trainer.base.fingerprint import base_fingerprint
 from qlora_trainer.config.read import read_run_file
 from qlora_trainer.config.settings import RunConfig
 from qlora_trainer.data.encode import Encoder, choose_pad_id
@@ -49,6 +51,12 @@ def load_trained(folder: str | Path, *, reporter: Reporter | None = None) -> Tra
         raise UserError(f"{folder}: holds no adapter (no finished run); `qlora train` writes one")
     run = read_run_file(folder / "run.yaml")
     source = setup.open_model(run)
+    begun = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
+    if begun["base_fingerprint"] != base_fingerprint(source.resolved.folder):
+        raise UserError(
+            f"{folder}: {run.model.source} is not the base this adapter was trained on any more; "
+            "put the same release back"
+        )
     model = setup.load_model(run, source, tensors_loaded(reporter or Reporter()))
     dtype = setup.adapter_dtype(run, source.base_spec.compute_dtype)
     load_adapter(model, folder / "adapter", dtype=dtype, trainable=False)

@@ -2,12 +2,18 @@
 
 from collections.abc import Callable
 
+from rich.console import Console
+
 from qlora_trainer.base.audit import BaseAudit
 from qlora_trainer.data.gate import GateReport
 
 
 class Reporter:
     """Override what you want to hear."""
+
+    def console(self) -> Console:
+        """Where the training loop shows its bar and lines; nowhere unless overridden."""
+        return Console(quiet=True)
 
     def say(self, line: str) -> None:
         """One line for the user."""

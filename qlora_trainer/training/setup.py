@@ -206,6 +206,7 @@ def training_plan(run: RunConfig, windows: Windows) -> TrainingPlan:
         seed=train.seed,
         evaluate_every_steps=evaluation.every_steps,
         save_every_steps=output.save_every_steps,
+        save_every_seconds=output.save_every_minutes * 60,
         keep_last=output.keep_last,
         patience=evaluation.early_stopping_patience,
     )

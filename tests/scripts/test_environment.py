@@ -1,9 +1,9 @@
 import re
 import sys
+import tomllib
 
 import environment
 import pytest
-import tomllib
 from environment import (
     CONSTRAINTS,
     CONTAINED,
