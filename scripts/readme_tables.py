@@ -45,30 +45,41 @@ def settings() -> str:
 
 
 def quickstart() -> str:
-    """What the quickstart's benchmark measured, beside PEFT."""
+    """What the quickstart's benchmark measured, beside PEFT; parts not measured are left out."""
     found = result("quickstart")
     ours, peft, films = found["quickstart"], found["peft"], found["quickstart"]["film_reviews"]
-    alpaca, resume = found["alpaca"], found["resume"]
     rows = [
         ["film reviews: held-out loss", f"{ours['loss_before']:.4f}", f"{ours['loss']:.4f}",
          f"{peft['loss']:.4f}"],
         [f"film reviews: accuracy on {films['before']['rows']} held-out rows (95 % interval)",
          share(films["before"]), share(films["after"]), share(peft["film_reviews"])],
-        ["Alpaca format: held-out loss", f"{alpaca['ours']['loss_before']:.4f}",
-         f"{alpaca['ours']['loss']:.4f}", f"{alpaca['peft']['loss']:.4f}"],
     ]  # fmt: skip
+    if "alpaca" in found:
+        alpaca = found["alpaca"]
+        losses = (alpaca["ours"]["loss_before"], alpaca["ours"]["loss"], alpaca["peft"]["loss"])
+        rows.append(["Alpaca format: held-out loss", *(f"{loss:.4f}" for loss in losses)])
     table = markdown(["", "before", "qlora_trainer", "PEFT, fp32 adapters"], rows)
-    comparison = found["comparisons"]["bf16_adapter_loss_over_fp32"]
-    return (
-        f"{table}\n\nSame base in NF4, same batches, steps and learning rate. From a clone to the "
-        f"trained and measured adapter: {ours['seconds_after_install'] / 60:.1f} minutes on "
-        f"{found['machine']['cores']} CPU cores, and {ours['seconds']['install'] / 60:.1f} for the "
-        f"install before it. The bf16 adapter's final loss is {comparison:.4f} of an fp32 one's. "
-        f"Killed {resume['kills']} times at random moments, the run ended with "
-        f"{resume['bits_different']} of {resume['bits_compared']:,} bits different. "
-        f"{found['bad-inputs']['kinds']} kinds of bad run files and data tried, each answered "
-        "with where it is wrong and what to do."
-    )
+    said = [
+        "Same base in NF4, same batches, steps and learning rate.",
+        f"From a clone to the trained, measured and merged adapter: "
+        f"{ours['seconds_after_install'] / 60:.1f} minutes on {found['machine']['cores']} CPU "
+        f"cores, and {ours['seconds']['install'] / 60:.1f} for the install before it.",
+    ]
+    if "fp32" in found:
+        ratio = found["comparisons"]["bf16_adapter_loss_over_fp32"]
+        said.append(f"The bf16 adapter's final loss is {ratio:.4f} of an fp32 one's.")
+    if "resume" in found:
+        resume = found["resume"]
+        said.append(
+            f"Killed {resume['kills']} times at random moments, the run ended with "
+            f"{resume['bits_different']} of {resume['bits_compared']:,} bits different."
+        )
+    if "bad-inputs" in found:
+        said.append(
+            f"{found['bad-inputs']['kinds']} kinds of bad run files and data tried, each answered "
+            "with where it is wrong and what to do."
+        )
+    return f"{table}\n\n{' '.join(said)}"
 
 
 def share(part: dict[str, Any]) -> str:
@@ -77,7 +88,30 @@ def share(part: dict[str, Any]) -> str:
     return f"{found['estimate']:.1%} ({found['low']:.1%} to {found['high']:.1%})"
 
 
-TABLES: dict[str, Callable[[], str]] = {"settings": settings, "quickstart": quickstart}
+def fits() -> str:
+    """The longest sequence per model and card; a cell leads to its run file."""
+    found = result("fits")
+    cards = found["cards"]
+    rows = []
+    for model, row in found["rows"].items():
+        lengths = [row["cells"][card] for card in cards]
+        linked = [
+            "-" if length is None else f"[{length:,}](profiles/runs/{card}/{model}.yaml)"
+            for card, length in zip(cards, lengths, strict=True)
+        ]
+        rows.append([row["source"].split("/")[-1], *linked])
+    rows.sort(key=lambda cells: -sum(cell != "-" for cell in cells))
+    head = ["model", *(f"{card.rsplit('-', 1)[1].removesuffix('gb')} GB" for card in cards)]
+    names = ", ".join(f"`{card}`" for card in cards)
+    libraries = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
+    return f"{markdown(head, rows)}\n\nForeseen for {names} with {libraries}."
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "settings": settings,
+    "quickstart": quickstart,
+    "fits": fits,
+}
 
 
 def filled(readme: str) -> str:
