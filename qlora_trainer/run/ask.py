@@ -51,8 +51,12 @@ def load_trained(folder: str | Path, *, reporter: Reporter | None = None) -> Tra
         raise UserError(f"{folder}: holds no adapter (no finished run); `qlora train` writes one")
     run = read_run_file(folder / "run.yaml")
     source = setup.open_model(run)
-    begun = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
-    if begun["base_fingerprint"] != base_fingerprint(source.resolved.folder):
+    environment = folder / "environment.json"
+    try:
+        trained_on = json.loads(environment.read_text(encoding="utf-8"))["base_fingerprint"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{environment}: does not tell what base was trained on: {error}") from None
+    if trained_on != base_fingerprint(source.resolved.folder):
         raise UserError(
             f"{folder}: {run.model.source} is not the base this adapter was trained on any more; "
             "put the same release back"

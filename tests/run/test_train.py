@@ -251,3 +251,18 @@ def test_a_template_of_the_users_own_goes_with_the_adapter(make_run: Make, tmp_p
     result = train(make_run(model={"chat_template": str(template)}, train={"max_steps": 2}))
     assert result.adapter is not None
     assert "[{{ m.role }}]" in (result.adapter / "chat_template.jinja").read_text()
+
+
+def test_an_adapter_is_not_put_on_another_base(make_run: Make, tmp_path: Path) -> None:
+    run = make_run()
+    moved = tmp_path / "base"
+    shutil.copytree(run.model.source, moved)
+    result = train(make_run(model={"source": str(moved)}))
+    weights = load_file(moved / "model.safetensors")
+    save_file({name: value * 1.5 for name, value in weights.items()}, moved / "model.safetensors",
+              metadata={"format": "pt"})  # fmt: skip
+    with pytest.raises(UserError, match="not the base this adapter was trained on"):
+        load_trained(result.folder)
+    (result.folder / "environment.json").write_text("{}")
+    with pytest.raises(UserError, match=r"environment\.json: does not tell"):
+        load_trained(result.folder)
