@@ -170,7 +170,7 @@ def test_a_models_own_code_runs_only_when_trusted(folder: Path, tmp_path: Path) 
     config |= {"model_type": "mine", "auto_map": {"AutoConfig": "mine.MineConfig"}}
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
-    with pytest.raises(UserError, match=r"base\.trust_remote_code = true"):
+    with pytest.raises(UserError, match=r"model\.trust_remote_code = true"):
         load_config(folder)
     assert not (tmp_path / "ran").exists()
 
