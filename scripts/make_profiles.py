@@ -49,7 +49,7 @@ LENGTHS = (
 PREDICTED = (
     "capacity_bytes", "total_bytes", "reserved_bytes", "context_bytes", "allocated_bytes",
     "paged_bytes", "host_bytes", "disk_bytes", "peak_phase", "by_component",
-    "allocated_by_phase", "trained_parameters", "verdict",
+    "trained_parameters", "verdict",
 )  # fmt: skip
 
 RUN_FILE = """\
