@@ -85,7 +85,6 @@ def open_model(run: RunConfig) -> ModelSource:
     config = load_config(resolved.folder, trust_remote_code=model.trust_remote_code)
     compute_dtype = choose_compute_dtype(model.compute_dtype, device, config.model_type)
     spec = base_spec(run, compute_dtype)
-    check_length(run, config)
     tokenizer = _read_tokenizer(resolved, model)
     return ModelSource(resolved, config, tokenizer, device, spec, _stop_ids(resolved.folder))
 
@@ -161,6 +160,7 @@ def open_data(
     Raises:
         UserError: With every faulty row, its file and line.
     """
+    check_length(run, source.config)
     data = run.data
     encoder = Encoder(source.tokenizer, chat_template=run.model.chat_template, loss_on=data.loss_on)
 
