@@ -90,7 +90,7 @@ def main() -> int:
         f"everything after it {seconds_in_words(after_install)}.\n"
         f"The adapter and all that belongs to the run: {RUN_FOLDER}\n"
         f"The merged checkpoint, for any program that reads transformers': {MERGED}\n"
-        f"Ask it something: {venv_command()} generate runs/quickstart"
+        f"Ask it something: {venv_command()} generate runs/quickstart 'Name a fruit.' --compare"
     )
     return 0
 
