@@ -60,8 +60,8 @@ def quickstart() -> str:
         rows.append(["Alpaca format: held-out loss", *(f"{loss:.4f}" for loss in losses)])
     table = markdown(["", "before", "qlora_trainer", "PEFT, fp32 adapters"], rows)
     said = [
-        "Same base in NF4, same batches, steps and learning rate. The parts were run one by one, on "
-        "a machine that did other work during some of them: losses may be compared, times of "
+        "Same base in NF4, same batches, steps and learning rate. The parts were run one by one, "
+        "on a machine that did other work during some of them: losses may be compared, times of "
         "different parts may not.",
         f"From a clone to the trained, measured and merged adapter: "
         f"{ours['seconds_after_install'] / 60:.1f} minutes on {found['machine']['cores']} CPU "
