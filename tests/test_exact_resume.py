@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from qlora_trainer.cli.app import STOPPED
+from qlora_trainer.cli.options import STOPPED
 from qlora_trainer.training.log import read_metrics
 
 STEPS = 8
