@@ -1,0 +1,222 @@
+"""The loss of encoder-decoder models: the decoder's target tokens, given the encoder's source.
+
+What the decoder reads is the labels moved one to the right. How, only the model knows (T5 begins
+with its padding, BART with its end of sentence, mBART with the language): its own method does it,
+and a model without one is given the labels and shifts them in its own forward. The head goes
+through `linear_cross_entropy` where it is a plain product. What stands between decoder and logits
+(T5 scales by d_model**-0.5 where embeddings are tied, BART and Marian add `final_logits_bias`) is
+read from the model *and held against its own logits*; a head we do not understand keeps the plain
+path, with the reason to be said aloud.
+
+B rows, S source tokens, T target tokens, N trained tokens, V vocabulary, D hidden size.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qlora_trainer.tasks.causal_lm import NOT_TRAINED, LossPath
+from qlora_trainer.tasks.linear_cross_entropy import (
+    chunk_logits,
+    default_chunk_tokens,
+    linear_cross_entropy,
+)
+from qlora_trainer.tasks.task import Batch
+
+_PROBE_TOKENS = 6
+Shift = Callable[[Tensor], Tensor]
+
+
+def own_shift(model: nn.Module) -> Shift | None:
+    """The model's own way from labels (B, T) to decoder inputs (B, T); None where it has none."""
+    shift: Shift | None = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    return shift
+
+
+def choose_loss_path(model: nn.Module) -> LossPath:
+    """Decide by the model's structure and, with real weights, by its own logits.
+
+    On `meta` there are no logits to compare: the structure alone decides.
+    """
+    net: Any = model
+    kind = type(model).__name__
+    if own_shift(model) is None:
+        return LossPath(False, f"{kind} shifts labels only inside its forward; full logits kept")
+    head = net.get_output_embeddings()
+    if type(head) is not nn.Linear:
+        name = "none" if head is None else type(head).__name__
+        return LossPath(False, f"the output head is {name}, not a plain linear layer")
+    path = LossPath(
+        True, "logits are made in chunks of trained tokens", _logit_scale(net.config), _softcap(net)
+    )
+    if head.weight.is_meta:
+        return path
+    difference = _probe_difference(net, path)
+    allowed = {torch.bfloat16: 3e-2, torch.float16: 5e-3}.get(head.weight.dtype, 1e-4)
+    if difference <= allowed:
+        return path
+    return LossPath(
+        False,
+        f"{kind} makes its logits in a way we do not know (they differ by {difference:.1%} from "
+        "head times hidden states); full logits are kept, which needs more memory",
+    )
+
+
+def _logit_scale(config: Any) -> float:
+    """T5 scales the decoder's output where head and embedding were trained as one."""
+    scaled = getattr(config, "scale_decoder_outputs", False)
+    if config.model_type in ("umt5", "switch_transformers"):  # no setting of their own for it
+        scaled = bool(config.tie_word_embeddings)
+    return float(config.d_model) ** -0.5 if scaled else 1.0
+
+
+def _softcap(net: Any) -> float | None:
+    decoder = getattr(net.config, "decoder", net.config)
+    cap = getattr(decoder, "final_logit_softcapping", None)
+    return float(cap) if cap is not None else None
+
+
+def _logit_bias(net: Any) -> Tensor | None:
+    """(V,) What is added to the head's product: its own bias, or BART's buffer."""
+    added = getattr(net, "final_logits_bias", None)
+    bias: Tensor | None = net.get_output_embeddings().bias
+    if added is None:
+        return bias
+    return added.reshape(-1) if bias is None else bias + added.reshape(-1)
+
+
+def _decoder_states(net: Any, batch: Batch) -> Tensor:
+    """(B, T, D) The decoder's output, its head not applied."""
+    mask = batch.get("attention_mask")
+    encoded = net.get_encoder()(
+        input_ids=batch["input_ids"], attention_mask=mask
+    ).last_hidden_state  # (B, S, D)
+    states: Tensor = net.get_decoder()(
+        input_ids=batch["decoder_input_ids"],
+        encoder_hidden_states=encoded,
+        encoder_attention_mask=mask,
+        use_cache=False,
+    ).last_hidden_state
+    return states
+
+
+@torch.no_grad()
+def _probe_difference(net: Any, path: LossPath) -> float:
+    """Largest difference between our logits and the model's own, relative to the largest."""
+    head = net.get_output_embeddings()
+    step = max(1, head.weight.shape[0] // (_PROBE_TOKENS + 1))
+    tokens = torch.arange(1, _PROBE_TOKENS + 1, device=head.weight.device).mul_(step)[None]
+    batch = {"input_ids": tokens, "decoder_input_ids": tokens.flip(1)}
+    was_training = net.training
+    net.eval()
+    try:
+        own = net(**batch, use_cache=False).logits[0].float()
+        hidden = _decoder_states(net, batch)[0]
+        ours = chunk_logits(hidden, head.weight, _logit_bias(net), path.logit_scale, path.softcap)
+    except (TypeError, AttributeError):  # a model whose parts are called in another way
+        return float("inf")
+    finally:
+        net.train(was_training)
+    if own.shape != ours.shape:
+        return float("inf")
+    return float((own - ours).abs().max() / own.abs().max().clamp_min(1e-12))
+
+
+@dataclass(frozen=True)
+class EncoderDecoderLM:
+    """Sequence to sequence learning of one model.
+
+    Attributes:
+        loss_path: From `choose_loss_path`.
+        shift: The model's own method; None where only its forward can.
+        chunk_tokens: Tokens whose logits exist at one time; None chooses by vocabulary.
+    """
+
+    loss_path: LossPath
+    shift: Shift | None
+    chunk_tokens: int | None = None
+
+    @classmethod
+    def for_model(cls, model: nn.Module, *, chunk_tokens: int | None = None) -> "EncoderDecoderLM":
+        """Look at the model once: its loss path and how it shifts."""
+        return cls(choose_loss_path(model), own_shift(model), chunk_tokens)
+
+    @property
+    def metrics(self) -> Mapping[str, bool]:
+        """Held-out loss falls, token accuracy rises."""
+        return {"loss": False, "token_accuracy": True}
+
+    def prepare(self, batch: Batch) -> dict[str, Tensor]:
+        """Find trained positions, make the decoder's inputs, drop a mask that says nothing."""
+        labels = batch["labels"]  # (B, T), aligned with the decoder's *outputs*
+        flat = labels.reshape(-1)
+        positions = (flat != NOT_TRAINED).nonzero().squeeze(1)  # (N,)
+        prepared = {
+            "input_ids": batch["input_ids"],
+            "loss_positions": positions,
+            "loss_targets": flat.index_select(0, positions),
+        }
+        mask = batch.get("attention_mask")
+        if mask is not None and not bool(mask.all()):
+            prepared["attention_mask"] = mask
+        if self.shift is None:
+            prepared["labels"] = labels
+        else:
+            prepared["decoder_input_ids"] = self.shift(labels)
+        return prepared
+
+    def loss_weight(self, batch: Batch) -> int:
+        """Trained target tokens."""
+        return batch["loss_targets"].shape[0]
+
+    def loss_sum(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Cross-entropy summed over target tokens."""
+        net: Any = model
+        if not self.loss_path.chunked:
+            logits = _plain_logits(net, batch).index_select(0, batch["loss_positions"])
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            return nn.functional.cross_entropy(logits, batch["loss_targets"], reduction="sum")
+        return linear_cross_entropy(
+            _decoder_states(net, batch),
+            net.get_output_embeddings().weight,
+            _logit_bias(net),
+            batch["loss_positions"],
+            batch["loss_targets"],
+            chunk_tokens=self.chunk_tokens,
+            logit_scale=self.loss_path.logit_scale,
+            softcap=self.loss_path.softcap,
+        )
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        """Loss and right tokens, summed; the largest logit is found chunk by chunk."""
+        net: Any = model
+        path, head, bias = self.loss_path, None, None
+        if path.chunked:
+            states = _decoder_states(net, batch).flatten(0, 1)
+            head, bias = net.get_output_embeddings(), _logit_bias(net)
+            chunk = self.chunk_tokens or default_chunk_tokens(head.weight.shape[0])
+        else:
+            states = _plain_logits(net, batch)
+            chunk = self.chunk_tokens or default_chunk_tokens(states.shape[-1])
+        rows, targets = batch["loss_positions"], batch["loss_targets"]
+        loss = torch.zeros((), dtype=torch.float32, device=rows.device)
+        right = torch.zeros((), dtype=torch.int64, device=rows.device)
+        for part, labels in zip(rows.split(chunk), targets.split(chunk), strict=True):
+            logits = states.index_select(0, part)
+            if head is not None:
+                logits = chunk_logits(logits, head.weight, bias, path.logit_scale, path.softcap)
+            loss += nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
+            right += (logits.argmax(1) == labels).sum()
+        return {"loss": loss, "token_accuracy": right}
+
+
+def _plain_logits(net: Any, batch: Batch) -> Tensor:
+    """(B * T, V) The model's own logits."""
+    names = ("input_ids", "attention_mask", "decoder_input_ids", "labels")
+    inputs = {name: batch[name] for name in names if name in batch}
+    logits: Tensor = net(**inputs, use_cache=False).logits
+    return logits.flatten(0, 1)
