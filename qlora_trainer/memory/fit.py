@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from qlora_trainer.errors import UserError
-from qlora_trainer.memory.foresight import Foresight, RunShape, foresee
+from qlora_trainer.memory.foresight import Foresight, RunShape, simulate_run
 from qlora_trainer.memory.gpus import GpuProfile
 
 _DEFAULT_LONGEST = 131_072  # where the model's configuration names no longest position
@@ -65,6 +65,7 @@ class Fitter:
         gpu: The card.
         budget_bytes: What of the card is free for this process.
         expandable_segments: Of the allocator's configuration.
+        paged_on_card: See `SimulatedRun.on`.
     """
 
     config: Any
@@ -72,15 +73,15 @@ class Fitter:
     gpu: GpuProfile
     budget_bytes: int | None = None
     expandable_segments: bool = False
+    paged_on_card: bool = False
 
     def foresee(self, shape: RunShape) -> Foresight:
         """Simulate one configuration."""
-        return foresee(
-            self.config,
-            shape,
+        return simulate_run(self.config, shape, self.gpu).on(
             self.gpu,
             budget_bytes=self.budget_bytes,
             expandable_segments=self.expandable_segments,
+            paged_on_card=self.paged_on_card,
         )
 
     def longest_sequence(self, step_tokens: int = 64) -> FitAnswer:

@@ -10,7 +10,7 @@ Assumed, and said: every sequence has the full length; every token is trained (t
 the most logits chunks); rows are not padded and not packed unless `padded` says so.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from transformers import AutoModelForCausalLM
@@ -33,7 +33,7 @@ class Foresight:
         reserved_bytes: Peak of what the allocator holds: what must fit, beside the context.
         context_bytes: CUDA context and kernels, outside the allocator (an assumption of the card).
         paged_bytes: Optimizer states in managed memory: host RAM, or on the card when touched.
-        total_bytes: reserved + context.
+        total_bytes: reserved + context, and what is paged where that counts on the card.
         by_component: Live bytes at the peak.
         allocated_by_phase: Peak of each phase.
         peak_phase: Where the peak is.
@@ -45,6 +45,7 @@ class Foresight:
         disk_bytes: Artefact -> bytes.
         trained_parameters: How many numbers are trained.
         large_unquantized: Path -> bytes of large weights outside NF4.
+        paged_on_card: What is paged counts on the card (it does on Windows).
     """
 
     gpu: str
@@ -65,12 +66,14 @@ class Foresight:
     disk_bytes: dict[str, int]
     trained_parameters: int
     large_unquantized: dict[str, int]
+    paged_on_card: bool = False
     timeline: tuple[tuple[int, int, str], ...] = field(default=(), repr=False)
 
     @property
     def total_bytes(self) -> int:
         """What the process takes of the card."""
-        return self.reserved_bytes + self.context_bytes
+        paged = self.paged_bytes if self.paged_on_card else 0
+        return self.reserved_bytes + self.context_bytes + paged
 
     @property
     def verdict(self) -> str:
@@ -95,6 +98,7 @@ class SimulatedRun:
         *,
         budget_bytes: int | None = None,
         expandable_segments: bool = False,
+        paged_on_card: bool = False,
         with_timeline: bool = False,
     ) -> Foresight:
         """What it takes on a card of the same architecture.
@@ -103,17 +107,19 @@ class SimulatedRun:
             gpu: The card.
             budget_bytes: What of it is free for this process; its usable memory unless given.
             expandable_segments: Of the allocator's configuration.
+            paged_on_card: Managed memory counts on the card: Windows does not oversubscribe it.
             with_timeline: Keep allocated and reserved after every event.
         """
         capacity = gpu.usable_bytes if budget_bytes is None else budget_bytes
-        room = max(0, capacity - gpu.context_bytes)
+        paged = self.accounts.paged_bytes if paged_on_card else 0
+        room = max(0, capacity - gpu.context_bytes - paged)
         free = self.trace.replay(
             expandable_segments=expandable_segments, with_timeline=with_timeline
         )
         limited = free
         if free.reserved_bytes > room:
             limited = self.trace.replay(room, expandable_segments=expandable_segments)
-        return self._foresight(gpu, capacity, free, limited)
+        return replace(self._foresight(gpu, capacity, free, limited), paged_on_card=paged_on_card)
 
     def _foresight(self, gpu: GpuProfile, capacity: int, free: Peaks, limited: Peaks) -> Foresight:
         shown = limited if limited.fits else free
