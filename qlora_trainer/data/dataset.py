@@ -20,8 +20,9 @@ import numpy as np
 from qlora_trainer.data.encode import IGNORED
 from qlora_trainer.data.length import OVER_LENGTH, LengthPolicy
 from qlora_trainer.data.order import hash_order, mix
-from qlora_trainer.data.pipeline import ShapeEncoder, encode_into
+from qlora_trainer.data.pipeline import encode_into
 from qlora_trainer.data.read import DataSource, OpenedSource, open_source
+from qlora_trainer.data.rows import RecordEncoder
 from qlora_trainer.data.store import Store, read_meta
 from qlora_trainer.errors import UserError
 
@@ -91,6 +92,14 @@ class EncodedDataset:
             labels[start:end] = ids[start:end]
         return labels
 
+    def column(self, index: int, name: str) -> _Array:
+        """An example's values in a column its task declares."""
+        return self.store.column(int(self.rows[index]), name)
+
+    def reference(self, index: int) -> Any:
+        """What a prediction for an example is scored against."""
+        return self.store.reference(int(self.rows[index]))
+
     def where(self, index: int) -> str:
         """File and line, or data set and row, an example came from."""
         return self.store.where(int(self.rows[index]))
@@ -103,7 +112,7 @@ class EncodedDataset:
 
 def build_dataset(
     sources: Sequence[DataSource],
-    encoder: ShapeEncoder,
+    encoder: RecordEncoder,
     *,
     max_seq_len: int,
     over_length: str = "raise",
@@ -180,7 +189,7 @@ def split_eval(
 
 
 def _cache_key(
-    opened: Sequence[OpenedSource], encoder: ShapeEncoder, max_seq_len: int, over_length: str
+    opened: Sequence[OpenedSource], encoder: RecordEncoder, max_seq_len: int, over_length: str
 ) -> str:
     parts = {
         "sources": [

@@ -14,13 +14,15 @@ template says. EOS ends raw text, and a chat whose template has no end-of-turn t
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import transformers
 
 from qlora_trainer.data.faults import RowError
+from qlora_trainer.data.formats import recognise_format, to_shape
 from qlora_trainer.data.messages import Chat, PlainText, Prompted, Shape
 from qlora_trainer.data.spans import SpanTokenizer
 from qlora_trainer.data.template import LOSS_ON, ChatTemplate, Rendered
@@ -32,19 +34,28 @@ IGNORED = -100  # the label of a position that is not trained, as everywhere in 
 
 @dataclass(frozen=True)
 class Example:
-    """Tokens and the half-open position ranges trained among them; position 0 never is.
+    """Tokens and what is to be learned of them.
+
+    Of a causal model that is some of the tokens themselves: half-open position ranges, position 0
+    never. Other tasks keep what they learn in `columns`.
 
     Attributes:
         input_ids: (T,)
         trained: Ascending, disjoint `(start, end)`.
         merged_join: The prompt alone has other tokens than the prompt before its answer.
         control_tokens: A message holds special tokens in its text.
+        columns: Further arrays of the row, by the names the encoder declares.
+        reference: What a prediction is scored against and told with; any JSON value.
+        lost_tokens: Cut off by an encoder that cuts for itself.
     """
 
     input_ids: list[int]
-    trained: tuple[tuple[int, int], ...]
+    trained: tuple[tuple[int, int], ...] = ()
     merged_join: bool = False
     control_tokens: bool = False
+    columns: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    reference: Any = None
+    lost_tokens: int = 0
 
     @property
     def labels(self) -> list[int]:
@@ -92,17 +103,36 @@ class Encoder:
         self.bos_ids = _bos_ids(tokenizer)
         self._spans = SpanTokenizer(tokenizer)
 
+    columns: Mapping[str, str] = MappingProxyType({})  # tokens and trained ranges say it all
+
     @property
     def as_chat(self) -> bool:
         """Whether a chat template is there."""
         return self.template is not None
+
+    def recognise(self, records: Iterable[Mapping[str, Any]], columns: Mapping[str, str]) -> str:
+        """Name the format of the first records; see `formats.recognise_format`."""
+        return recognise_format(records, columns)
+
+    def encode_rows(
+        self, records: Sequence[Mapping[str, Any]], format: str
+    ) -> list[list[Example] | RowError]:
+        """Bring records to their shapes and encode those that fit, in one tokenizer call."""
+        shapes: list[Shape | RowError] = []
+        for record in records:
+            try:
+                shapes.append(to_shape(record, format, as_chat=self.as_chat))
+            except RowError as error:
+                shapes.append(error)
+        encoded = iter(self.encode([s for s in shapes if not isinstance(s, RowError)]))
+        return [s if isinstance(s, RowError) else next(encoded) for s in shapes]
 
     @property
     def identity(self) -> str:
         """A hash of all that decides what a row becomes."""
         template = self.template
         parts = {
-            "tokenizer": _tokenizer_hash(self.tokenizer),
+            "tokenizer": tokenizer_hash(self.tokenizer),
             "loss_on": self.loss_on,
             "template": template.text if template else None,
             "variables": template.variables if template else None,
@@ -222,7 +252,8 @@ def _bos_ids(tokenizer: Any) -> list[int]:
     return []
 
 
-def _tokenizer_hash(tokenizer: Any) -> str:
+def tokenizer_hash(tokenizer: Any) -> str:
+    """A hash of all that decides which ids a text becomes."""
     if tokenizer.is_fast:
         text = tokenizer.backend_tokenizer.to_str()
     else:

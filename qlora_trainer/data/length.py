@@ -35,8 +35,10 @@ class LengthPolicy:
         """The example as it is kept, or None; under `truncate`, an untrained rest is a fault."""
         self.rows += 1
         length = len(example.input_ids)
-        self.longest = max(self.longest, length)
+        self.longest = max(self.longest, length + example.lost_tokens)
         if length <= self.max_seq_len:
+            self.long_rows += example.lost_tokens > 0  # its encoder has cut it
+            self.lost_tokens += example.lost_tokens
             return example
         self.long_rows += 1
         self.long_lengths[length] += 1

@@ -7,15 +7,15 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from qlora_trainer.data.encode import Example
 from qlora_trainer.data.faults import FaultLog, RowError, TooManyFaults
 from qlora_trainer.data.files import Row
-from qlora_trainer.data.formats import FORMATS, recognise_format, rename, to_shape
+from qlora_trainer.data.formats import FORMATS, rename
 from qlora_trainer.data.length import LengthPolicy
-from qlora_trainer.data.messages import Shape
 from qlora_trainer.data.read import OpenedSource, no_rows
+from qlora_trainer.data.rows import RecordEncoder
 from qlora_trainer.data.store import StoreWriter
 from qlora_trainer.errors import UserError
 
@@ -23,20 +23,10 @@ ROWS_PER_CALL = 256  # rows per tokenizer call
 ROWS_RECOGNISED = 100  # rows looked at to tell the format
 
 
-class ShapeEncoder(Protocol):
-    """What a data set is encoded with; `encode.Encoder` is one."""
-
-    @property
-    def as_chat(self) -> bool: ...  # noqa: D102
-    @property
-    def identity(self) -> str: ...  # noqa: D102
-    def encode(self, shapes: Sequence[Shape]) -> list[list[Example] | RowError]: ...  # noqa: D102
-
-
 def encode_into(
     folder: Path,
     opened: Sequence[OpenedSource],
-    encoder: ShapeEncoder,
+    encoder: RecordEncoder,
     policy: LengthPolicy,
     progress: Callable[[int], None] | None,
 ) -> None:
@@ -48,7 +38,7 @@ def encode_into(
     faults = FaultLog()
     per_source: list[dict[str, Any]] = []
     done = 0
-    with StoreWriter(folder) as writer:
+    with StoreWriter(folder, encoder.columns) as writer:
         try:
             for index, item in enumerate(opened):
                 tally = _Tally(item.source.path)
@@ -90,7 +80,7 @@ class _Tally:
 
 
 def _encoded(
-    item: OpenedSource, encoder: ShapeEncoder, tally: _Tally, faults: FaultLog
+    item: OpenedSource, encoder: RecordEncoder, tally: _Tally, faults: FaultLog
 ) -> Iterator[list[tuple[Row, list[Example]]]]:
     """Batches of rows with their examples; rows that are wrong go to `faults`."""
     rows = item.rows(faults)
@@ -98,20 +88,13 @@ def _encoded(
     if not head:
         return
     columns = item.source.columns
-    tally.format = _format_of(item, head)
+    tally.format = _format_of(item, head, encoder)
     for batch in _batched(itertools.chain(head, rows), ROWS_PER_CALL):
         tally.rows += len(batch)
-        good: list[Row] = []
-        shapes: list[Shape] = []
-        for row in batch:
-            try:
-                record = rename(row.record, columns)
-                shapes.append(to_shape(record, tally.format, as_chat=encoder.as_chat))
-                good.append(row)
-            except RowError as error:
-                faults.add(error.at(row.where))
+        records = [rename(row.record, columns) for row in batch]
         encoded: list[tuple[Row, list[Example]]] = []
-        for row, result in zip(good, encoder.encode(shapes), strict=True):
+        results = encoder.encode_rows(records, tally.format)
+        for row, result in zip(batch, results, strict=True):
             if isinstance(result, RowError):
                 faults.add(result.at(row.where))
                 continue
@@ -122,11 +105,11 @@ def _encoded(
         yield encoded
 
 
-def _format_of(item: OpenedSource, head: Sequence[Row]) -> str:
+def _format_of(item: OpenedSource, head: Sequence[Row], encoder: RecordEncoder) -> str:
     source = item.source
     if source.format == "auto":
         try:
-            return recognise_format((row.record for row in head), source.columns)
+            return encoder.recognise((row.record for row in head), source.columns)
         except UserError as error:
             raise UserError(f"data source {source.path}: {error}") from error
     if source.format not in FORMATS:

@@ -2,7 +2,8 @@
 
 A folder per data set, named by the hash of everything that decides its content:
 
-    rows.arrow   input_ids, trained (flat start, end, start, end ...), where, source, hash
+    rows.arrow   input_ids, trained (flat start, end, start, end ...), where, source, hash,
+                 reference (JSON), and the columns a task declares
     meta.json    counts, fingerprint, size of rows.arrow
 
 It is written beside its place and renamed into it, so a reader sees a whole one or none. The
@@ -17,7 +18,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -28,7 +29,7 @@ import pyarrow as pa
 from qlora_trainer.data.encode import Example
 from qlora_trainer.errors import UserError
 
-STORE_VERSION = 1
+STORE_VERSION = 2
 ROWS_PER_BATCH = 1024
 _ABANDONED_SECONDS = 3600
 SCHEMA = pa.schema(
@@ -38,18 +39,28 @@ SCHEMA = pa.schema(
         ("where", pa.string()),
         ("source", pa.int16()),
         ("hash", pa.uint64()),
+        ("reference", pa.string()),
     ]
 )
+_KINDS = {"int32": pa.int32(), "float32": pa.float32(), "uint8": pa.uint8()}
+
+
+def schema_with(columns: Mapping[str, str]) -> pa.Schema:
+    """The schema with a task's own columns: name -> numpy dtype."""
+    fields = [pa.field(name, pa.list_(_KINDS[kind])) for name, kind in columns.items()]
+    return pa.schema([*SCHEMA, *fields])
 
 
 class StoreWriter:
     """Writes a store into `folder`; leaving the `with` block by an exception leaves nothing."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, columns: Mapping[str, str] | None = None) -> None:
         self.folder = folder
         self.count = 0
+        self._own = dict(columns or {})
+        self._schema = schema_with(self._own)
         self._digest = hashlib.sha256()
-        self._columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
+        self._columns: dict[str, list[Any]] = {name: [] for name in self._schema.names}
 
     def __enter__(self) -> "StoreWriter":
         self.folder.parent.mkdir(parents=True, exist_ok=True)
@@ -58,7 +69,7 @@ class StoreWriter:
             tempfile.mkdtemp(prefix=f".{self.folder.name[:16]}.", dir=self.folder.parent)
         )
         self._file = pa.OSFile(str(self._work / "rows.arrow"), "wb")
-        self._stream = pa.ipc.new_stream(self._file, SCHEMA)
+        self._stream = pa.ipc.new_stream(self._file, self._schema)
         return self
 
     def add(self, example: Example, where: str, source: int) -> None:
@@ -66,10 +77,18 @@ class StoreWriter:
         ids = np.asarray(example.input_ids, np.int32)
         trained = np.asarray(example.trained, np.int32).reshape(-1)
         content = ids.tobytes() + b"|" + trained.tobytes()
+        own = [np.asarray(example.columns[name], kind) for name, kind in self._own.items()]
+        for name, values in zip(self._own, own, strict=True):
+            content += f"|{name}|".encode() + values.tobytes()
+        reference = None
+        if example.reference is not None:
+            reference = json.dumps(example.reference, sort_keys=True)
+            content += b"|" + reference.encode()
         row_digest = hashlib.sha256(content).digest()
         self._digest.update(row_digest)
-        values = (ids, trained, where, source, int.from_bytes(row_digest[:8], "little"))
-        for name, value in zip(SCHEMA.names, values, strict=True):
+        number = int.from_bytes(row_digest[:8], "little")
+        row = (ids, trained, where, source, number, reference, *own)
+        for name, value in zip(self._schema.names, row, strict=True):
             self._columns[name].append(value)
         self.count += 1
         if len(self._columns["where"]) == ROWS_PER_BATCH:
@@ -78,10 +97,10 @@ class StoreWriter:
     def _flush(self) -> None:
         if self._columns["where"]:
             try:
-                self._stream.write_batch(pa.record_batch(self._columns, schema=SCHEMA))
+                self._stream.write_batch(pa.record_batch(self._columns, schema=self._schema))
             except OSError as error:
                 raise _no_space(self.folder, error) from error
-        self._columns = {name: [] for name in SCHEMA.names}
+        self._columns = {name: [] for name in self._schema.names}
 
     def finish(self, counts: dict[str, Any]) -> None:
         """Write what is left and `meta.json`, and put the store in its place."""
@@ -160,6 +179,7 @@ class Store:
         self._batches = batches
         self._ids = [_flat(batch["input_ids"]) for batch in batches]
         self._trained = [_flat(batch["trained"]) for batch in batches]
+        self._own: dict[str, list[tuple[_Array, _Array]]] = {}  # as they are asked for
         self.lengths = _joined([np.diff(offsets) for offsets, _ in self._ids], np.int64)
         self.trained_counts = _joined([_range_sums(*flat) for flat in self._trained], np.int64)
         self.hashes = _joined([batch["hash"].to_numpy() for batch in batches], np.uint64)
@@ -186,6 +206,20 @@ class Store:
         offsets, values = self._trained[batch]
         flat = values[offsets[index] : offsets[index + 1]].tolist()
         return list(zip(flat[::2], flat[1::2], strict=True))
+
+    def column(self, row: int, name: str) -> "np.ndarray[Any, np.dtype[Any]]":
+        """The row's values in a task's own column, a view into the mapped file."""
+        batch, index = self._find(row)
+        if name not in self._own:
+            self._own[name] = [_flat(part[name]) for part in self._batches]
+        offsets, values = self._own[name][batch]
+        return values[offsets[index] : offsets[index + 1]]
+
+    def reference(self, row: int) -> Any:
+        """The row's reference."""
+        batch, index = self._find(row)
+        text = self._batches[batch]["reference"][index].as_py()
+        return None if text is None else json.loads(text)
 
     def where(self, row: int) -> str:
         """File and line, or data set and row, the row came from."""
