@@ -52,7 +52,7 @@ def test_no_pickle_is_ever_read() -> None:
 
 
 def test_every_setting_a_message_names_exists() -> None:
-    sections = "model|adapter|data|train|evaluation|output"
+    sections = "model|adapter|data|train|evaluation|output|memory"
     known = {name for name, _, _ in settings_table()}
     wrong = []
     for path in PACKAGE.rglob("*.py"):

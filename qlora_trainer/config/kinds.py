@@ -10,6 +10,8 @@ from typing import Annotated, TypeVar
 
 from pydantic import AfterValidator, Discriminator, Field, Tag
 
+from qlora_trainer.units import parse_bytes
+
 Item = TypeVar("Item", bound=Hashable)
 
 
@@ -47,10 +49,17 @@ def _ending(text: str) -> str:
     return text
 
 
+def _size(text: str) -> str:
+    parse_bytes(text)
+    return text
+
+
 Text = Annotated[str, AfterValidator(_not_blank), Field(json_schema_extra={"minLength": 1})]
 Names = Annotated[list[Text], AfterValidator(without_doubles)]
 Expression = Annotated[Text, AfterValidator(_expression)]
 Ending = Annotated[Text, AfterValidator(_ending)]  # of a module's path
+
+Size = Annotated[Text, AfterValidator(_size)]  # such as `1.5 GiB`
 
 _DEVICE = r"^(auto|cpu|cuda(:\d{1,3})?)$"
 

@@ -22,6 +22,7 @@ from qlora_trainer.config.kinds import (
     Device,
     Ending,
     Names,
+    Size,
     TargetModules,
     Text,
     without_doubles,
@@ -253,6 +254,20 @@ class OutputSettings(Settings):
     log_every_steps: int = Field(1, ge=1, description="steps per line of metrics.jsonl")
 
 
+class MemorySettings(Settings):
+    """What a run may take of the machine, and what is tried before its first step."""
+
+    desktop_share: Size | None = Field(
+        None, description="left to the desktop where a card is foreseen; null: 1 GiB on Windows"
+    )
+    must_fit: bool = Field(
+        True, description="refuse a run that is foreseen not to fit the card, RAM or disk"
+    )
+    rehearse: Literal["auto", "always", "never"] = Field(
+        "auto", description="try the longest batches and a save before step 1; auto: on a GPU"
+    )
+
+
 class RunConfig(Settings):
     """A whole run, checked as one."""
 
@@ -263,6 +278,7 @@ class RunConfig(Settings):
     train: TrainSettings = Field(TrainSettings(), description="the optimization")
     evaluation: EvaluationSettings = Field(EvaluationSettings(), description="held-out loss")
     output: OutputSettings = Field(OutputSettings(), description="the run folder")
+    memory: MemorySettings = Field(MemorySettings(), description="what must fit")
 
     @model_validator(mode="before")
     @classmethod

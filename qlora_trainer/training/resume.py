@@ -20,6 +20,7 @@ _TIED_TO = {
 
 # Anything not listed is refused: a new setting is safe until someone has thought about it.
 MAY_CHANGE = (
+    "memory",
     "output",
     "evaluation.every_steps",
     "evaluation.micro_batch_size",
