@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pydantic import BaseModel
 
 from qlora_trainer.config.settings import RunConfig
+from qlora_trainer.config.tasks import tasks_of
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Contradiction:
         message: What is wrong and the way out.
     """
 
-    settings: tuple[tuple[str, str], ...]
+    settings: tuple[tuple[str, ...], ...]
     message: str
 
 
@@ -30,6 +31,7 @@ def contradictions(config: RunConfig) -> Iterator[Contradiction]:
     yield from _held_out_rows(config)
     yield from _precision(config)
     yield from _warm_up(config)
+    yield from _task(config)
 
 
 def _held_out_rows(config: RunConfig) -> Iterator[Contradiction]:
@@ -42,7 +44,7 @@ def _held_out_rows(config: RunConfig) -> Iterator[Contradiction]:
         )
     if not (data.eval or data.eval_fraction):
         for name, value in evaluation:
-            if value is not None:
+            if _is_given(evaluation, name):
                 yield Contradiction(
                     (("evaluation", name), *held_out),
                     f"evaluation.{name} = {value}: needs held-out rows; "
@@ -102,6 +104,28 @@ def _warm_up(config: RunConfig) -> Iterator[Contradiction]:
             f"train.warmup_steps = {train.warmup_steps}: must be below "
             f"train.max_steps = {train.max_steps}",
         )
+
+
+def _task(config: RunConfig) -> Iterator[Contradiction]:
+    task = ("task",)
+    for name, value in config.task_settings:
+        knowing = tasks_of(name)
+        if config.task not in knowing and _is_given(config.task_settings, name):
+            yield Contradiction(
+                (("task_settings", name), task),
+                f"task_settings.{name} = {value!r}: means nothing with task = {config.task!r}; "
+                f"only {', '.join(knowing)} {'know' if len(knowing) > 1 else 'knows'} it",
+            )
+    if config.task == "causal-lm":
+        return
+    only = "only causal-lm knows it"
+    for section, name in (("data", "packing"), ("data", "loss_on"), ("model", "chat_template")):
+        if _is_given(getattr(config, section), name):
+            yield Contradiction(
+                ((section, name), task),
+                f"{section}.{name} = {getattr(getattr(config, section), name)!r}: means nothing "
+                f"with task = {config.task!r}; {only}",
+            )
 
 
 def _is_given(section: BaseModel, name: str) -> bool:

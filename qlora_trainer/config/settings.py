@@ -9,9 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Discriminator,
     Field,
     Tag,
@@ -27,18 +25,12 @@ from qlora_trainer.config.kinds import (
     Text,
     without_doubles,
 )
+from qlora_trainer.config.section import Settings
+from qlora_trainer.config.tasks import TaskName, TaskSettings
 
 Rank = Annotated[int, Field(ge=1, le=1024)]
 Alpha = Annotated[float, Field(gt=0)]
 Format = Literal["auto", "text", "prompt-completion", "alpaca", "messages", "sharegpt"]
-
-
-class Settings(BaseModel):
-    """What every section shares: no unknown keys, no coercion, no change after reading."""
-
-    model_config = ConfigDict(
-        extra="forbid", strict=True, frozen=True, allow_inf_nan=False, protected_namespaces=()
-    )
 
 
 class ModelSettings(Settings):
@@ -221,7 +213,7 @@ class TrainSettings(Settings):
 
 
 class EvaluationSettings(Settings):
-    """Held-out loss during training, and what follows from it."""
+    """Held-out metrics during training, and what follows from them."""
 
     every_steps: Annotated[int, Field(ge=1)] | None = Field(
         None, description="evaluate every N steps; always once at the end"
@@ -229,11 +221,14 @@ class EvaluationSettings(Settings):
     micro_batch_size: Annotated[int, Field(ge=1, le=4096)] | None = Field(
         None, description="sequences per evaluation pass; as in training unless set"
     )
+    metric: Text = Field(
+        "auto", description="what is best and when to stop; auto: the task's own, such as loss"
+    )
     max_rows: Annotated[int, Field(ge=1)] | None = Field(
         None, description="evaluate on the first N held-out rows only"
     )
     early_stopping_patience: Annotated[int, Field(ge=1)] | None = Field(
-        None, description="stop after N evaluations without a better loss"
+        None, description="stop after N evaluations without a better metric"
     )
 
 
@@ -271,12 +266,13 @@ class MemorySettings(Settings):
 class RunConfig(Settings):
     """A whole run, checked as one."""
 
-    task: Literal["causal-lm"] = Field("causal-lm", description="what is learned")
+    task: TaskName = Field("causal-lm", description="what is learned")
     model: ModelSettings = Field(description="the frozen base")
     adapter: AdapterSettings = Field(AdapterSettings(), description="the low-rank update")
     data: DataSettings = Field(description="records and how they are read")
+    task_settings: TaskSettings = Field(TaskSettings(), description="what only some tasks know")
     train: TrainSettings = Field(TrainSettings(), description="the optimization")
-    evaluation: EvaluationSettings = Field(EvaluationSettings(), description="held-out loss")
+    evaluation: EvaluationSettings = Field(EvaluationSettings(), description="held-out metrics")
     output: OutputSettings = Field(OutputSettings(), description="the run folder")
     memory: MemorySettings = Field(MemorySettings(), description="what must fit")
 
