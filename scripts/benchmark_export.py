@@ -4,8 +4,9 @@
 
 Each job runs in a fresh process that imports first and then waits; peak private memory (RssAnon)
 is sampled from outside and given over what the imports took, pages mapped from files apart. The
-weights are random, which changes neither time nor memory. Copying the base's files, with the same
-forcing to disk, says how fast the disk is.
+weights are random, which changes neither time nor memory. Every job starts with the base's files
+out of the page cache and ends with its own files forced to disk; copying the base's files under
+the same conditions says how fast the disk is.
 
 Jobs: copy, original, dequantized (ours, fp16), peft (load in fp16, merge_and_unload,
 save_pretrained).
@@ -84,6 +85,21 @@ def make_checkpoint(folder: Path, size: str) -> None:
     (adapter / "adapter_config.json").write_text(json.dumps(settings))
 
 
+def forget(folder: Path) -> None:
+    """Drop a folder's files from the page cache, where the system lets a program ask for it."""
+    if hasattr(os, "posix_fadvise"):
+        for file in folder.iterdir():
+            with file.open("rb") as opened:
+                os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def force_to_disk(folder: Path) -> None:
+    """Wait until a folder's files stand on the disk."""
+    for file in sorted(folder.iterdir()):
+        with file.open("rb+") as opened:
+            os.fsync(opened.fileno())
+
+
 def run_job(job: str, folder: Path) -> None:
     """In the measured process: import, say so, wait for the word, work, say so."""
     import torch
@@ -98,13 +114,12 @@ def run_job(job: str, folder: Path) -> None:
     sys.stdin.readline()
     base, adapter, out = folder / "base", folder / "adapter", folder / f"out-{job}"
     out.mkdir()
+    forget(base)
     started, worked = time.perf_counter(), time.process_time()
     if job == "copy":
         for file in sorted(base.iterdir()):
             with file.open("rb") as source, (out / file.name).open("wb") as target:
                 shutil.copyfileobj(source, target, 2**23)
-                target.flush()
-                os.fsync(target.fileno())
     elif job == "peft":
         model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float16)
         merged = peft.PeftModel.from_pretrained(model, adapter).merge_and_unload()
@@ -113,6 +128,7 @@ def run_job(job: str, folder: Path) -> None:
         prepared = prepare(base, adapter, AutoModelForCausalLM, BaseSpec("nf4"), dtype="fp16")
         way: Any = job
         write_candidate(prepared, out, way, max_shard_bytes=5 * 10**9)
+    force_to_disk(out)
     seconds, processor = time.perf_counter() - started, time.process_time() - worked
     print(json.dumps({"seconds": seconds, "processor_seconds": processor}), flush=True)
 
@@ -166,6 +182,7 @@ def measure(job: str, folder: Path, threads: int) -> dict[str, Any]:
 def machine() -> dict[str, Any]:
     """Where the figures were measured."""
     import peft
+    import psutil
     import torch
     import transformers
 
@@ -174,7 +191,8 @@ def machine() -> dict[str, Any]:
          if line.startswith("model name")), platform.processor(),
     )  # fmt: skip
     return {
-        "cpu": model, "cpus": os.cpu_count(), "load_before": os.getloadavg()[0],
+        "cpu": model, "cpus": os.cpu_count(), "memory_bytes": psutil.virtual_memory().total,
+        "load_before": os.getloadavg()[0],
         "torch": torch.__version__, "transformers": transformers.__version__,
         "peft": peft.__version__,
     }  # fmt: skip

@@ -1,11 +1,16 @@
 """The arithmetic of a merge, in blocks that stay in cache: sum in float32, cast once, measure.
 
+All of it runs on one thread (`torch_threads`): split among several, operations as short as these
+wait for each other far longer than they work (up to a hundred times where other programs use the
+cores too). Writing to disk happens beside it, on `shards`' threads.
+
 For rows i..j of a weight, `W[i:j] + left[i:j] @ right` is made in float32, cast to the export's
 dtype and written; nothing larger than a block exists, whatever the tensor's size. The rounding
 error of the cast is summed on the way, and it is where a value that is not finite, or too large for
 float16, shows: only then is the block looked at more closely.
 """
 
+import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,6 +32,8 @@ class CastLoss:
 
     Attributes:
         squared_error: Sum of squared differences, float32 value minus written value.
+        squared_norm: Sum of squares of what was to be written; only without an update, whose own
+            norm is the better measure.
         changed: Whether any written value differs from the base's, cast alike.
         overflows: Values beyond the dtype's range.
         not_finite: Values that were NaN or infinite before the cast.
@@ -34,10 +41,22 @@ class CastLoss:
     """
 
     squared_error: float = 0.0
+    squared_norm: float = 0.0
     changed: bool = False
     overflows: int = 0
     not_finite: int = 0
     largest: float = 0.0
+
+
+@contextlib.contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """Let torch's operations use so many threads inside the block, and as many as before after."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def row_step(shape: tuple[int, ...], multiple: int = 1) -> int:
@@ -68,7 +87,8 @@ def merged_blocks(
     for block in rows:
         stop = start + block.shape[0]
         if update is None and block.dtype == dtype:
-            _note_bad_values(block, block, loss)
+            if not _all_finite(block):
+                _note_bad_values(block, block, loss)
             yield block
             continue
         flat = block.reshape(stop - start, -1)
@@ -77,28 +97,40 @@ def merged_blocks(
         else:
             total = torch.addmm(flat.float(), left[start:stop], right)
         written = total.to(dtype)
-        _measure(total, written, loss)
+        _measure(total, written, loss, of_itself=update is None)
         if update is not None and not loss.changed:
             loss.changed = not torch.equal(written, flat.to(dtype))
         yield written.view(block.shape)
         start = stop
 
 
-def _measure(total: Tensor, written: Tensor, loss: CastLoss) -> None:
-    # Widened first: torch's subtraction of two dtypes is ten times slower.
-    error = written.float().sub_(total).view(-1) if written.dtype != total.dtype else None
-    squared = float(torch.dot(error, error)) if error is not None else 0.0
-    healthy = math.isfinite(squared) if error is not None else bool(total.isfinite().all())
-    if healthy:
-        loss.squared_error += squared
+def _all_finite(block: Tensor) -> bool:
+    """Whether every value is finite; one vectorised pass, where `isfinite` takes ten times that."""
+    if block.numel() == 0:
+        return True
+    least, most = torch.aminmax(block)  # NaN if any value is
+    return math.isfinite(float(least)) and math.isfinite(float(most))
+
+
+def _measure(total: Tensor, written: Tensor, loss: CastLoss, *, of_itself: bool) -> None:
+    if written.dtype == total.dtype:
+        healthy, squared = _all_finite(total), 0.0
     else:
+        # Widened first: torch's subtraction of two dtypes is ten times slower.
+        error = written.float().sub_(total).view(-1)
+        squared = float(torch.dot(error, error))  # not finite if any value, read or written, is
+        healthy = math.isfinite(squared)
+    if not healthy:
         _note_bad_values(total, written, loss)
+        return
+    loss.squared_error += squared
+    if of_itself:
+        flat = total.view(-1)
+        loss.squared_norm += float(torch.dot(flat, flat))
 
 
 def _note_bad_values(total: Tensor, written: Tensor, loss: CastLoss) -> None:
     finite = total.isfinite()
-    if written is total and bool(finite.all()):
-        return
     loss.not_finite += int((~finite).sum())
     loss.overflows += int((finite & ~written.isfinite()).sum())
     loss.largest = max(loss.largest, float(total[finite].abs().max()) if finite.any() else 0.0)

@@ -134,7 +134,10 @@ class MappedCheckpoint:
         if file not in self._maps:
             with file.open("rb") as opened:
                 # A private map is writable in Python's eyes, which torch asks for; nobody writes.
-                self._maps[file] = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
+                opened_map = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
+            if hasattr(mmap, "MADV_SEQUENTIAL"):  # read ahead: not on Windows
+                opened_map.madvise(mmap.MADV_SEQUENTIAL)
+            self._maps[file] = opened_map
         return self._maps[file]
 
     def _with_packed(self, stored: dict[str, StoredTensor]) -> dict[str, StoredTensor]:

@@ -1,8 +1,8 @@
 """Carrying out a plan: one tensor at a time from the base's files to the export's.
 
 `original` adds the update to the base's own weights; `dequantized` to what training saw of them,
-made again with the same NF4 code. An unchanged tensor is copied as bytes. In memory at any time: a
-block of rows, and for `dequantized` the codes of the tensor at hand.
+made again with the same NF4 code. A tensor no adapter touches is only cast, or copied as it is. In
+memory at any time: a block of rows, and for `dequantized` the codes of the tensor at hand.
 """
 
 import math
@@ -28,6 +28,7 @@ from qlora_trainer.export.blocks import (
     merged_blocks,
     raise_for_range,
     row_step,
+    torch_threads,
 )
 from qlora_trainer.export.checkpoint import MappedCheckpoint
 from qlora_trainer.export.plan import Plan, PlannedTensor
@@ -48,6 +49,7 @@ class MergeFigures:
         unchanged: Adapted weights whose written values are the base's: the update was lost.
         written_bytes: Bytes of tensors.
         cast_errors: Adapted weight -> norm of the rounding error over the norm of its update.
+        own_cast_errors: Other tensor that did lose something -> norm of that over its own norm.
     """
 
     tensors: int = 0
@@ -56,6 +58,7 @@ class MergeFigures:
     unchanged: list[str] = field(default_factory=list)
     written_bytes: int = 0
     cast_errors: dict[str, float] = field(default_factory=dict)
+    own_cast_errors: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -84,10 +87,15 @@ def write_merged(
     announced = [Announced(t.name, t.dtype, t.shape) for t in plan.tensors]
     total = sum(tensor.size_bytes for tensor in announced)
     figures, faults = MergeFigures(), []
-    with torch.no_grad(), ShardWriter(folder, announced, max_shard_bytes) as writer:
+    reading = _Reading(base, onto, quantization, torch.get_num_threads())
+    with (
+        torch.no_grad(),
+        torch_threads(1),
+        ShardWriter(folder, announced, max_shard_bytes) as writer,
+    ):
         for tensor, size in zip(plan.tensors, announced, strict=True):
             writer.begin(tensor.name)
-            fault = _write_one(tensor, base, writer, onto, quantization, figures)
+            fault = _write_one(tensor, reading, writer, figures)
             faults += [fault] if fault is not None else []
             figures.tensors += 1
             figures.written_bytes += size.size_bytes
@@ -103,18 +111,23 @@ def write_merged(
     return figures
 
 
+@dataclass(frozen=True)
+class _Reading:
+    """Where the base's values come from, and in which form."""
+
+    base: MappedCheckpoint
+    onto: Onto
+    quantization: Quantization
+    threads: int  # for quantizing, which splits its work in pieces of its own
+
+
 def _write_one(
-    tensor: PlannedTensor,
-    base: MappedCheckpoint,
-    writer: ShardWriter,
-    onto: Onto,
-    quantization: Quantization,
-    figures: MergeFigures,
+    tensor: PlannedTensor, reading: _Reading, writer: ShardWriter, figures: MergeFigures
 ) -> str | None:
     """Write one tensor; -> what is wrong with its values, if anything."""
-    if tensor.replacement is not None and _differs(tensor, base):
+    if tensor.replacement is not None and _differs(tensor, reading.base):
         figures.replaced += 1
-    rows = _rows(tensor, base, onto, quantization)
+    rows = _rows(tensor, reading)
     if not tensor.dtype.is_floating_point:
         for block in rows:
             writer.write(block)
@@ -129,6 +142,9 @@ def _write_one(
             figures.unchanged.append(tensor.name)
         if norm > 0:
             figures.cast_errors[tensor.name] = math.sqrt(loss.squared_error) / norm
+    elif loss.squared_error:
+        relative = math.sqrt(loss.squared_error / max(loss.squared_norm, loss.squared_error))
+        figures.own_cast_errors[tensor.name] = relative
     return check_range(tensor.name, loss, tensor.dtype)
 
 
@@ -141,21 +157,23 @@ def _differs(tensor: PlannedTensor, base: MappedCheckpoint) -> bool:
     return not torch.equal(tensor.replacement.to(own.dtype), own)
 
 
-def _rows(
-    tensor: PlannedTensor, base: MappedCheckpoint, onto: Onto, quantization: Quantization
-) -> Iterator[Tensor]:
+def _rows(tensor: PlannedTensor, reading: _Reading) -> Iterator[Tensor]:
     """The tensor without its update, in blocks of rows."""
     if tensor.replacement is not None:
         return _split(tensor.replacement)
     assert tensor.source is not None
     if tensor.source.packed:
-        return _split(base.read(tensor.source))
-    stored = base.view(tensor.source)
-    if onto == "dequantized" and tensor.quantized:
-        if tensor.transposed:
-            seen = torch.cat(list(_dequantized_rows(stored.t().contiguous(), quantization)))
-            return _split(seen.t())
-        return _dequantized_rows(stored, quantization)
+        return _split(reading.base.read(tensor.source))
+    stored = reading.base.view(tensor.source)
+    if reading.onto == "dequantized" and tensor.quantized:
+        seen = stored.t().contiguous() if tensor.transposed else stored
+        try:
+            with torch_threads(reading.threads):
+                nf4 = _quantized(seen, reading.quantization)
+        except ValueError:  # not finite: the block is written as it is and counted there
+            return _split(stored)
+        rows = _dequantized_rows(nf4, tuple(seen.shape), reading.quantization.block_size)
+        return _split(torch.cat(list(rows)).t()) if tensor.transposed else rows
     return _split(stored)
 
 
@@ -168,18 +186,23 @@ def _split(values: Tensor) -> Iterator[Tensor]:
         yield values[start : start + step]
 
 
-def _dequantized_rows(weight: Tensor, quantization: Quantization) -> Iterator[Tensor]:
-    """What training saw of a weight (out, in): through NF4 and back, in float32."""
+def _quantized(weight: Tensor, quantization: Quantization) -> NF4Tensors:
+    """The codes training held of a weight (out, in)."""
     if weight.dtype not in QUANTIZABLE_DTYPES:
         weight = weight.float()
-    size = quantization.block_size
-    nf4 = quantize_nf4(weight, block_size=size, double_quant=quantization.double_quant)
+    return quantize_nf4(
+        weight, block_size=quantization.block_size, double_quant=quantization.double_quant
+    )
+
+
+def _dequantized_rows(nf4: NF4Tensors, shape: tuple[int, ...], block_size: int) -> Iterator[Tensor]:
+    """What training saw of a weight (out, in), from its codes, in float32."""
     absmax = dequantize_absmax(nf4)  # fp32 (blocks,)
-    columns = weight.shape[1]
-    step = row_step(tuple(weight.shape), math.lcm(size, 2))
-    for start in range(0, weight.shape[0], step):
-        stop = min(start + step, weight.shape[0])
+    count, columns = shape
+    step = row_step(shape, math.lcm(block_size, 2))
+    for start in range(0, count, step):
+        stop = min(start + step, count)
         first, last = start * columns, stop * columns
         part = NF4Tensors(nf4.codes[first // 2 : -(-last // 2)],
-                          absmax[first // size : -(-last // size)])  # fmt: skip
-        yield dequantize_nf4(part, (stop - start, columns), size, torch.float32)
+                          absmax[first // block_size : -(-last // block_size)])  # fmt: skip
+        yield dequantize_nf4(part, (stop - start, columns), block_size, torch.float32)

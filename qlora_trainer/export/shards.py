@@ -3,10 +3,11 @@
 Names, dtypes and shapes are known before the first value is, so a shard's header is written first
 and the values follow as they are made, block by block. Tensors come in the order they were
 announced; a tensor that gets too few or too many bytes is an error, so a shard whose writer was
-closed is whole. Writing, and forcing a full shard to disk, happen on a thread of their own while
-the next values are computed; at most a few batches wait.
+closed is whole. Writing happens on a thread of its own while the next values are computed, forcing
+a full shard to disk on another while the next one is written; at most a few batches wait.
 """
 
+import contextlib
 import json
 import os
 from collections import deque
@@ -66,7 +67,10 @@ class ShardWriter:
         self._batch: list[memoryview] = []
         self._batch_bytes = 0
         self._thread = ThreadPoolExecutor(max_workers=1)
+        self._syncing = ThreadPoolExecutor(max_workers=1)
         self._running: deque[Future[object]] = deque()
+        self._full: list[BinaryIO] = []
+        self._synced: deque[Future[object]] = deque()
 
     def __enter__(self) -> "ShardWriter":
         return self
@@ -77,8 +81,10 @@ class ShardWriter:
                 self.close()
         finally:
             self._thread.shutdown(cancel_futures=True)
-            if self._file is not None:
-                self._file.close()
+            self._syncing.shutdown(cancel_futures=True)
+            with contextlib.ExitStack() as closing:  # all of them, also where one fails
+                for file in (*self._full, *([self._file] if self._file is not None else [])):
+                    closing.callback(file.close)
 
     def begin(self, name: str) -> None:
         """Start the next tensor, which must be the next announced one."""
@@ -116,6 +122,8 @@ class ShardWriter:
         self._finish_shard()
         while self._running:
             self._running.popleft().result()
+        while self._synced:
+            self._synced.popleft().result()
         if len(self._shards) > 1:
             self._write_index()
 
@@ -146,8 +154,13 @@ class ShardWriter:
     def _finish_shard(self) -> None:
         if self._file is not None:
             self._hand_over()
-            self._run(_finish, self._file)
+            self._full.append(self._file)
+            self._run(self._force_to_disk, self._file)
             self._file = None
+
+    def _force_to_disk(self, file: BinaryIO) -> None:
+        file.flush()
+        self._synced.append(self._syncing.submit(_sync, file))
 
     def _hand_over(self) -> None:
         """Give what has gathered to the writing thread."""
@@ -170,10 +183,9 @@ class ShardWriter:
         (self.folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _finish(file: BinaryIO) -> None:
-    with file:
-        file.flush()
-        os.fsync(file.fileno())
+def _sync(file: BinaryIO) -> None:
+    os.fsync(file.fileno())
+    file.close()
 
 
 def _divide(tensors: Sequence[Announced], max_shard_bytes: int) -> list[list[Announced]]:

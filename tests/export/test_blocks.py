@@ -11,7 +11,7 @@ from qlora_trainer.export import blocks
 from qlora_trainer.export.adapter import LowRank
 from qlora_trainer.export.blocks import CastLoss, merged_blocks, row_step
 from qlora_trainer.export.checkpoint import MappedCheckpoint
-from qlora_trainer.export.merge import Quantization, _dequantized_rows, _split
+from qlora_trainer.export.merge import Quantization, _dequantized_rows, _quantized, _split
 from qlora_trainer.export.shards import Announced, ShardWriter
 from qlora_trainer.lora.merge import merged_weight
 
@@ -84,7 +84,8 @@ def test_weight_dequantized_in_blocks_equals_it_whole(columns, double_quant, mon
     )  # fmt: skip
     for elements in (2**20, 4096):
         monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", elements)
-        rows = list(_dequantized_rows(weight, Quantization(64, double_quant)))
+        nf4 = _quantized(weight, Quantization(64, double_quant))
+        rows = list(_dequantized_rows(nf4, tuple(weight.shape), 64))
         assert elements > 4096 or len(rows) > 1
         assert torch.equal(torch.cat(rows), layer.dense_weight())
 
