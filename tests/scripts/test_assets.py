@@ -4,6 +4,7 @@ import assets
 import pytest
 from assets import Package, Product, is_whole, make
 from steps import Stop
+from transformers import AutoTokenizer
 
 
 @pytest.fixture
@@ -24,8 +25,9 @@ def test_a_made_folder_is_whole_and_says_its_licence(product, tmp_path):
     assert not is_whole(product)
     make(product, tmp_path)
     assert is_whole(product)
-    assert (product.path / "SOURCE.txt").read_text() == "a licence\n"
-    assert [path.name for path in product.path.parent.iterdir()] == ["toy"]  # no scratch is left
+    assert '"a licence"' in product.manifest.read_text()
+    assert [path.name for path in product.path.iterdir()] == ["rows.txt"]  # an export copies all
+    assert {path.name for path in product.path.parent.iterdir()} == {"toy", "toy.manifest.json"}
 
 
 @pytest.mark.parametrize("harm", ["change", "cut", "lose", "old recipe", "no manifest"])
@@ -39,10 +41,10 @@ def test_harm_is_noticed_and_repaired(product, tmp_path, harm):
     elif harm == "lose":
         rows.unlink()
     elif harm == "old recipe":
-        manifest = product.path / assets.MANIFEST
-        manifest.write_text(manifest.read_text().replace('"recipe": 1', '"recipe": 0'))
+        text = product.manifest.read_text()
+        product.manifest.write_text(text.replace('"recipe": 1', '"recipe": 0'))
     else:
-        (product.path / assets.MANIFEST).unlink()
+        product.manifest.unlink()
     assert not is_whole(product)
     make(product, tmp_path)
     assert is_whole(product)
@@ -66,3 +68,9 @@ def test_a_broken_package_file_is_downloaded_again(product, tmp_path):
     product.package.path.write_bytes(b"half a download")
     with pytest.raises(Stop, match="no-such-python could not be started"):
         assets.fetch(product.package, tmp_path / "no-such-python")
+
+
+def test_the_real_tokenizer_sees_every_digit_alone_as_its_own_does(smollm2):
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    tokens = tokenizer.tokenize("In 2023 ab12cd")
+    assert tokens == ["In", "Ġ", "2", "0", "2", "3", "Ġab", "1", "2", "cd"]
