@@ -19,6 +19,7 @@ from qlora_trainer.errors import UserError
 _HEAD_NAMES = {
     "lm_head", "score", "classifier", "qa_outputs", "embed_out", "proj_out", "classification_head",
 }  # fmt: skip
+_POOLER = "pooler"
 _ROUTER_NAMES = {"gate", "router"}
 _ROUTER_REASON = "router: which expert runs hangs on its precision"
 # Subclasses of nn.Linear that compute the same product, only differently rounded.
@@ -113,6 +114,22 @@ def head_paths(model: nn.Module) -> set[str]:
     return heads
 
 
+def trained_heads(model: nn.Module) -> list[str]:
+    """The head of a task, to be trained in full: outermost modules on top, and the pooler below.
+
+    A pooler (BERT's dense layer over the first token) belongs to the head: a checkpoint of a
+    language model has none, and nothing but the head reads it.
+    """
+    heads = head_paths(model)
+    found: list[str] = []
+    for path, module in model.named_modules():
+        is_head = path in heads or path.rsplit(".", 1)[-1] == _POOLER
+        has_weights = any(True for _ in module.parameters())
+        if is_head and has_weights and not path.startswith(tuple(f"{p}." for p in found)):
+            found.append(path)
+    return found
+
+
 def stays_fp32(model: nn.Module, fp16: bool) -> "re.Pattern[str] | None":
     """What of the model must be fp32 whatever is computed in: transformers' own list for it.
 
@@ -155,6 +172,8 @@ def _reason_by_place(path: str, module: nn.Module, heads: set[str], shared: set[
     weight = cast(nn.Parameter, module.weight)
     if path in heads:
         return "head: stays in the compute dtype"
+    if _POOLER in path.split("."):
+        return "pooler: a part of the head"
     if id(weight) in shared:
         return "its weight is shared with another layer"
     if path.rsplit(".", 1)[-1] in _ROUTER_NAMES:

@@ -5,8 +5,8 @@ phase it is in and what belongs to which component. `watch_step` marks a step's 
 weightless and for real tensors alike.
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,12 +16,14 @@ from torch.utils._python_dispatch import _disable_current_modes
 from qlora_trainer.base.audit import audit_base
 from qlora_trainer.base.layers import decoder_layers
 from qlora_trainer.base.nf4 import NF4Linear
+from qlora_trainer.base.select import trained_heads
 from qlora_trainer.base.spec import BaseSpec
 from qlora_trainer.lora.inject import adapter_parameters, inject_adapter
 from qlora_trainer.lora.spec import AdapterSpec
 from qlora_trainer.memory.log import RESET_PEAK
 from qlora_trainer.memory.tracker import AllocationTracker
-from qlora_trainer.tasks.causal_lm import CausalLM
+from qlora_trainer.tasks.catalogue import task_kind
+from qlora_trainer.tasks.kind import TaskInputs
 from qlora_trainer.tasks.task import Batch, Task
 from qlora_trainer.training.activations import Activation, plan_activations
 from qlora_trainer.training.optimizer import AdapterAdamW, OptimizerKind
@@ -54,6 +56,8 @@ class RunShape:
         activations: One choice for all layers, or one per layer.
         loss_chunk_tokens: As in the run file.
         padded: Batches carry an attention mask.
+        task: What is learned.
+        task_settings: As in the run file.
     """
 
     base: BaseSpec
@@ -66,6 +70,8 @@ class RunShape:
     activations: Activation | tuple[Activation, ...] = "recompute"
     loss_chunk_tokens: int | None = None
     padded: bool = False
+    task: str = "causal-lm"
+    task_settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -103,14 +109,16 @@ class Program:
         tracker.set_phase("load")
         self._load(tracker)
         with tracker.component("adapters"):
-            inject_adapter(model, shape.adapter, dtype=shape.adapter_dtype)
+            inject_adapter(model, _with_heads(model, shape), dtype=shape.adapter_dtype)
         parameters = adapter_parameters(model)
         plan_activations(model, decoder_layers(model), _activations(shape))
-        task = CausalLM.for_model(model, chunk_tokens=shape.loss_chunk_tokens)
+        task = task_kind(shape.task).make_task(
+            TaskInputs(model, shape.task_settings, chunk_tokens=shape.loss_chunk_tokens)
+        )
         with tracker.component("optimizer states"):
             optimizer = AdapterAdamW(parameters, kind=shape.optimizer)
         self._account(tracker, parameters, optimizer)
-        batch = task.prepare(full_batch(shape))
+        batch = task.prepare(full_batch(shape, model.config))
         model.train()
         tracker.mark(RESET_PEAK)
         for step in range(2):
@@ -219,14 +227,19 @@ def _activations(shape: RunShape) -> Activation | Sequence[Activation]:
     return shape.activations
 
 
-def full_batch(shape: RunShape) -> dict[str, Tensor]:
-    """The largest micro-batch of a run, on the host: full length, every token trained."""
-    size = (shape.micro_batch_size, shape.seq_len)
-    batch = {
-        "input_ids": torch.zeros(size, dtype=torch.int64),
-        "labels": torch.zeros(size, dtype=torch.int64),
-    }
-    if shape.padded:
-        batch["attention_mask"] = torch.ones(size, dtype=torch.int64)
-        batch["attention_mask"][0, -1] = 0
-    return batch
+def _with_heads(model: Any, shape: RunShape) -> AdapterSpec:
+    if not task_kind(shape.task).new_head:
+        return shape.adapter
+    saved = dict.fromkeys((*shape.adapter.modules_to_save, *trained_heads(model)))
+    return replace(shape.adapter, modules_to_save=tuple(saved))
+
+
+def full_batch(shape: RunShape, config: Any = None) -> dict[str, Tensor]:
+    """The largest micro-batch of a run, on the host; a causal model's needs no configuration."""
+    return task_kind(shape.task).weightless_batch(
+        config,
+        rows=shape.micro_batch_size,
+        tokens=shape.seq_len,
+        padded=shape.padded,
+        settings=shape.task_settings,
+    )

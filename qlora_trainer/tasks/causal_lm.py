@@ -16,8 +16,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
+from qlora_trainer.data.encode import Encoder
 from qlora_trainer.errors import UserError
+from qlora_trainer.tasks.kind import EncoderInputs, TaskInputs, TaskKind
 from qlora_trainer.tasks.linear_cross_entropy import (
     chunk_logits,
     default_chunk_tokens,
@@ -127,6 +130,11 @@ class CausalLM:
         """Held-out loss falls, token accuracy rises."""
         return {"loss": False, "token_accuracy": True}
 
+    @property
+    def best_metric(self) -> str:
+        """The loss."""
+        return "loss"
+
     def prepare(self, batch: Batch) -> dict[str, Tensor]:
         """Find trained positions; drop a mask and positions that say nothing.
 
@@ -213,3 +221,37 @@ def _untyped(model: nn.Module) -> Any:
 def _inputs(batch: Batch) -> dict[str, Any]:
     names = ("input_ids", "attention_mask", "position_ids")
     return {"use_cache": False, **{name: batch[name] for name in names if name in batch}}
+
+
+def _encoder(inputs: EncoderInputs) -> Encoder:
+    return Encoder(inputs.tokenizer, chat_template=inputs.chat_template, loss_on=inputs.loss_on)
+
+
+def _task(inputs: TaskInputs) -> CausalLM:
+    return CausalLM.for_model(inputs.model, chunk_tokens=inputs.chunk_tokens)
+
+
+def weightless_batch(
+    config: Any, *, rows: int, tokens: int, padded: bool, settings: Mapping[str, Any]
+) -> dict[str, Tensor]:
+    """Full length, every token trained: the loss then makes the most chunks of logits."""
+    size = (rows, tokens)
+    batch = {
+        "input_ids": torch.zeros(size, dtype=torch.int64),
+        "labels": torch.zeros(size, dtype=torch.int64),
+    }
+    if padded:
+        batch["attention_mask"] = torch.ones(size, dtype=torch.int64)
+        batch["attention_mask"][0, -1] = 0
+    return batch
+
+
+KIND = TaskKind(
+    name="causal-lm",
+    auto_class=AutoModelForCausalLM,
+    peft_type="CAUSAL_LM",
+    make_encoder=_encoder,
+    make_task=_task,
+    weightless_batch=weightless_batch,
+    packing=True,
+)

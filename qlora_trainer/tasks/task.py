@@ -5,8 +5,10 @@ device, so that neither the step nor the evaluation ever asks a device how many 
 on CUDA that question costs a synchronisation, on weightless (`meta`) tensors it has no answer.
 """
 
-from collections.abc import Mapping
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +22,11 @@ class Task(Protocol):
     @property
     def metrics(self) -> Mapping[str, bool]:
         """Names of the evaluation's metrics; True where greater is better."""
+        ...
+
+    @property
+    def best_metric(self) -> str:
+        """The one that tells the best adapter, unless the run file names another."""
         ...
 
     def prepare(self, batch: Batch) -> dict[str, Tensor]:
@@ -36,6 +43,42 @@ class Task(Protocol):
 
     def evaluate(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """Sums over trained tokens, by name: `loss` and the task's metrics; no graph."""
+        ...
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What predictions are worth, where that is no sum over rows.
+
+    Attributes:
+        metrics: Figures by name.
+        report: The same in full, as text with lines, for people.
+        pictures: File name -> what draws it.
+    """
+
+    metrics: dict[str, float]
+    report: str = ""
+    pictures: dict[str, Callable[[Path], None]] = field(default_factory=dict)
+
+
+@runtime_checkable
+class ScoredTask(Task, Protocol):
+    """A task whose predictions are gathered and scored together."""
+
+    def evaluate_rows(self, model: nn.Module, batch: Batch) -> tuple[dict[str, Tensor], list[Any]]:
+        """Sums as `evaluate`, and one prediction (a JSON value) per row of a prepared batch."""
+        ...
+
+    def predict(self, model: nn.Module, batch: Batch) -> list[Any]:
+        """One prediction per row; the batch need not know the answers."""
+        ...
+
+    def score(self, predictions: Sequence[Any], references: Sequence[Any]) -> Scores:
+        """Hold predictions against references, both in the order of the data set."""
+        ...
+
+    def tell(self, predictions: Sequence[Any], references: Sequence[Any]) -> list[dict[str, Any]]:
+        """What was predicted for each record (of which there may be several rows), in order."""
         ...
 
 

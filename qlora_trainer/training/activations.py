@@ -16,6 +16,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from qlora_trainer.base.select import trained_heads
+
 Activation = Literal["keep", "recompute"]
 _PLAIN_FORWARD = "_forward_that_keeps_activations"
 
@@ -64,9 +66,10 @@ def _trained_before(model: nn.Module, layers: Sequence[nn.Module]) -> bool:
     later = {id(p) for layer in layers for p in layer.parameters()}
     inputs = getattr(model, "get_input_embeddings", lambda: None)()
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    if head is not None:
-        tied = set() if inputs is None else {id(p) for p in inputs.parameters()}
-        later |= {id(p) for p in head.parameters()} - tied
+    tied = set() if inputs is None else {id(p) for p in inputs.parameters()}
+    heads = [] if head is None else [head]
+    heads += [model.get_submodule(path) for path in trained_heads(model)]
+    later |= {id(p) for above in heads for p in above.parameters()} - tied
     return any(p.requires_grad and id(p) not in later for p in model.parameters())
 
 
