@@ -47,6 +47,7 @@ class Example:
         columns: Further arrays of the row, by the names the encoder declares.
         reference: What a prediction is scored against and told with; any JSON value.
         lost_tokens: Cut off by an encoder that cuts for itself.
+        too_long: Over another limit than `data.max_seq_len`; dropped as what is over that one.
     """
 
     input_ids: list[int]
@@ -56,6 +57,7 @@ class Example:
     columns: Mapping[str, Sequence[float]] = field(default_factory=dict)
     reference: Any = None
     lost_tokens: int = 0
+    too_long: bool = False
 
     @property
     def labels(self) -> list[int]:

@@ -73,11 +73,23 @@ def recognise_format(records: Iterable[Mapping[str, Any]], columns: Mapping[str,
 
 
 def rename(record: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
-    """The record under our field names; a column that was named must be there."""
+    """The record under our field names; a column that was named must be there.
+
+    A dot reaches into an object, where no column has the whole name.
+
+    >>> rename({"pair": {"en": "cat", "de": "Katze"}}, {"source": "pair.en", "target": "pair.de"})
+    {'pair': {'en': 'cat', 'de': 'Katze'}, 'source': 'cat', 'target': 'Katze'}
+    """
     renamed = {key: value for key, value in record.items() if key not in columns.values()}
     for ours, theirs in columns.items():
         if theirs in record:
             renamed[ours] = record[theirs]
+        elif "." in theirs:
+            value: Any = record
+            for part in theirs.split("."):
+                value = value.get(part) if isinstance(value, Mapping) else None
+            if value is not None:
+                renamed[ours] = value
     return renamed
 
 

@@ -36,7 +36,7 @@ class LengthPolicy:
         self.rows += 1
         length = len(example.input_ids)
         self.longest = max(self.longest, length + example.lost_tokens)
-        if length <= self.max_seq_len:
+        if length <= self.max_seq_len and not example.too_long:
             self.long_rows += example.lost_tokens > 0  # its encoder has cut it
             self.lost_tokens += example.lost_tokens
             return example
