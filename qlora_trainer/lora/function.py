@@ -19,6 +19,7 @@ is drawn again from one integer. Adapters of another dtype than `x` are cast to 
 theirs. Given up: gradients of gradients, and gradients for the base.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -49,6 +50,64 @@ def dropout_mask(x: Tensor, dropout: float, seed: int) -> Tensor:
     return mask.bernoulli_(1 - dropout, generator=generator).div_(1 - dropout)
 
 
+def low_rank_product(
+    rows: Tensor,
+    base: nn.Module,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    scale: float,
+    dropout: float,
+    seed: int,
+) -> Tensor:
+    """`base(rows)`, plus the low-rank product where there are factors: (N, in) -> (N, out)."""
+    y = F.linear(rows, dense_weight(base, rows.dtype), dense_bias(base, rows.dtype))  # (N, out)
+    if lora_A is not None and lora_B is not None:
+        dropped = rows * dropout_mask(rows, dropout, seed) if dropout else rows
+        h = dropped @ lora_A.to(rows.dtype).t()  # (N, r)
+        y.addmm_(h, lora_B.to(rows.dtype).t(), alpha=scale)
+    return y
+
+
+def low_rank_gradients(
+    g: Tensor,
+    rows: Tensor,
+    base: nn.Module,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    scale: float,
+    dropout: float,
+    seed: int,
+    needed: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of rows (N, in), A and B from `g` (N, out), each only where it is needed.
+
+    Those of the factors are in the dtype of `rows`; without factors only `rows` is asked for.
+    """
+    need_x, need_A, need_B = needed
+    if lora_A is None or lora_B is None:
+        return (g @ dense_weight(base, rows.dtype) if need_x else None), None, None
+    a, b = lora_A.to(rows.dtype), lora_B.to(rows.dtype)
+    mask = dropout_mask(rows, dropout, seed) if dropout else None
+    grad_x = grad_A = grad_B = None
+    u = (g @ b).mul_(scale) if need_x or need_A else None  # (N, r)
+    if need_A or need_B:
+        dropped = rows if mask is None else rows * mask
+        if need_A:
+            assert u is not None
+            grad_A = u.t() @ dropped
+        if need_B:
+            grad_B = (g.t() @ (dropped @ a.t())).mul_(scale)
+        del dropped
+    if need_x:
+        assert u is not None
+        grad_x = g @ dense_weight(base, rows.dtype)  # (N, in)
+        if mask is None:
+            grad_x.addmm_(u, a)
+        else:
+            grad_x.addcmul_(u @ a, mask)
+    return grad_x, grad_A, grad_B
+
+
 class LowRankLinearFunction(torch.autograd.Function):
     """`y = base(x) + scale * dropout(x) A^T B^T`; see the module's docstring for the algebra."""
 
@@ -67,10 +126,7 @@ class LowRankLinearFunction(torch.autograd.Function):
         ctx.base, ctx.scale, ctx.dropout = base, scale, dropout
         ctx.seed = draw_dropout_seed() if dropout else 0
         rows = x.reshape(-1, x.shape[-1])  # (N, in)
-        y = F.linear(rows, dense_weight(base, x.dtype), dense_bias(base, x.dtype))  # (N, out)
-        dropped = rows * dropout_mask(rows, dropout, ctx.seed) if dropout else rows
-        h = dropped @ lora_A.to(x.dtype).t()  # (N, r)
-        y.addmm_(h, lora_B.to(x.dtype).t(), alpha=scale)
+        y = low_rank_product(rows, base, lora_A, lora_B, scale, dropout, ctx.seed)
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
@@ -78,27 +134,17 @@ class LowRankLinearFunction(torch.autograd.Function):
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x, A and B, each only where it is needed."""
         x, lora_A, lora_B = ctx.saved_tensors
-        need_x, need_A, need_B = ctx.needs_input_grad[:3]
         g = grad_y.reshape(-1, grad_y.shape[-1])  # (N, out)
         rows = x.reshape(-1, x.shape[-1])  # (N, in)
-        a, b = lora_A.to(x.dtype), lora_B.to(x.dtype)
-        mask = dropout_mask(rows, ctx.dropout, ctx.seed) if ctx.dropout else None
-        grad_x = grad_A = grad_B = None
-        u = (g @ b).mul_(ctx.scale) if need_x or need_A else None  # (N, r)
-        if need_A or need_B:
-            dropped = rows if mask is None else rows * mask
-            if need_A:
-                assert u is not None
-                grad_A = (u.t() @ dropped).to(lora_A.dtype)
-            if need_B:
-                grad_B = (g.t() @ (dropped @ a.t())).mul_(ctx.scale).to(lora_B.dtype)
-            del dropped
-        if need_x:
-            assert u is not None
-            grad_x = g @ dense_weight(ctx.base, x.dtype)  # (N, in)
-            if mask is None:
-                grad_x.addmm_(u, a)
-            else:
-                grad_x.addcmul_(u @ a, mask)
-            grad_x = grad_x.view(x.shape)
-        return grad_x, grad_A, grad_B, None, None, None
+        grad_x, grad_A, grad_B = low_rank_gradients(
+            g, rows, ctx.base, lora_A, lora_B, ctx.scale, ctx.dropout, ctx.seed,
+            ctx.needs_input_grad[:3],
+        )  # fmt: skip
+        return (
+            None if grad_x is None else grad_x.view(x.shape),
+            None if grad_A is None else grad_A.to(lora_A.dtype),
+            None if grad_B is None else grad_B.to(lora_B.dtype),
+            None,
+            None,
+            None,
+        )
