@@ -1,6 +1,12 @@
-"""TensorBoard and Weights & Biases through accelerate's trackers; nothing is sent unless asked."""
+"""TensorBoard and Weights & Biases through accelerate's trackers; nothing is sent unless asked.
 
-from collections.abc import Mapping, Sequence
+All they write lies in the run folder, Weights & Biases' own logs of its service included; with
+`WANDB_MODE=offline` it needs no account and no network.
+"""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +31,10 @@ class AccelerateTracker:
 
 
 def require_trackers(names: Sequence[str]) -> None:
-    """See that the trackers asked for can be started.
+    """See that the trackers asked for can be started; on a terminal Weights & Biases may ask.
 
     Raises:
-        UserError: One is not installed; says which extra brings it.
+        UserError: One is not installed (says which extra brings it), or has no account to log to.
     """
     if not names:
         return
@@ -41,6 +47,20 @@ def require_trackers(names: Sequence[str]) -> None:
             "output.trackers: not installed",
             [f"{n}: pip install 'qlora-trainer[{_EXTRAS.get(n, n)}]'" for n in missing],
         )
+    if "wandb" in names:
+        import wandb
+
+        try:
+            wandb.login(verify=False)  # whether there is a key, without asking the server
+        except (wandb.Error, TimeoutError) as error:
+            raise _wandb_refusal(error) from None
+
+
+def _wandb_refusal(error: Exception) -> UserError:
+    return UserError(
+        f"output.trackers = ['wandb']: Weights & Biases cannot be started ({error}); run "
+        "`wandb login`, or set WANDB_MODE=offline in the environment, or leave it out"
+    )
 
 
 def open_trackers(
@@ -55,7 +75,7 @@ def open_trackers(
         settings: Flat values stored with the run.
 
     Raises:
-        UserError: One is not installed.
+        UserError: One is not installed, or cannot be started.
     """
     require_trackers(names)
     if not names:
@@ -72,9 +92,33 @@ def open_trackers(
     for name in names:
         if name == "tensorboard":
             tracker = TensorBoardTracker(run_name, logging_dir=folder)
+            tracker.start()
         else:
             tracker = WandBTracker(run_name, dir=str(folder))
-        tracker.start()
+            _start_wandb(tracker, folder)
         tracker.store_init_configuration(plain)
         opened.append(AccelerateTracker(tracker))
     return opened
+
+
+def _start_wandb(tracker: Any, folder: Path) -> None:
+    from wandb import Error
+
+    try:
+        with _variable("WANDB_CACHE_DIR", str(folder / "wandb" / "cache")):
+            tracker.start()
+    except Error as error:
+        raise _wandb_refusal(error) from None
+
+
+@contextmanager
+def _variable(name: str, value: str) -> Iterator[None]:
+    """An environment variable for the processes started within, unless the user has set it."""
+    if name in os.environ:
+        yield
+        return
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        del os.environ[name]
