@@ -1,10 +1,11 @@
-"""What each decoder layer does with its activations: keep them, or compute them again.
+"""What each decoder layer does with its activations: keep, compute again, or offload its input.
 
 transformers' layers read `gradient_checkpointing` and `_gradient_checkpointing_func` from
 themselves, so setting both on an *instance* gives every layer its own plan without patching
 anything. A layer of another kind gets its forward wrapped, on the instance. Recomputation restores
 the random state, so gradients are those of a kept layer, bit for bit, dropout included. Below the
-lowest trained parameter nothing is needed in the backward, and nothing is computed again.
+lowest trained parameter nothing is needed in the backward, and nothing is computed again. An
+offloaded layer is a recomputed one whose input waits in host memory (`offload.py`).
 """
 
 import functools
@@ -17,34 +18,45 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qlora_trainer.base.select import trained_heads
+from qlora_trainer.training.offload import Offload, Transfers
 
-Activation = Literal["keep", "recompute"]
+Activation = Literal["keep", "recompute", "offload"]
 _PLAIN_FORWARD = "_forward_that_keeps_activations"
+_CHECKPOINT = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=True)
 
 
 @dataclass(frozen=True)
 class ActivationPlan:
-    """What was set, by layer path; `recompute` layers below the lowest adapter became `keep`."""
+    """What was set, by layer path; layers below the lowest adapter became `keep`."""
 
     layers: dict[str, Activation]
 
     @property
     def recomputed(self) -> int:
         """Layers computed again in the backward."""
-        return sum(choice == "recompute" for choice in self.layers.values())
+        return sum(choice != "keep" for choice in self.layers.values())
+
+    @property
+    def offloaded(self) -> int:
+        """Layers whose input waits in host memory."""
+        return sum(choice == "offload" for choice in self.layers.values())
 
 
 def plan_activations(
     model: nn.Module,
     layers: Sequence[tuple[str, nn.Module]],
     wanted: Activation | Sequence[Activation],
+    *,
+    transfers: Transfers | None = None,
 ) -> ActivationPlan:
     """Set every layer's plan; call it again to change it.
 
     Args:
         model: Adapters already on it.
         layers: Its decoder layers in the order they run, by path.
-        wanted: One choice for all, or one per layer.
+        wanted: One choice for all, or one per layer. The last layer is never offloaded: the
+            backward begins with it.
+        transfers: Moves offloaded inputs; made for the model's device unless given.
 
     Raises:
         ValueError: As many choices as layers are needed.
@@ -57,7 +69,16 @@ def plan_activations(
     for (name, layer), choice in zip(layers, choices, strict=True):
         trained_below = trained_below or any(p.requires_grad for p in layer.parameters())
         plan[name] = choice if trained_below else "keep"
-        _set(layer, recompute=plan[name] == "recompute")
+    if layers and plan[layers[-1][0]] == "offload":
+        plan[layers[-1][0]] = "recompute"
+    offload = None
+    if "offload" in plan.values():
+        offload = Offload(transfers or Transfers(next(model.parameters()).device))
+    again: Callable[..., Any] = _CHECKPOINT
+    for name, layer in layers:
+        if offload is not None:
+            again = offload.layer(to_host=plan[name] == "offload")
+        _set(layer, None if plan[name] == "keep" else again)
     return ActivationPlan(plan)
 
 
@@ -73,16 +94,16 @@ def _trained_before(model: nn.Module, layers: Sequence[nn.Module]) -> bool:
     return any(p.requires_grad and id(p) not in later for p in model.parameters())
 
 
-def _set(layer: nn.Module, *, recompute: bool) -> None:
-    again = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=True)
+def _set(layer: nn.Module, again: Callable[..., Any] | None) -> None:
+    """Let `again(forward, *args)` run the layer in training; None: its forward as it is."""
     if isinstance(layer, GradientCheckpointingLayer):
-        layer.gradient_checkpointing = recompute
+        layer.gradient_checkpointing = again is not None
         layer._gradient_checkpointing_func = again
         return
     plain: Callable[..., Any] | None = layer.__dict__.pop(_PLAIN_FORWARD, None)
     if plain is not None:
         layer.forward = plain
-    if not recompute:
+    if again is None:
         return
     forward = layer.forward
 
