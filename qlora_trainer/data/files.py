@@ -14,53 +14,16 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any
 
+from qlora_trainer.data.conll import read_conll
 from qlora_trainer.data.faults import Fault, FaultLog, json_kind
+from qlora_trainer.data.squad import is_squad, read_squad
+from qlora_trainer.data.text_lines import Row, looks_utf16, not_utf8, open_binary, read_lines
 
 _BUFFER_CHARS = 1 << 20
 _ONE_PER_LINE = "write one JSON object per line (JSONL), or one list of objects"
-
-
-@dataclass(frozen=True)
-class Row:
-    """One record and where it came from (`train.jsonl:17`, `train.parquet row 3`)."""
-
-    record: dict[str, Any]
-    where: str
-
-
-def _open(path: Path) -> BinaryIO:
-    if path.suffix == ".gz":
-        return cast(BinaryIO, gzip.open(path, "rb"))
-    return path.open("rb")
-
-
-def _not_utf8(path: Path, line: int, error: UnicodeDecodeError) -> Fault:
-    bad = error.object[error.start]
-    return Fault(
-        f"{path}:{line}",
-        f"not UTF-8 (byte 0x{bad:02x} at byte {error.start + 1} of the line)",
-        "save the file as UTF-8 (for example `iconv -f LATIN1 -t UTF-8 OLD > NEW`)",
-        "not UTF-8",
-    )
-
-
-def _looks_utf16(path: Path) -> bool:
-    with _open(path) as handle:
-        return handle.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-
-
-def _lines(path: Path, faults: FaultLog) -> Iterator[tuple[int, str]]:
-    """Number and text of every line; a line that is not UTF-8 becomes a fault and is left out."""
-    with _open(path) as handle:
-        for number, raw in enumerate(handle, 1):
-            try:
-                yield number, raw.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                faults.add(_not_utf8(path, number, error))
 
 
 def _as_row(value: Any, where: str, faults: FaultLog) -> Iterator[Row]:
@@ -73,7 +36,7 @@ def _as_row(value: Any, where: str, faults: FaultLog) -> Iterator[Row]:
 
 def read_json_lines(path: Path, faults: FaultLog) -> Iterator[Row]:
     """One object per line; blank lines are skipped, broken ones become faults."""
-    for number, line in _lines(path, faults):
+    for number, line in read_lines(path, faults):
         if not line.strip():
             continue
         where = f"{path}:{number}"
@@ -93,7 +56,7 @@ def read_json_list(
     path: Path, faults: FaultLog, buffer_chars: int = _BUFFER_CHARS
 ) -> Iterator[Row]:
     """The objects of one JSON list, parsed out of a moving buffer."""
-    with _open(path) as handle:
+    with open_binary(path) as handle:
         text = codecs.getreader("utf-8-sig")(handle)
         buffer, position, want = "", 0, buffer_chars
         line, counted, number = 1, 0, 0  # `line` is that of character `counted`
@@ -104,7 +67,7 @@ def read_json_list(
                 more = text.read(want)
             except UnicodeDecodeError as error:
                 at = line + buffer.count("\n") + error.object[: error.start].count(b"\n")
-                faults.add(_not_utf8(path, at, error))
+                faults.add(not_utf8(path, at, error))
                 return
             buffer, position, counted = buffer + more, 0, 0
             try:
@@ -167,16 +130,18 @@ def _check_rest(path: Path, rest: str, line: int, faults: FaultLog) -> None:
 
 
 def read_json(path: Path, faults: FaultLog) -> Iterator[Row]:
-    """A JSON list or JSON lines, told apart by the first character, whatever the file's suffix."""
-    with _open(path) as handle:
+    """A JSON list, JSON lines or a SQuAD file, told apart by how it begins, whatever its suffix."""
+    with open_binary(path) as handle:
         head = handle.read(4096).removeprefix(codecs.BOM_UTF8).lstrip()
+    if is_squad(head):
+        return read_squad(path, faults)
     return (read_json_list if head.startswith(b"[") else read_json_lines)(path, faults)
 
 
 def read_csv(path: Path, faults: FaultLog) -> Iterator[Row]:
     """Comma, semicolon or tab separated values under one header line."""
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-    lines = (line for _, line in _lines(path, faults))
+    lines = (line for _, line in read_lines(path, faults))
     header_line = next(lines, "")
     counts = {mark: header_line.count(mark) for mark in (",", "\t", ";")}
     delimiter = max(counts, key=lambda mark: counts[mark])
@@ -208,7 +173,7 @@ def read_csv(path: Path, faults: FaultLog) -> Iterator[Row]:
 
 def read_text(path: Path, faults: FaultLog) -> Iterator[Row]:
     """Every line that is not blank is one row with a `text` field."""
-    for number, line in _lines(path, faults):
+    for number, line in read_lines(path, faults):
         if line.strip():
             yield Row({"text": line.rstrip("\r\n")}, f"{path}:{number}")
 
@@ -247,6 +212,9 @@ READERS: dict[str, Callable[[Path, FaultLog], Iterator[Row]]] = {
     ".tsv": read_csv,
     ".txt": read_text,
     ".parquet": read_parquet,
+    ".conll": read_conll,
+    ".bio": read_conll,
+    ".iob": read_conll,
 }
 
 
@@ -261,7 +229,7 @@ def read_file(path: Path, faults: FaultLog) -> Iterator[Row]:
     """The rows of one file of a known type."""
     reader = READERS[file_type(path) or ".jsonl"]
     try:
-        if reader is not read_parquet and _looks_utf16(path):
+        if reader is not read_parquet and looks_utf16(path):
             remedy = "save it as UTF-8 (for example `iconv -f UTF-16 -t UTF-8 OLD > NEW`)"
             faults.add(Fault(f"{path}:1", "not UTF-8 but UTF-16", remedy, "not UTF-8"))
             return

@@ -11,12 +11,12 @@ from typing import Any
 
 from qlora_trainer.data.encode import Example
 from qlora_trainer.data.faults import FaultLog, RowError, TooManyFaults
-from qlora_trainer.data.files import Row
 from qlora_trainer.data.formats import FORMATS, rename
 from qlora_trainer.data.length import LengthPolicy
 from qlora_trainer.data.read import OpenedSource, no_rows
 from qlora_trainer.data.rows import RecordEncoder
 from qlora_trainer.data.store import StoreWriter
+from qlora_trainer.data.text_lines import Row
 from qlora_trainer.errors import UserError
 
 ROWS_PER_CALL = 256  # rows per tokenizer call

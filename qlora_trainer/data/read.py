@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from qlora_trainer.data.faults import Fault, FaultLog
-from qlora_trainer.data.files import READERS, Row, file_type, read_file, without_nulls
+from qlora_trainer.data.files import READERS, file_type, read_file, without_nulls
+from qlora_trainer.data.text_lines import Row
 from qlora_trainer.errors import UserError
 
 _KNOWN = ", ".join(READERS)
