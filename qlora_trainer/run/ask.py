@@ -46,7 +46,7 @@ def load_trained(folder: str | Path, *, reporter: Reporter | None = None) -> Tra
     Raises:
         UserError: The folder is no finished run, or its base has changed or gone.
     """
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     if not (folder / "adapter").is_dir():
         raise UserError(f"{folder}: holds no adapter (no finished run); `qlora train` writes one")
     run = read_run_file(folder / "run.yaml")

@@ -13,7 +13,9 @@ result.json        how the run ended; there only when it is complete
 """
 
 import json
+import os
 import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from qlora_trainer.errors import UserError
 from qlora_trainer.training.lock import FolderLock
 
 MARKER = ".qlora-run"  # tells a run folder from any folder that happens to hold a run.yaml
+_DISCARDED = ".discarded-"
 # In the order they are discarded: cut short, no state is left to be taken for a later run's, and
 # what says that a run stands here goes last.
 _OURS = (
@@ -80,7 +83,12 @@ class RunFolder:
         """Make room for what is about to be written: with `restart` the earlier run goes now.
 
         Call it when nothing is left that could refuse the new run.
+
+        Raises:
+            UserError: The earlier run cannot be discarded; it stands as it was.
         """
+        for leftover in self.path.glob(f"{_DISCARDED}*"):  # of a process cut short
+            shutil.rmtree(leftover, ignore_errors=True)
         if self._restart:
             self._discard()
 
@@ -142,12 +150,25 @@ class RunFolder:
             ) from None
 
     def _discard(self) -> None:
-        for name in _OURS:
-            entry = self.path / name
-            if entry.is_dir() and not entry.is_symlink():
-                shutil.rmtree(entry)
-            else:
-                entry.unlink(missing_ok=True)
+        # Renamed out of the way before the first byte goes: a fault on the way is undone.
+        moved: list[str] = []
+        aside: Path | None = None
+        try:
+            aside = Path(tempfile.mkdtemp(prefix=_DISCARDED, dir=self.path))
+            for name in filter(lambda name: os.path.lexists(self.path / name), _OURS):
+                (self.path / name).rename(aside / name)
+                moved.append(name)
+        except OSError as error:
+            if aside is not None:
+                for name in moved:
+                    (aside / name).rename(self.path / name)
+                aside.rmdir()
+            raise UserError(
+                f"{self.path}: the run there cannot be discarded ({error.strerror}: "
+                f"{error.filename}); it stands as it was. Mend the folder or name another "
+                "output.folder"
+            ) from error
+        shutil.rmtree(aside, ignore_errors=True)
 
     def _earlier(self) -> dict[str, Any] | None:
         """Settings of the unfinished run in the folder.

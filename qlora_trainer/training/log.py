@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
 from qlora_trainer.base.files import write_atomically
+from qlora_trainer.errors import UserError
 from qlora_trainer.units import format_bytes, format_seconds
 
 Phase = Literal["step", "evaluate", "save"]
@@ -164,8 +165,12 @@ class RunLog:
         self.say(f"step {step}: held-out {shown}")
 
     def _write(self, record: Mapping[str, Any]) -> None:
-        with self._file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        line = json.dumps(record)
+        try:
+            with self._file.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+        except OSError as error:
+            raise _refusal(self._file, error, f"; the line that is not in it: {line}") from error
         numbers = {k: float(v) for k, v in record.items() if k not in ("kind", "step")}
         for tracker in self._trackers:
             tracker.log(numbers, int(record["step"]))
@@ -185,24 +190,38 @@ class RunLog:
 def read_metrics(file: Path) -> list[dict[str, Any]]:
     """Read whole lines; a line torn by a kill is left out."""
     records = []
-    if file.is_file():
-        for line in file.read_text(encoding="utf-8").splitlines():
+    if file.exists():
+        for line in file.read_bytes().splitlines():
             try:
                 records.append(json.loads(line))
-            except json.JSONDecodeError:
+            except ValueError:  # not JSON, or bytes that are no text
                 break
     return records
 
 
 def cut_metrics(file: Path, step: int, *, evaluated: bool = True) -> None:
-    """Keep the lines up to a step; of an evaluation at that step only with `evaluated`."""
-    if not file.is_file():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        return
-    kept = [
-        json.dumps(record) + "\n"
-        for record in read_metrics(file)
-        if record["step"] < step
-        or (record["step"] == step and (evaluated or record["kind"] != "eval"))
-    ]
-    write_atomically(file, lambda path: path.write_text("".join(kept), encoding="utf-8"))
+    """Keep the lines up to a step; of an evaluation at that step only with `evaluated`.
+
+    Raises:
+        UserError: The file or its folder cannot be written.
+    """
+    try:
+        if not file.exists():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            return
+        kept = [
+            json.dumps(record) + "\n"
+            for record in read_metrics(file)
+            if record["step"] < step
+            or (record["step"] == step and (evaluated or record["kind"] != "eval"))
+        ]
+        write_atomically(file, lambda path: path.write_text("".join(kept), encoding="utf-8"))
+    except OSError as error:
+        raise _refusal(file, error, "") from error
+
+
+def _refusal(file: Path, error: OSError, more: str) -> UserError:
+    return UserError(
+        f"{file}: cannot be written ({error.strerror}); saved states are untouched. Make room or "
+        f"mend the folder, then run the same command again{more}"
+    )

@@ -66,6 +66,8 @@ class _Loop:
                     course.first_evaluation = self._measure()
                 self._train(stop)
                 return self._finish(stop)
+            # Whatever it is (a disk, the card, a fault of ours), what is good is kept and the error
+            # goes on. Leaving at once (a second Ctrl-C) is no Exception and saves nothing.
             except Exception:
                 self._saver.save_before_leaving(self._course)
                 raise

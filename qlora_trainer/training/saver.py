@@ -95,7 +95,7 @@ class Saver:
             return
         try:
             self.save(course)
-        except (UserError, RuntimeError, OSError) as error:
+        except (UserError, RuntimeError, OSError, MemoryError) as error:
             run.log.say(f"the state after step {step} could not be saved either: {error}")
             return
         run.log.say(

@@ -84,6 +84,21 @@ def test_every_choice_trains(make_run: Make, sections: dict[str, Any]) -> None:
     assert held_out_metrics(trained)["loss"] == pytest.approx(result.metrics["loss"], rel=2e-3)
 
 
+def test_a_tilde_in_the_output_folder_is_the_users_home(
+    make_run: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home, here = tmp_path / "home", tmp_path / "here"
+    here.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("USERPROFILE", str(home))
+    monkeypatch.chdir(here)
+    result = train(make_run(output={"folder": "~/runs/a"}, train={"max_steps": 1}))
+    assert result.folder == home / "runs" / "a"
+    assert load_run(result.folder / "run.yaml").output.folder == str(home / "runs" / "a")
+    assert load_trained("~/runs/a").run.train.max_steps == 1
+    assert list(here.iterdir()) == []
+
+
 def test_a_finished_run_is_kept_and_a_changed_one_is_not_mixed(make_run: Make) -> None:
     train(make_run())
     with pytest.raises(UserError, match=r"finished run.*--restart"):
