@@ -73,21 +73,32 @@ def replace_folder(folder: Path, fill: Callable[[Path], object]) -> None:
     try:
         fill(temporary)
         _give_usual_mode(temporary, 0o777)
-        for root, _, names in os.walk(temporary):
-            for name in names:
-                sync_file(Path(root, name))
-            sync_folder(Path(root))
-        if folder.exists():
-            folder.rename(aside)
-        try:
-            temporary.rename(folder)
-        except OSError:
-            if aside.exists():
-                aside.rename(folder)
-            raise
-        sync_folder(folder.parent)
+        put_in_place(temporary, folder, aside)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def put_in_place(filled: Path, folder: Path, aside: Path) -> None:
+    """Force a filled folder to disk and let it take the place of another.
+
+    Args:
+        filled: Beside `folder`.
+        folder: Where it shall stand; what stands there is deleted once the new one does.
+        aside: What stood there waits here between the two renames.
+    """
+    for root, _, names in os.walk(filled):
+        for name in names:
+            sync_file(Path(root, name))
+        sync_folder(Path(root))
+    if folder.exists():
+        folder.rename(aside)
+    try:
+        filled.rename(folder)
+    except OSError:
+        if aside.exists():
+            aside.rename(folder)
+        raise
+    sync_folder(folder.parent)
     shutil.rmtree(aside, ignore_errors=True)
 
 

@@ -11,18 +11,21 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from qlora_trainer.export.adapter import fit_adapter
 from qlora_trainer.export.combine import combine_adapters
 from qlora_trainer.export.companions import copy_tokenizer
 from qlora_trainer.export.export import Exported, export_merged
-from qlora_trainer.export.folder import building, check_disk
+from qlora_trainer.export.folder import building, check_disk, check_target
 from qlora_trainer.export.merge import Progress
-from qlora_trainer.export.merged import prepare
+from qlora_trainer.export.merged import plain_model
 from qlora_trainer.export.proof import ProofRequest
 from qlora_trainer.export.report import REPORT_NAME, base_name
 from qlora_trainer.export.serving import ServingNote, serving_notes
 from qlora_trainer.export.source import ExportSource
 from qlora_trainer.lora.files import WEIGHTS_NAME
 from qlora_trainer.lora.peft_config import CONFIG_NAME
+
+HEADS = ("lm_head.weight", "embed_out.weight")
 
 
 def notes_for(source: ExportSource) -> list[ServingNote]:
@@ -31,19 +34,16 @@ def notes_for(source: ExportSource) -> list[ServingNote]:
     Raises:
         UserError: The adapter is broken or of another base.
     """
-    prepared = prepare(
-        source.base_folder, source.adapter_folder, source.model_class, source.spec,
-        dtype="bf16", config_changes=source.config_changes,
-    )  # fmt: skip
-    adapter = prepared.adapter
-    heads = ("lm_head.weight", "embed_out.weight")
+    plain = plain_model(source.base_folder, source.model_class, source.spec, source.config_changes)
+    adapter = fit_adapter(source.adapter_folder, plain.model)
+    tied: dict[str, str] = dict(plain.model.all_tied_weights_keys)
     return serving_notes(
         rank=adapter.spec.rank,
         kinds=sorted({update.kind for update in adapter.updates.values()}),
         modules_to_save=adapter.spec.modules_to_save,
         rank_pattern=tuple(adapter.spec.rank_pattern.values()),
-        adapts_head=any(name.endswith(heads) for name in adapter.updates),
-        tied_head=prepared.config_changes.get("tie_word_embeddings") is False,
+        adapts_head=any(name.endswith(HEADS) for name in adapter.updates),
+        tied_head=any(name.endswith(HEADS) for name in (*tied, *tied.values())),
     )
 
 
@@ -58,6 +58,7 @@ def export_adapter(source: ExportSource, out: Path, *, overwrite: bool = False) 
     Raises:
         UserError: The adapter is broken or of another base, or `out` cannot be written.
     """
+    check_target(out, overwrite=overwrite, sources=source.folders)
     notes = notes_for(source)
     files = [entry for entry in sorted(source.adapter_folder.iterdir()) if entry.is_file()]
     check_disk(out, sum(file.stat().st_size for file in files))

@@ -92,10 +92,10 @@ def merged_blocks(
             yield block
             continue
         flat = block.reshape(stop - start, -1)
-        if left is None or right is None:
-            total = flat.float()
-        else:
-            total = torch.addmm(flat.float(), left[start:stop], right)
+        # Of its own, so that the sum can be made in place: one pass over the block less.
+        total = flat.to(torch.float32, copy=left is not None)
+        if left is not None and right is not None:
+            total.addmm_(left[start:stop], right)
         written = total.to(dtype)
         _measure(total, written, loss, of_itself=update is None)
         if update is not None and not loss.changed:

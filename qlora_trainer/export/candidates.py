@@ -85,7 +85,7 @@ def merge_and_prove(
 
 
 def _merge_part(figures: MergeFigures, seconds: float) -> dict[str, Any]:
-    errors = figures.cast_errors
+    errors, others = figures.cast_errors, figures.own_cast_errors
     return {
         "merge": {
             "seconds": round(seconds, 2),
@@ -99,6 +99,12 @@ def _merge_part(figures: MergeFigures, seconds: float) -> dict[str, Any]:
                 "mean": sum(errors.values()) / max(1, len(errors)),
                 "worst": max(errors.values(), default=0.0),
                 "worst_tensor": max(errors, key=lambda name: errors[name], default=None),
+            },
+            # Of tensors without an update: what the cast took, over the tensor's own norm.
+            "cast_error_of_others": {
+                "tensors": len(others),
+                "worst": max(others.values(), default=0.0),
+                "worst_tensor": max(others, key=lambda name: others[name], default=None),
             },
         }
     }

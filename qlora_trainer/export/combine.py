@@ -9,7 +9,7 @@ from the base.
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from qlora_trainer.base.load import BaseSpec, build_weightless_base, load_config
+from qlora_trainer.base.load import BaseSpec
 from qlora_trainer.errors import UserError
 from qlora_trainer.export.adapter import FittedAdapter, LowRank, fit_adapter
 from qlora_trainer.export.checkpoint import MappedCheckpoint
+from qlora_trainer.export.merged import plain_model
 from qlora_trainer.export.plan import PlannedTensor, plan_export
 from qlora_trainer.lora.files import PREFIX, WEIGHTS_NAME
 from qlora_trainer.lora.kind import CONV1D, CONV2D, EMBEDDING, LINEAR
@@ -53,6 +54,7 @@ def combine_adapters(
     *,
     model_class: Any,
     spec: BaseSpec,
+    config_changes: Mapping[str, Any] | None = None,
 ) -> Combined:
     """Write one adapter that does what several do together.
 
@@ -62,17 +64,15 @@ def combine_adapters(
         out: An empty or missing folder for the joined adapter.
         model_class: The transformers class or auto class of the task.
         spec: How training held the base.
+        config_changes: Settings of the model configuration the task decided.
 
     Raises:
-        UserError: Fewer than two adapters, one that does not fit, or weights that are not finite.
+        UserError: Fewer than two adapters, one that does not fit, adapters of different tasks or
+            weights that are not finite.
     """
     _check(adapters, out)
-    config = load_config(base_folder, trust_remote_code=spec.trust_remote_code)
-    architectures = tuple(getattr(config, "architectures", None) or ())
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    plain = dataclasses.replace(spec, quantization="none")
-    model = build_weightless_base(config, model_class, plain)
+    plain = plain_model(base_folder, model_class, spec, config_changes or {})
+    model = plain.model
     fitted = [(fit_adapter(folder, model), weight) for folder, weight in adapters]
     if len({adapter.vocabulary for adapter, _ in fitted}) > 1:
         raise UserError("the adapters have vocabularies of different sizes and cannot be joined")
@@ -94,7 +94,7 @@ def combine_adapters(
         tensor.parameter: tensor
         for tensor in plan_export(
             model, base.tensors, fitted[0][0], quantized={}, dtype=torch.float32,
-            base_architectures=architectures,
+            base_architectures=plain.architectures,
         ).tensors
     }  # fmt: skip
     replaced = _joined_replacements(fitted, base, planned)
@@ -117,6 +117,10 @@ def _check(adapters: Sequence[tuple[Path, float]], out: Path) -> None:
         faults.append("name at least two adapters to join")
     if out.exists() and any(out.iterdir()):
         faults.append(f"{out}: exists already and is not overwritten; name another folder")
+    tasks = {folder: read_json(folder / CONFIG_NAME).get("task_type") for folder, _ in adapters}
+    if len(set(tasks.values()) - {None}) > 1:
+        said = ", ".join(f"{folder}: {task}" for folder, task in tasks.items())
+        faults.append(f"the adapters were trained for different tasks ({said})")
     if faults:
         raise UserError.from_faults("the adapters cannot be joined", faults)
 

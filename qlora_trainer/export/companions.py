@@ -18,7 +18,7 @@ from qlora_trainer.base.checkpoint import read_config_file
 
 _WEIGHTS = (
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".npz",
-    ".index.json",
+    ".ot", ".onnx_data", ".tflite", ".index.json",
 )  # fmt: skip
 _REWRITTEN = ("config.json", "README.md", "adapter_config.json")
 _TOKENIZER = (
@@ -34,8 +34,8 @@ _DTYPE_NAMES = {
 }
 
 
-def copy_companions(base: Path, adapter: Path | None, out: Path) -> list[str]:
-    """Copy what goes along; -> its names, for the report."""
+def companions(base: Path, adapter: Path | None) -> dict[str, Path]:
+    """What goes along: name in the export -> the file or folder it is copied from."""
     chosen: dict[str, Path] = {}
     for entry in sorted(base.iterdir()):
         left = entry.name.endswith(_WEIGHTS) or entry.name in _REWRITTEN
@@ -46,12 +46,26 @@ def copy_companions(base: Path, adapter: Path | None, out: Path) -> list[str]:
         for name in _TOKENIZER:
             if (adapter / name).exists():
                 chosen[name] = adapter / name
-    for name, source in chosen.items():
+    return chosen
+
+
+def companion_bytes(base: Path, adapter: Path | None) -> int:
+    """Disk that `copy_companions` will take."""
+    return sum(
+        file.stat().st_size
+        for source in companions(base, adapter).values()
+        for file in (source.rglob("*") if source.is_dir() else (source,))
+        if file.is_file()
+    )
+
+
+def copy_companions(base: Path, adapter: Path | None, out: Path) -> None:
+    """Copy what goes along."""
+    for name, source in companions(base, adapter).items():
         if source.is_dir():
             shutil.copytree(source, out / name)
         else:
             shutil.copyfile(source, out / name)  # follows the links of a hub cache
-    return sorted(chosen)
 
 
 def copy_tokenizer(base: Path | None, adapter: Path, out: Path) -> None:
@@ -94,8 +108,9 @@ def write_config(
     config.setdefault("torch_dtype", _DTYPE_NAMES[dtype])
     text = config.get("text_config")
     for key, value in changes.items():
-        config[key] = value
         if isinstance(text, dict) and key in ("vocab_size", "tie_word_embeddings"):
             text[key] = value
+        if not isinstance(text, dict) or key != "vocab_size" or key in config:
+            config[key] = value
     content = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False)
     (out / "config.json").write_text(content + "\n", encoding="utf-8")

@@ -13,7 +13,8 @@ from qlora_trainer.base.load import load_config
 from qlora_trainer.errors import UserError
 from qlora_trainer.export.builtin import builtin_rows
 from qlora_trainer.export.candidates import merge_and_prove
-from qlora_trainer.export.folder import building, check_disk
+from qlora_trainer.export.companions import companion_bytes
+from qlora_trainer.export.folder import building, check_disk, check_target
 from qlora_trainer.export.merge import Progress
 from qlora_trainer.export.merged import prepare
 from qlora_trainer.export.proof import ProofRequest, reference_bytes
@@ -84,6 +85,7 @@ def export_merged(
     Raises:
         UserError: Anything that keeps the export from being whole, right and proven.
     """
+    check_target(out, overwrite=overwrite, sources=source.folders)
     prepared = prepare(
         source.base_folder, source.adapter_folder, source.model_class, source.spec,
         dtype=dtype, config_changes=source.config_changes,
@@ -92,6 +94,7 @@ def export_merged(
     if len(ways) > 1 and proof is None:
         raise UserError("--onto best: needs the proof to choose; name one way, or leave it on")
     needed = prepared.size_bytes * len(ways) + 2 * reference_bytes(proof, prepared.widest)
+    needed += companion_bytes(source.base_folder, source.adapter_folder)
     check_disk(out, needed)
     with building(out, overwrite=overwrite) as folder:
         merged = merge_and_prove(

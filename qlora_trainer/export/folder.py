@@ -7,18 +7,46 @@ folder, and the next one to the same target clears it away; two at a time exclud
 import errno
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
 
-from qlora_trainer.base.files import sync_file, sync_folder
+from qlora_trainer.base.files import put_in_place
 from qlora_trainer.errors import UserError
 from qlora_trainer.units import format_bytes
 
 _LOCK = ".exporting-process"
-_SPARE_BYTES = 64 * 2**20  # tokenizer, report, the file system's own
+_SPARE_BYTES = 64 * 2**20  # report, card, the file system's own
+_SAME_START_SECONDS = 10.0  # the system's clock may be set while a process runs
+
+
+def check_target(out: Path, *, overwrite: bool, sources: Sequence[Path] = ()) -> None:
+    """Refuse before any work a folder that may not be written.
+
+    Args:
+        out: The target.
+        overwrite: Whether a folder that stands there may be replaced.
+        sources: Folders that are read; replacing one of them, or one around it, would destroy it.
+
+    Raises:
+        UserError: The target exists and may not be replaced, or holds what is exported.
+    """
+    if out.exists() and not overwrite:
+        raise UserError(
+            f"{out}: exists already and is not overwritten unless asked; name another folder, or "
+            "pass --overwrite"
+        )
+    if out.is_file():
+        raise UserError(f"{out}: is a file; name a folder")
+    place = out.resolve()
+    for source in (*sources, Path.cwd()):
+        if source.resolve().is_relative_to(place):
+            raise UserError(
+                f"{out}: replacing it would delete {source.resolve()}, which is in use; name "
+                "another folder"
+            )
 
 
 @contextmanager
@@ -31,33 +59,44 @@ def building(out: Path, *, overwrite: bool) -> Iterator[Path]:
 
     Raises:
         UserError: The target exists, another process exports to it, or it cannot be written; the
-            disk filled up on the way.
+            disk filled up or failed on the way.
     """
-    if out.exists() and not overwrite:
-        raise UserError(
-            f"{out}: exists already and is not overwritten unless asked; name another folder, or "
-            "pass --overwrite"
-        )
-    if out.is_file():
-        raise UserError(f"{out}: is a file; name a folder")
-    temporary = out.parent / f".{out.name}.exporting"
+    place = out.absolute()
+    temporary = place.parent / f".{place.name}.exporting"
+    aside = place.parent / f".{place.name}.replaced"
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        if aside.is_dir() and not place.exists():
+            aside.rename(place)  # an export was cut short between two renames: put it back
+        check_target(out, overwrite=overwrite)
         _claim(temporary, out)
     except OSError as error:
         raise UserError(f"{out}: cannot be written: {error.strerror}") from None
     try:
         yield temporary
-        _finish(temporary, out)
+        (temporary / _LOCK).unlink()
+        shutil.rmtree(aside, ignore_errors=True)
+        put_in_place(temporary, place, aside)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(
-                f"{out}: the disk filled up while exporting; nothing was left behind. Free some "
-                "space, or name a folder on another disk"
-            ) from None
-        raise
+        raise _failed(out, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _failed(out: Path, error: OSError) -> Exception:
+    """What a failing disk means for the user; other errors as they are."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return UserError(
+            f"{out}: the disk filled up while exporting; nothing was left behind. Free some "
+            "space, or name a folder on another disk"
+        )
+    if error.errno in (errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG):
+        where = f" ({error.filename})" if error.filename else ""
+        return UserError(
+            f"{out}: reading or writing failed: {error.strerror}{where}; nothing was left behind. "
+            "Look at the disk and its permissions"
+        )
+    return error
 
 
 def check_disk(out: Path, needed_bytes: int) -> None:
@@ -79,29 +118,22 @@ def check_disk(out: Path, needed_bytes: int) -> None:
 def _claim(temporary: Path, out: Path) -> None:
     lock = temporary / _LOCK
     if lock.is_file():
-        owner = lock.read_text().strip()
-        if owner.isdigit() and int(owner) != os.getpid() and psutil.pid_exists(int(owner)):
-            raise UserError(f"{out}: process {owner} is exporting there; wait for it, or stop it")
+        number, _, started = lock.read_text().strip().partition(" ")
+        if number.isdigit() and int(number) != os.getpid() and _lives(int(number), started):
+            raise UserError(f"{out}: process {number} is exporting there; wait for it, or stop it")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
-    lock.write_text(str(os.getpid()))
+    lock.write_text(f"{os.getpid()} {psutil.Process().create_time()}")
 
 
-def _finish(temporary: Path, out: Path) -> None:
-    (temporary / _LOCK).unlink()
-    for root, _, names in os.walk(temporary):
-        for name in names:
-            sync_file(Path(root, name))
-        sync_folder(Path(root))
-    aside = out.parent / f".{out.name}.replaced"
-    shutil.rmtree(aside, ignore_errors=True)
-    if out.exists():
-        out.rename(aside)
+def _lives(number: int, started: str) -> bool:
+    """Whether a process still runs; a number alone is used again, after a reboot soon."""
     try:
-        temporary.rename(out)
-    except OSError:
-        if aside.exists():
-            aside.rename(out)
-        raise
-    sync_folder(out.parent)
-    shutil.rmtree(aside, ignore_errors=True)
+        process = psutil.Process(number)
+        if process.status() == psutil.STATUS_ZOMBIE:
+            return False
+        return not started or abs(process.create_time() - float(started)) <= _SAME_START_SECONDS
+    except psutil.NoSuchProcess:
+        return False
+    except (psutil.AccessDenied, ValueError):
+        return True

@@ -11,8 +11,9 @@ from typing import Any
 
 from qlora_trainer.errors import UserError
 from qlora_trainer.export.candidates import merge_and_prove
+from qlora_trainer.export.companions import companion_bytes
 from qlora_trainer.export.export import Exported
-from qlora_trainer.export.folder import building, check_disk
+from qlora_trainer.export.folder import building, check_disk, check_target
 from qlora_trainer.export.merge import Progress
 from qlora_trainer.export.merged import prepare
 from qlora_trainer.export.ollama import modelfile, quantize_line, read_chat_template
@@ -54,6 +55,7 @@ def export_gguf(
         UserError: The `gguf` package is missing, the model is not covered, or anything that keeps
             the file from being whole, right and proven.
     """
+    check_target(out, overwrite=overwrite, sources=source.folders)
     try:
         from qlora_trainer.export.gguf_file import check_covered, write_gguf
     except ModuleNotFoundError as error:
@@ -71,6 +73,7 @@ def export_gguf(
     if len(ways) > 1 and proof is None:
         raise UserError("--onto best: needs the proof to choose; name one way, or leave it on")
     needed = prepared.size_bytes * (len(ways) + 1) + 2 * reference_bytes(proof, prepared.widest)
+    needed += companion_bytes(source.base_folder, source.adapter_folder)
     check_disk(out, needed)
     name = base_name(source.base_source).rpartition("/")[2]
     file_name = f"{name}-{kind}.gguf"

@@ -92,6 +92,48 @@ class Prepared:
         return ("original",) if onto == "original" else ("dequantized",)
 
 
+@dataclass(frozen=True)
+class PlainModel:
+    """A base without weights, every module as its class makes it.
+
+    Attributes:
+        model: On the `meta` device, for reading only.
+        config: As the base's file has it, with the task's changes.
+        architectures: Model classes the file names.
+    """
+
+    model: Any
+    config: Any
+    architectures: tuple[str, ...]
+
+
+def plain_model(
+    base_folder: Path, model_class: Any, spec: BaseSpec, config_changes: Mapping[str, Any]
+) -> PlainModel:
+    """Build what an adapter is fitted to.
+
+    Args:
+        base_folder: With `config.json`.
+        model_class: A transformers model class or auto class, as in training.
+        spec: How training held the base.
+        config_changes: Settings of the model configuration the task decided.
+
+    Raises:
+        UserError: The configuration is broken, or not of this class.
+    """
+    config = load_config(base_folder, trust_remote_code=spec.trust_remote_code)
+    for key, value in config_changes.items():
+        setattr(config, key, value)
+    architectures = tuple(getattr(config, "architectures", None) or ())
+    plain = copy.deepcopy(config)
+    if hasattr(plain, "quantization_config"):
+        del plain.quantization_config
+    model = build_weightless_base(
+        plain, model_class, dataclasses.replace(spec, quantization="none")
+    )
+    return PlainModel(model, config, architectures)
+
+
 def prepare(
     base_folder: Path,
     adapter_folder: Path,
@@ -118,24 +160,18 @@ def prepare(
     if dtype not in DTYPES:
         raise UserError(f"--dtype {dtype}: must be one of {', '.join(DTYPES)}")
     base = MappedCheckpoint(base_folder)
-    config = load_config(base_folder, trust_remote_code=spec.trust_remote_code)
-    for key, value in (config_changes or {}).items():
-        setattr(config, key, value)
-    held = build_weightless_base(copy.deepcopy(config), model_class, spec)
+    plain = plain_model(base_folder, model_class, spec, config_changes or {})
+    held = build_weightless_base(copy.deepcopy(plain.config), model_class, spec)
     quantized = {
         path: module.fan_in_fan_out
         for path, module in held.named_modules()
         if isinstance(module, NF4Linear)
     }
-    architectures = tuple(getattr(config, "architectures", None) or ())
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    plain_spec = dataclasses.replace(spec, quantization="none")
-    model = build_weightless_base(config, model_class, plain_spec)
+    model = plain.model
     adapter = fit_adapter(adapter_folder, model)
     plan = plan_export(
         model, base.tensors, adapter, quantized=quantized, dtype=DTYPES[dtype],
-        base_architectures=architectures,
+        base_architectures=plain.architectures,
     )  # fmt: skip
     _refuse_packed_transposed(plan)
     quantization = Quantization(spec.block_size, spec.double_quant) if quantized else None

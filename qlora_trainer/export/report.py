@@ -15,7 +15,7 @@ import yaml
 from qlora_trainer.export.candidates import Merged
 from qlora_trainer.export.merged import Prepared
 from qlora_trainer.export.proof import ProofRequest, auto_class_name
-from qlora_trainer.export.source import ExportSource
+from qlora_trainer.export.source import ExportSource, last_part
 from qlora_trainer.lora.peft_config import CONFIG_NAME, read_json
 
 REPORT_NAME = "export_report.json"
@@ -157,10 +157,10 @@ def make_report(
                 f"adapter did ({way}, mean of norms); fp16 and fp32 round less"
             )
     trained_on = read_json(source.adapter_folder / CONFIG_NAME).get("base_model_name_or_path")
-    if trained_on and _last_part(trained_on) != _last_part(source.base_source):
+    if trained_on and last_part(trained_on) != last_part(source.base_source):
         notes.append(
-            f"the adapter's file says it was trained on {_last_part(trained_on)}; it was merged "
-            f"with {_last_part(source.base_source)}, whose weights have the same names and shapes"
+            f"the adapter's file says it was trained on {last_part(trained_on)}; it was merged "
+            f"with {last_part(source.base_source)}, whose weights have the same names and shapes"
         )
     if prepared.plan.left_out:
         notes.append(
@@ -193,7 +193,3 @@ def write_report(folder: Path, report: dict[str, Any], card: str) -> None:
     """Write `export_report.json` and the model card."""
     (folder / REPORT_NAME).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     (folder / "README.md").write_text(card, encoding="utf-8")
-
-
-def _last_part(source: str) -> str:
-    return source.rstrip("/").rpartition("/")[2]

@@ -29,3 +29,17 @@ class ExportSource:
     base_source: str
     revision: str | None = None
     config_changes: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def folders(self) -> tuple[Path, Path]:
+        """What is read and must stay untouched."""
+        return self.base_folder, self.adapter_folder
+
+
+def last_part(source: str) -> str:
+    """What a base is called wherever it stands: the last part of its hub name or its path.
+
+    >>> last_part("HuggingFaceTB/SmolLM2-135M/")
+    'SmolLM2-135M'
+    """
+    return source.replace("\\", "/").rstrip("/").rpartition("/")[2]

@@ -49,3 +49,13 @@ def test_another_base_of_the_same_shape_is_noted_in_the_report(bench, tmp_path):
     source = replace(bench.source(), base_source="org/other-name")
     made = export_merged(source, tmp_path / "out", dtype="bf16", onto="original", proof=None)
     assert any("merged with other-name" in note for note in made.report["notes"])
+
+
+def test_adapters_of_different_tasks_are_not_joined(bench, tmp_path):
+    source = bench.source(task_type="CAUSAL_LM")
+    other = bench.adapter(source.base_folder, target_modules=["v_proj"], task_type="SEQ_2_SEQ_LM")
+    with pytest.raises(UserError, match=r"for different tasks \(.*SEQ_2_SEQ_LM"):
+        merge_adapters(
+            source, [(source.adapter_folder, 1.0), (other, 1.0)], tmp_path / "out",
+            onto="original", proof=None,
+        )  # fmt: skip

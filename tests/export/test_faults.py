@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from qlora_trainer.errors import UserError
 from qlora_trainer.export.export import ExportSource, export_merged
+from qlora_trainer.export.folder import building
 from tests.export import tiny
 
 WEIGHTS = "adapter_model.safetensors"
@@ -148,6 +149,7 @@ from pathlib import Path
 from transformers import AutoModelForCausalLM
 from qlora_trainer.base.load import BaseSpec
 from qlora_trainer.export.export import ExportSource, export_merged
+from qlora_trainer.export.folder import building
 base, adapter, out = map(Path, sys.argv[1:])
 def progress(name, done, total):
     if done * 2 > total:
@@ -211,7 +213,6 @@ def test_too_small_a_disk_is_refused_before_the_first_byte(source, small_disk):
 def test_disk_that_fills_up_on_the_way_is_a_clear_error(source, small_disk, tmp_path):
     # Free space can go while an export runs: more companions than were counted for do it here.
     (source.base_folder / "LICENSE").write_bytes(b"x" * 3 * 2**20)
-    from qlora_trainer.export.folder import building
     from qlora_trainer.export.merged import prepare, write_candidate
 
     prepared = prepare(
@@ -221,3 +222,48 @@ def test_disk_that_fills_up_on_the_way_is_a_clear_error(source, small_disk, tmp_
     with pytest.raises(UserError, match="the disk filled up"), building(out, overwrite=False) as f:
         write_candidate(prepared, f, "original", max_shard_bytes=10**9)
     assert list(small_disk.iterdir()) == []
+
+
+def test_replacing_a_folder_that_is_being_read_is_refused_whatever_is_asked(source, tmp_path):
+    before = fingerprint(source.base_folder, source.adapter_folder)
+    for out in (source.base_folder, source.adapter_folder, tmp_path):
+        with pytest.raises(UserError, match="replacing it would delete"):
+            export_merged(source, out, dtype="bf16", onto="original", proof=None, overwrite=True)
+    assert fingerprint(source.base_folder, source.adapter_folder) == before
+
+
+def test_nan_in_a_quantized_weight_is_named_both_ways(source, tmp_path):
+    path = source.base_folder / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.layers.1.mlp.down_proj.weight"][3, 4] = float("nan")
+    save_file(tensors, path, metadata={"format": "pt"})
+    for onto in ("original", "dequantized"):
+        with pytest.raises(UserError, match=r"1.mlp.down_proj.weight: 1 values are NaN"):
+            export_merged(source, tmp_path / "out", dtype="bf16", onto=onto, proof=None)
+    assert not (tmp_path / "out").exists()
+
+
+def test_export_cut_short_between_two_renames_gives_the_old_folder_back(source, tmp_path):
+    old = tmp_path / ".out.replaced"
+    old.mkdir()
+    (old / "precious").write_text("x")
+    with (
+        pytest.raises(UserError, match="exists already"),
+        building(tmp_path / "out", overwrite=False),
+    ):
+        pass
+    assert (tmp_path / "out" / "precious").read_text() == "x"
+
+
+def test_lock_of_a_dead_process_whose_number_is_used_again_is_forgotten(source, tmp_path):
+    other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    try:
+        busy = tmp_path / ".out.exporting"
+        busy.mkdir()
+        (busy / ".exporting-process").write_text(f"{other.pid} 1000.0")
+        with building(tmp_path / "out", overwrite=False) as folder:
+            (folder / "x").write_text("x")
+        assert (tmp_path / "out" / "x").is_file()
+    finally:
+        other.kill()
+        other.wait()
