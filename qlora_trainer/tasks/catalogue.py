@@ -1,13 +1,14 @@
 """Every task this product trains, by its name in the run file."""
 
 from qlora_trainer.errors import UserError
-from qlora_trainer.tasks import causal_lm
+from qlora_trainer.tasks import causal_lm, seq2seq_lm
 from qlora_trainer.tasks.kind import TaskKind
 
 TASKS: dict[str, TaskKind] = {
     kind.name: kind
     for kind in (
         causal_lm.KIND,
+        seq2seq_lm.KIND,
     )
 }  # fmt: skip
 

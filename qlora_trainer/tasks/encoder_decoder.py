@@ -11,7 +11,7 @@ path, with the reason to be said aloud.
 B rows, S source tokens, T target tokens, N trained tokens, V vocabulary, D hidden size.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,8 +126,8 @@ def _probe_difference(net: Any, path: LossPath) -> float:
 
 
 @dataclass(frozen=True)
-class EncoderDecoderLM:
-    """Sequence to sequence learning of one model.
+class EncoderDecoderLoss:
+    """What one model's target tokens cost.
 
     Attributes:
         loss_path: From `choose_loss_path`.
@@ -140,28 +140,28 @@ class EncoderDecoderLM:
     chunk_tokens: int | None = None
 
     @classmethod
-    def for_model(cls, model: nn.Module, *, chunk_tokens: int | None = None) -> "EncoderDecoderLM":
+    def for_model(
+        cls, model: nn.Module, *, chunk_tokens: int | None = None
+    ) -> "EncoderDecoderLoss":
         """Look at the model once: its loss path and how it shifts."""
         return cls(choose_loss_path(model), own_shift(model), chunk_tokens)
 
-    @property
-    def metrics(self) -> Mapping[str, bool]:
-        """Held-out loss falls, token accuracy rises."""
-        return {"loss": False, "token_accuracy": True}
-
     def prepare(self, batch: Batch) -> dict[str, Tensor]:
-        """Find trained positions, make the decoder's inputs, drop a mask that says nothing."""
-        labels = batch["labels"]  # (B, T), aligned with the decoder's *outputs*
-        flat = labels.reshape(-1)
-        positions = (flat != NOT_TRAINED).nonzero().squeeze(1)  # (N,)
-        prepared = {
-            "input_ids": batch["input_ids"],
-            "loss_positions": positions,
-            "loss_targets": flat.index_select(0, positions),
-        }
+        """Find trained positions, make the decoder's inputs, drop a mask that says nothing.
+
+        A batch without labels keeps what generation needs.
+        """
+        prepared = {"input_ids": batch["input_ids"]}
         mask = batch.get("attention_mask")
         if mask is not None and not bool(mask.all()):
             prepared["attention_mask"] = mask
+        if "labels" not in batch:
+            return prepared
+        labels = batch["labels"]  # (B, T), aligned with the decoder's *outputs*
+        flat = labels.reshape(-1)
+        positions = (flat != NOT_TRAINED).nonzero().squeeze(1)  # (N,)
+        prepared["loss_positions"] = positions
+        prepared["loss_targets"] = flat.index_select(0, positions)
         if self.shift is None:
             prepared["labels"] = labels
         else:

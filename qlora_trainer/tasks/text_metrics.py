@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+TEXT_METRICS = ("bleu", "chrf", "rouge1", "rouge2", "rougeL", "exact_match")
 _WORD = re.compile(r"[^\W_]+")
 
 
@@ -23,7 +24,7 @@ class TextScores:
     """Figures over all rows, 0 to 100, and how they were made.
 
     Attributes:
-        values: `bleu`, `chrf`, `rouge1`, `rouge2`, `rougeL`, `exact_match`.
+        values: Of each of `TEXT_METRICS`.
         signatures: sacrebleu's signature of `bleu` and `chrf`.
     """
 

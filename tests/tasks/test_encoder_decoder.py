@@ -20,7 +20,7 @@ from transformers import (
     UMT5ForConditionalGeneration,
 )
 
-from qlora_trainer.tasks.encoder_decoder import EncoderDecoderLM
+from qlora_trainer.tasks.encoder_decoder import EncoderDecoderLoss
 
 V = 101
 SIZES = {
@@ -68,7 +68,7 @@ def pairs() -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("name", MODELS)
 def test_the_chunked_loss_and_its_gradients_are_the_models_own(name):
     model, batch = tiny(name), pairs()
-    task = EncoderDecoderLM.for_model(model, chunk_tokens=4)
+    task = EncoderDecoderLoss.for_model(model, chunk_tokens=4)
     assert task.loss_path.chunked, task.loss_path.reason
     prepared = task.prepare(batch)
     assert task.loss_weight(prepared) == 15
@@ -89,7 +89,7 @@ def test_the_chunked_loss_and_its_gradients_are_the_models_own(name):
 @pytest.mark.parametrize("name", MODELS)
 def test_evaluation_counts_what_the_own_logits_say(name):
     model, batch = tiny(name), pairs()
-    task = EncoderDecoderLM.for_model(model, chunk_tokens=4)
+    task = EncoderDecoderLoss.for_model(model, chunk_tokens=4)
     found = task.evaluate(model, task.prepare(batch))
     with torch.no_grad():
         output = model(**batch)
@@ -102,7 +102,7 @@ def test_evaluation_counts_what_the_own_logits_say(name):
 def test_a_model_that_shifts_only_in_its_forward_keeps_the_plain_path():
     torch.manual_seed(5)
     model = M2M100ForConditionalGeneration(M2M100Config(**SIZES)).double().eval()
-    task = EncoderDecoderLM.for_model(model)
+    task = EncoderDecoderLoss.for_model(model)
     assert not task.loss_path.chunked
     assert "shifts labels only inside its forward" in task.loss_path.reason
     batch = pairs()
@@ -117,14 +117,14 @@ def test_logits_made_in_an_unknown_way_are_noticed():
         return output * 2.0
 
     model.lm_head.register_forward_hook(double)
-    path = EncoderDecoderLM.for_model(model).loss_path
+    path = EncoderDecoderLoss.for_model(model).loss_path
     assert not path.chunked
     assert "a way we do not know" in path.reason
 
 
 def test_a_row_scores_the_same_alone_as_padded_beside_longer_ones():
     model, batch = tiny("t5 tied"), pairs()
-    task = EncoderDecoderLM.for_model(model)
+    task = EncoderDecoderLoss.for_model(model)
     together = task.loss_sum(model, task.prepare(batch))
     alone = torch.zeros((), dtype=torch.float64)
     for row, (source, target) in enumerate([(9, 5), (4, 7), (6, 3)]):
