@@ -11,7 +11,7 @@ import torch
 
 from qlora_trainer.errors import UserError
 
-NATIVE_BF16_CAPABILITY = (8, 0)
+NATIVE_BF16_CAPABILITY = (8, 0)  # below, torch emulates bf16 and says that it is supported
 _NAMES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # T5: huggingface/transformers#17978, #20287; Gemma: #29402, #36822 (activations past 65504).
 _T5_FAMILY = {"t5", "mt5", "umt5", "longt5", "switch_transformers", "pix2struct", "udop"}

@@ -15,10 +15,10 @@ import bitsandbytes
 import psutil
 import torch
 
+from qlora_trainer.base.dtype import NATIVE_BF16_CAPABILITY
 from qlora_trainer.units import format_bytes
 
 _PACKAGES = ("torch", "transformers", "bitsandbytes", "accelerate", "safetensors", "datasets")
-_NATIVE_BF16 = (8, 0)  # compute capability; below it torch emulates bf16 and says it is supported
 
 
 @dataclass(frozen=True)
@@ -56,11 +56,6 @@ def choose_device(requested: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= gpus:
         raise ValueError(f"torch finds {gpus} GPUs; `qlora doctor` says why")
     return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
-
-
-def compute_capability(device: torch.device) -> tuple[int, int] | None:
-    """Compute capability of a CUDA device; None on others."""
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
 
 
 def host_memory_bytes() -> tuple[int, int]:
@@ -109,7 +104,7 @@ def _gpu(index: int) -> Finding:
     properties = torch.cuda.get_device_properties(index)
     free, total = torch.cuda.mem_get_info(index)
     capability = (properties.major, properties.minor)
-    native = capability >= _NATIVE_BF16
+    native = capability >= NATIVE_BF16_CAPABILITY
     state = (
         f"{properties.name}, compute capability {properties.major}.{properties.minor}, "
         f"{format_bytes(free)} free of {format_bytes(total)}, {'bf16' if native else 'fp16'}"

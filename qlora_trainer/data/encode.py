@@ -208,9 +208,10 @@ class Encoder:
             return [Rendered(text, ((start, len(text)),), True)]
         if self.template is None:
             raise RowError(
-                "the tokenizer has no chat template",
+                "the tokenizer has no chat template, here and for every other chat",
                 "name one: `model.chat_template: chatml` or `alpaca`, or a file",
                 "no template",
+                everywhere=True,
             )
         return self.template.render(shape.messages, shape.tools, self.loss_on)
 

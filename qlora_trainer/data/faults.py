@@ -36,12 +36,21 @@ def json_kind(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Fault:
-    """One thing wrong in one place, and what to do about it."""
+    """One thing wrong in one place, and what to do about it.
+
+    Attributes:
+        where: File and line, or data set and row.
+        problem: What is wrong.
+        remedy: What to do.
+        kind: Faults of one kind are listed together.
+        everywhere: It is no row's own: told where it is met first, and not again.
+    """
 
     where: str
     problem: str
     remedy: str
     kind: str = ""
+    everywhere: bool = False
 
     def __str__(self) -> str:
         return f"{self.where}: {self.problem}; {self.remedy}"
@@ -50,13 +59,16 @@ class Fault:
 class RowError(Exception):
     """A row that cannot be used; the reader turns it into a `Fault` by adding the place."""
 
-    def __init__(self, problem: str, remedy: str, kind: str = "") -> None:
+    def __init__(
+        self, problem: str, remedy: str, kind: str = "", *, everywhere: bool = False
+    ) -> None:
         super().__init__(problem)
         self.problem, self.remedy, self.kind = problem, remedy, kind or problem
+        self.everywhere = everywhere
 
     def at(self, where: str) -> Fault:
         """This error as a fault that stands at `where`."""
-        return Fault(where, self.problem, self.remedy, self.kind)
+        return Fault(where, self.problem, self.remedy, self.kind, self.everywhere)
 
 
 class TooManyFaults(Exception):
@@ -68,6 +80,7 @@ class FaultLog:
     """The faults met so far."""
 
     faults: list[Fault] = field(default_factory=list)
+    _told: set[str] = field(default_factory=set)  # kinds that need telling once
 
     def add(self, fault: Fault) -> None:
         """Keep a fault.
@@ -75,6 +88,9 @@ class FaultLog:
         Raises:
             TooManyFaults: `MAX_FAULTS` are kept; the caller stops reading.
         """
+        if fault.everywhere and fault.kind in self._told:
+            return
+        self._told.update({fault.kind} if fault.everywhere else ())
         self.faults.append(fault)
         if len(self.faults) >= MAX_FAULTS:
             raise TooManyFaults

@@ -8,6 +8,7 @@ in `files.py`; the last two are read through `datasets`.
 import difflib
 import glob
 import hashlib
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,12 @@ from qlora_trainer.data.text_lines import Row
 from qlora_trainer.errors import UserError
 
 _KNOWN = ", ".join(READERS)
+# Words that mean one split in file names (datasets, `data_files.SPLIT_KEYWORDS`).
+_SPLIT_WORDS = (
+    ("train", "training"),
+    ("validation", "valid", "dev", "val"),
+    ("test", "testing", "eval", "evaluation"),
+)
 
 
 @dataclass(frozen=True)
@@ -95,13 +102,6 @@ def open_source(source: DataSource) -> OpenedSource:
     return _opened_table(source, _load_hub(source))
 
 
-def read_records(source: DataSource) -> Iterator[Row]:
-    """All rows of a source; raises one `UserError` for all unreadable ones at the end."""
-    faults = FaultLog()
-    yield from open_source(source).rows(faults)
-    faults.raise_if_any(f"data source {source.path} cannot be read")
-
-
 def _looks_local(path: str) -> bool:
     if path.startswith((".", "/", "~")) or "\\" in path or path.count("/") > 1:
         return True
@@ -126,7 +126,7 @@ def _folder_files(source: DataSource, folder: Path) -> tuple[Path, ...]:
         raise UserError(f"data source {folder}: the folder holds no file of type {_KNOWN}")
 
     def of(split: str) -> list[Path]:
-        return [item for item in found if split in item.relative_to(folder).as_posix().lower()]
+        return [item for item in found if _names_split(item.relative_to(folder), split)]
 
     if source.split is None:
         return tuple(of("train") or found)
@@ -134,10 +134,23 @@ def _folder_files(source: DataSource, folder: Path) -> tuple[Path, ...]:
     if not matches:
         names = ", ".join(item.name for item in found[:10])
         raise UserError(
-            f"data source {folder}: split {source.split!r} is empty: no file name holds it; "
+            f"data source {folder}: split {source.split!r} is empty: no file's path names it; "
             f"the folder has {names}"
         )
     return tuple(matches)
+
+
+def _names_split(path: Path, split: str) -> bool:
+    """Whether a folder's or the file's name has the split as a word, as `datasets` reads names.
+
+    >>> _names_split(Path("data/train-00000.jsonl"), "train")
+    True
+    >>> _names_split(Path("constrained.jsonl"), "train")
+    False
+    """
+    words = next((group for group in _SPLIT_WORDS if split in group), (split,))
+    pattern = rf"(?:^|[-._ 0-9/])(?:{'|'.join(map(re.escape, words))})(?:[-._ 0-9/]|$)"
+    return re.search(pattern, path.as_posix().lower()) is not None
 
 
 def _opened_files(source: DataSource, files: tuple[Path, ...]) -> OpenedSource:

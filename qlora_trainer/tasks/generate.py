@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 
 @torch.no_grad()
@@ -68,13 +68,6 @@ def generate_tokens(
             progress(done)
     model.train(was_training)
     return answers
-
-
-def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens that end an answer: the model's own list, and the tokenizer's end of sequence."""
-    own = getattr(model.generation_config, "eos_token_id", None)
-    listed = own if isinstance(own, list) else [own]
-    return sorted({token for token in [*listed, tokenizer.eos_token_id] if token is not None})
 
 
 def _left_padded(

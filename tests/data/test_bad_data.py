@@ -314,10 +314,14 @@ def test_a_tokenizer_without_eos_is_refused(chatml_tokenizer):
         Encoder(chatml_tokenizer)
 
 
-def test_a_chat_without_template_is_refused_by_row(tmp_path, plain_tokenizer):
-    (tmp_path / "a.jsonl").write_bytes(lines(chat(*CHAT)))
+def test_chats_without_template_are_refused_once_beside_the_faults_of_rows(
+    tmp_path, plain_tokenizer
+):
+    bad = chat({"role": "clown", "content": "Ho"})
+    (tmp_path / "a.jsonl").write_bytes(lines(*[chat(*CHAT)] * 300, bad))
     source = DataSource(str(tmp_path / "a.jsonl"))
-    refused(r"a\.jsonl:1: the tokenizer has no chat template", tmp_path, plain_tokenizer, source)
+    message = r"2 faults.*a\.jsonl:1: the tokenizer has no chat template.*a\.jsonl:301: .*clown"
+    refused(message, tmp_path, plain_tokenizer, source)
 
 
 def test_faults_of_all_sources_and_kinds_come_in_one_message(tmp_path, chatml_tokenizer):
