@@ -20,6 +20,11 @@ def decoder_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return [layer for stack in layer_stacks(model).values() for layer in stack]
 
 
+def layer_count(model: nn.Module) -> int:
+    """Layers of the deepest stack: layer numbers, in an encoder and a decoder alike, are below."""
+    return max((len(stack) for stack in layer_stacks(model).values()), default=0)
+
+
 def layer_stacks(model: nn.Module) -> dict[str, list[tuple[str, nn.Module]]]:
     """Path of each stack -> its layers with their full paths, in the order of the model."""
     stacks = dict(_stacks(model, "", expected=_layer_counts(model)))

@@ -152,7 +152,10 @@ def show_gate(report: GateReport) -> None:
         )
         more = f" and {len(report.labels) - 8} more" if len(report.labels) > 8 else ""
         out.print(f"answers       {shown}{more}")
-    out.print(f"answers end   with {escape(repr(report.end_of_turn))}")
+    for name, value in report.facts:
+        out.print(f"{escape(name):<13} {escape(value)}")
+    if report.end_of_turn:
+        out.print(f"answers end   with {escape(repr(report.end_of_turn))}")
     for number, sample in enumerate(report.samples, start=1):
         _show_sample(number, sample)
     for warning in report.warnings:
@@ -161,13 +164,15 @@ def show_gate(report: GateReport) -> None:
 
 
 def _show_part(title: str, part: PartReport) -> None:
-    share = part.trained_tokens / part.tokens
     out.print(f"[bold]{title}[/]")
-    out.print(
-        f"rows          {part.rows:,} ({part.distinct_rows:,} distinct)\n"
-        f"tokens        {part.tokens:,}: {part.trained_tokens:,} trained ({share:.1%}), "
-        f"{part.masked_tokens:,} masked"
-    )
+    out.print(f"rows          {part.rows:,} ({part.distinct_rows:,} distinct)")
+    if not part.tokens:  # images
+        return
+    counts = f"tokens        {part.tokens:,}"
+    if part.trained_tokens:
+        share = part.trained_tokens / part.tokens
+        counts += f": {part.trained_tokens:,} trained ({share:.1%}), {part.masked_tokens:,} masked"
+    out.print(counts)
     if part.long_rows:
         what = "truncated" if part.truncated_rows else "dropped"
         out.print(

@@ -22,10 +22,12 @@ from qlora_trainer.data.report import (
     PackingSummary,
     PartReport,
     Sample,
+    find_copies,
     find_warnings,
 )
+from qlora_trainer.data.rows import RowEncoder
 
-__all__ = ["GateReport", "PartReport", "Sample", "decode_pieces", "inspect_data"]
+__all__ = ["GateReport", "PartReport", "Sample", "decode_pieces", "inspect_data", "inspect_rows"]
 
 _SHORT_ANSWER_TOKENS = 8
 _MOST_LABELS = 100  # more distinct short answers than this are no classes
@@ -71,6 +73,41 @@ def inspect_data(
     )
     stops = end_id in ends
     report.warnings.extend(find_warnings(report, tokenizer, stops=stops or end_id not in specials))
+    return report
+
+
+def inspect_rows(
+    train: EncodedDataset,
+    encoder: RowEncoder,
+    *,
+    evaluation: EncodedDataset | None = None,
+    samples: int = 3,
+) -> GateReport:
+    """Look through encoded data of a task that is not next-token prediction.
+
+    Args:
+        train: Training examples.
+        encoder: What made them; knows what there is to see.
+        evaluation: Evaluation examples.
+        samples: How many examples to show.
+    """
+    shared, first_shared = _shared(train, evaluation)
+    found = encoder.findings(train)
+    drawn = _drawn(train, samples)
+    report = GateReport(
+        train=_part(train),
+        evaluation=_part(evaluation) if evaluation is not None else None,
+        packing=None,
+        labels=found.labels,
+        end_of_turn="",
+        unended_rows=0,
+        shared_rows=shared,
+        first_shared=first_shared,
+        samples=[Sample(train.where(i), encoder.pieces(train, i)) for i in drawn],
+        warnings=[],
+        facts=found.facts,
+    )
+    report.warnings.extend([*find_copies(report), *found.warnings])
     return report
 
 
@@ -165,13 +202,17 @@ def _packing(dataset: EncodedDataset, capacity: int) -> PackingSummary:
 
 
 def _samples(dataset: EncodedDataset, tokenizer: Any, count: int) -> list[Sample]:
+    return [
+        Sample(dataset.where(i), decode_pieces(tokenizer, dataset.input_ids(i), dataset.trained(i)))
+        for i in _drawn(dataset, count)
+    ]
+
+
+def _drawn(dataset: EncodedDataset, count: int) -> list[int]:
     """Examples drawn by hash among those of at most median length, so that they can be read."""
     readable = np.flatnonzero(dataset.lengths <= np.median(dataset.lengths))
     drawn = readable[hash_order(len(readable), 0)[:count]]
-    return [
-        Sample(dataset.where(i), decode_pieces(tokenizer, dataset.input_ids(i), dataset.trained(i)))
-        for i in sorted(drawn.tolist())
-    ]
+    return sorted(int(index) for index in drawn)
 
 
 def decode_pieces(

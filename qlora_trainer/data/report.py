@@ -1,6 +1,6 @@
 """The gate's report as plain data, and the sentences that say what to look at in it."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 
@@ -76,6 +76,7 @@ class GateReport:
         first_shared: Where the first of them are, in evaluation and training.
         samples: Three examples.
         warnings: What to look at, one sentence each.
+        facts: What else there is to see of the task: name and value.
     """
 
     train: PartReport
@@ -88,14 +89,15 @@ class GateReport:
     first_shared: list[tuple[str, str]]
     samples: list[Sample]
     warnings: list[str]
+    facts: list[tuple[str, str]] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         """The report as plain lists and dictionaries."""
         return asdict(self)
 
 
-def find_warnings(report: GateReport, tokenizer: Any, *, stops: bool) -> list[str]:
-    """What a person should look at; `stops`: generation stops at the end of turn by itself."""
+def find_copies(report: GateReport) -> list[str]:
+    """Rows that stand in training more than once, or in the evaluation too."""
     train, found = report.train, []
     if report.shared_rows:
         evaluation, twin = report.first_shared[0]
@@ -109,6 +111,12 @@ def find_warnings(report: GateReport, tokenizer: Any, *, stops: bool) -> list[st
             f"exact copies among the training rows: {train.copies} (first: {copy} is {original}); "
             "to use rows more often, set the source's weight"
         )
+    return found
+
+
+def find_warnings(report: GateReport, tokenizer: Any, *, stops: bool) -> list[str]:
+    """What a person should look at; `stops`: generation stops at the end of turn by itself."""
+    train, found = report.train, find_copies(report)
     if train.truncated_rows:
         found.append(
             f"rows cut to data.max_seq_len: {train.truncated_rows}; "

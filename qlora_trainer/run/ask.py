@@ -7,18 +7,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from qlora_trainer.base.fingerprint import base_fingerprint
+from qlora_trainer.base.load import load_config
+from qlora_trainer.base.machine import choose_device
 from qlora_trainer.config.read import read_run_file
 from qlora_trainer.config.settings import RunConfig
 from qlora_trainer.data.encode import Encoder, choose_pad_id
+from qlora_trainer.data.rows import RecordEncoder
 from qlora_trainer.errors import UserError
 from qlora_trainer.lora.files import load_adapter
 from qlora_trainer.lora.inject import adapters_disabled
 from qlora_trainer.run.report import Reporter, tensors_loaded
-from qlora_trainer.tasks.causal_lm import CausalLM
 from qlora_trainer.tasks.generate import generate_tokens
 from qlora_trainer.training import setup
 from qlora_trainer.training.evaluate import evaluate as evaluate_batches
+from qlora_trainer.training.open import check_attention
 
 Prompt = str | list[dict[str, Any]]
 
@@ -31,13 +36,15 @@ class Trained:
         run: Its settings.
         model: Base with adapter, evaluating.
         source: The model's tokenizer, configuration and device.
-        encoder: Renders chats as in training.
+        encoder: Makes examples as in training.
+        folder: The run folder.
     """
 
     run: RunConfig
     model: Any
     source: setup.ModelSource
-    encoder: Encoder
+    encoder: RecordEncoder
+    folder: Path
 
 
 def load_trained(folder: str | Path, *, reporter: Reporter | None = None) -> Trained:
@@ -49,7 +56,8 @@ def load_trained(folder: str | Path, *, reporter: Reporter | None = None) -> Tra
     folder = Path(folder).expanduser()
     if not (folder / "adapter").is_dir():
         raise UserError(f"{folder}: holds no adapter (no finished run); `qlora train` writes one")
-    run = read_run_file(folder / "run.yaml")
+    listener = reporter or Reporter()
+    run = _with_attention_of_here(read_run_file(folder / "run.yaml"), listener)
     source = setup.open_model(run)
     environment = folder / "environment.json"
     try:
@@ -61,11 +69,39 @@ def load_trained(folder: str | Path, *, reporter: Reporter | None = None) -> Tra
             f"{folder}: {run.model.source} is not the base this adapter was trained on any more; "
             "put the same release back"
         )
-    model = setup.load_model(run, source, tensors_loaded(reporter or Reporter()))
-    dtype = setup.adapter_dtype(run, source.base_spec.compute_dtype)
+    settings = head_settings(folder / "adapter") if source.kind.new_head else {}
+    labels = [settings["id2label"][i] for i in sorted(settings["id2label"])] if settings else None
+    told = tensors_loaded(listener)
+    model = setup.load_model(run, source, told, settings=settings)
+    # Wherever it was trained: fp32 holds a bf16 adapter exactly, where the model computes in fp16.
+    computes_in_bf16 = source.base_spec.compute_dtype == torch.bfloat16
+    dtype = torch.bfloat16 if computes_in_bf16 and run.adapter.dtype != "fp32" else torch.float32
     load_adapter(model, folder / "adapter", dtype=dtype, trainable=False)
-    encoder = Encoder(source.tokenizer, chat_template=run.model.chat_template)
-    return Trained(run, model.eval(), source, encoder)
+    encoder = setup.make_encoder(run, source, labels=labels)
+    return Trained(run, model.eval(), source, encoder, folder)
+
+
+def head_settings(adapter: Path) -> dict[str, Any]:
+    """What the configuration beside an adapter says of its head: label names, kind of problem."""
+    config = load_config(adapter)
+    names = ("num_labels", "id2label", "label2id", "problem_type")
+    return {name: getattr(config, name, None) for name in names}
+
+
+def _with_attention_of_here(run: RunConfig, listener: Reporter) -> RunConfig:
+    """The settings, with another attention kernel where this machine lacks the run's."""
+    try:
+        check_attention(run.model.attention, choose_device(run.model.device))
+    except ValueError:
+        return run  # no such device: refused with all that is known of it when the model is opened
+    except UserError:
+        listener.say(
+            f"trained with model.attention = {run.model.attention!r}, which this machine does not "
+            "have: going on with 'auto', the same attention more slowly, up to rounding"
+        )
+        model = run.model.model_copy(update={"attention": "auto"})
+        return run.model_copy(update={"model": model})
+    return run
 
 
 def generate(
@@ -96,8 +132,13 @@ def generate(
     Returns:
         One answer per prompt, in order, without special tokens.
     """
-    tokenizer = trained.source.tokenizer
-    asked = [trained.encoder.encode_prompt(_as_chat(prompt, system)) for prompt in prompts]
+    tokenizer, encoder = trained.source.tokenizer, trained.encoder
+    if not isinstance(encoder, Encoder):
+        raise UserError(
+            f"{trained.folder}: its task is {trained.run.task}, which answers no prompts; "
+            "use qlora predict"
+        )
+    asked = [encoder.encode_prompt(_as_chat(prompt, system)) for prompt in prompts]
     empty = [number for number, ids in enumerate(asked, start=1) if not ids]
     if empty:
         raise UserError(f"prompt {empty[0]} is empty; ask something")
@@ -117,7 +158,7 @@ def generate(
 
 
 def held_out_metrics(trained: Trained, *, adapter: bool = True) -> dict[str, float]:
-    """Loss and token accuracy on the run's held-out rows, with or without the adapter.
+    """The task's metrics on the run's held-out rows, with or without the adapter.
 
     Raises:
         UserError: The run has no held-out rows.
@@ -126,9 +167,15 @@ def held_out_metrics(trained: Trained, *, adapter: bool = True) -> dict[str, flo
     batches = setup.eval_batches(trained.run, data)
     if batches is None:
         raise UserError("the run has no held-out rows; set data.eval or data.eval_fraction")
-    task = CausalLM.for_model(trained.model)
+    task = setup.make_task(trained.run, trained.model, trained.source, data)
     with nullcontext() if adapter else adapters_disabled(trained.model):
-        return evaluate_batches(trained.model, batches(), task=task, device=trained.source.device)
+        return evaluate_batches(
+            trained.model,
+            batches(),
+            task=task,
+            device=trained.source.device,
+            references=setup.references(trained.run, data),
+        )
 
 
 def _as_chat(prompt: Prompt, system: str | None) -> list[dict[str, Any]]:

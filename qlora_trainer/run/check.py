@@ -2,12 +2,15 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 from qlora_trainer.base.audit import BaseAudit, audit_base
 from qlora_trainer.base.machine import Finding, diagnose
 from qlora_trainer.config.read import read_run_file
 from qlora_trainer.config.settings import RunConfig
-from qlora_trainer.data.gate import GateReport, inspect_data
+from qlora_trainer.data.encode import Encoder
+from qlora_trainer.data.gate import GateReport, inspect_data, inspect_rows
+from qlora_trainer.data.rows import RowEncoder
 from qlora_trainer.run.report import Reporter, rows_read, tensors_loaded
 from qlora_trainer.training import setup
 
@@ -42,6 +45,8 @@ def check(run: RunConfig, *, reporter: Reporter | None = None) -> GateReport:
 
 def inspect(run: RunConfig, source: setup.ModelSource, data: setup.RunData) -> GateReport:
     """The gate's report on data already encoded."""
+    if not isinstance(data.encoder, Encoder):
+        return inspect_rows(data.train, cast(RowEncoder, data.encoder), evaluation=data.held_out)
     return inspect_data(
         data.train,
         source.tokenizer,

@@ -11,13 +11,14 @@ from qlora_trainer.base.audit import BaseAudit, audit_base
 from qlora_trainer.base.files import write_text_atomically
 from qlora_trainer.base.fingerprint import base_fingerprint
 from qlora_trainer.config.settings import RunConfig
+from qlora_trainer.data.encode import Encoder
 from qlora_trainer.data.gate import GateReport
 from qlora_trainer.lora.files import save_adapter
 from qlora_trainer.lora.spec import AdapterSpec
 from qlora_trainer.run.check import inspect
 from qlora_trainer.run.report import Reporter, rows_read, tensors_loaded
 from qlora_trainer.run.resolve import at_the_same_commit, resolved_settings, with_todays_defaults
-from qlora_trainer.tasks.causal_lm import CausalLM
+from qlora_trainer.tasks.task import Task
 from qlora_trainer.training import setup
 from qlora_trainer.training.card import model_card
 from qlora_trainer.training.curve import draw_losses
@@ -136,7 +137,7 @@ class _Parts:
     model: Any
     account: BaseAudit
     spec: AdapterSpec
-    task: CausalLM
+    task: Task
     optimizer: AdapterAdamW
     windows: Windows
     plan: TrainingPlan
@@ -148,17 +149,18 @@ def _prepare(run: RunConfig, source: setup.ModelSource, base: str, told: Reporte
     data = setup.open_data(run, source, rows_read(told))
     gate = inspect(run, source, data)
     told.gate(gate)
-    model = setup.load_model(run, source, tensors_loaded(told))
+    settings = setup.model_settings(data)
+    model = setup.load_model(run, source, tensors_loaded(told), settings=settings)
     account = audit_base(model)
     told.audit(account)
-    spec = setup.add_adapter(run, model, source.base_spec.compute_dtype)
+    spec = setup.add_adapter(run, model, source.base_spec.compute_dtype, source.kind)
     setup.set_activations(run, model)
-    task = CausalLM.for_model(model, chunk_tokens=run.train.loss_chunk_tokens)
+    task = setup.make_task(run, model, source, data)
     optimizer = setup.make_optimizer(run, model)
     for line in setup.notes(task, optimizer):
         told.say(line)
     windows = setup.make_windows(run, data, model.config._attn_implementation)
-    plan = setup.training_plan(run, windows)
+    plan = setup.training_plan(run, windows, task)
     identity = {
         "base_fingerprint": base,
         "data_fingerprint": data.train.fingerprint,
@@ -180,9 +182,11 @@ def _run_loop(
             parts.spec,
             target,
             base_source=settings["model"]["source"],
-            task_type="CAUSAL_LM",
+            task_type=source.kind.peft_type,
             base_revision=source.resolved.revision,
         )
+        if source.kind.new_head:  # label names: whoever loads the head must know what it says
+            parts.model.config.save_pretrained(target)
 
     trackers = open_trackers(
         run.output.trackers,
@@ -217,7 +221,8 @@ def _run_loop(
                 log=log,
                 eval_batches=setup.eval_batches(run, data),
                 scaler=LossScaler() if source.base_spec.compute_dtype == torch.float16 else None,
-                decode=source.tokenizer.decode,
+                references=setup.references(run, data),
+                decode=None if source.tokenizer is None else source.tokenizer.decode,
             ),
             parts.plan,
         )
@@ -233,7 +238,9 @@ def _finished(
     draw_losses(folder.path / "metrics.jsonl", folder.path / "loss.png")
     metrics = {f"{name}_before": value for name, value in (outcome.first_evaluation or {}).items()}
     metrics |= outcome.best_evaluation or {}
-    metrics = {name: value for name, value in metrics.items() if not name.startswith("tokens")}
+    metrics = {
+        name: value for name, value in metrics.items() if not name.startswith(("tokens", "rows"))
+    }
     if not outcome.complete:
         return TrainResult(folder.path, None, outcome, metrics)
     rows = {"training": parts.gate.train.rows}
@@ -247,13 +254,14 @@ def _finished(
         rows=rows,
         versions=environment["versions"],
     )
-    template = parts.data.encoder.template
+    encoder = parts.data.encoder
+    template = encoder.template if isinstance(encoder, Encoder) else None
     if template is not None:  # asked elsewhere, the adapter shall be asked as it was trained
         parts.source.tokenizer.chat_template = template.text
     for name in ("adapter", "adapter-last"):
         target = folder.path / name
         if target.is_dir():
             write_text_atomically(target / "README.md", card)
-            parts.source.tokenizer.save_pretrained(target)
+            (parts.source.tokenizer or parts.source.processor).save_pretrained(target)
     folder.write_json("result.json", {**asdict(outcome), "metrics": metrics})
     return TrainResult(folder.path, folder.path / "adapter", outcome, metrics)

@@ -120,11 +120,12 @@ class StepRunner:
         self._optimizer.drop_gradients()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
-        rows = max(batch["input_ids"].shape[0] for batch in batches)
-        longest = max(batch["input_ids"].shape[1] for batch in batches)
+        rows = max(next(iter(batch.values())).shape[0] for batch in batches)
+        longest = max((b["input_ids"].shape[1] for b in batches if "input_ids" in b), default=0)
         if rows == 1:
+            what = f"sequence of {longest} tokens" if longest else "image"
             raise UserError(
-                f"step {step}: out of memory with a single sequence of {longest} tokens "
+                f"step {step}: out of memory with a single {what} "
                 f"({message}). Ways out: a smaller data.max_seq_len, train.activations: recompute, "
                 "train.optimizer: adamw_8bit, a lower adapter.rank"
             )
@@ -156,6 +157,10 @@ class StepRunner:
         return True
 
 
+def _tokens(batch: Batch) -> list[list[int]]:
+    return batch["input_ids"].tolist() if "input_ids" in batch else []
+
+
 def _save_batch(folder: Path, window: Sequence[Batch], decode: Decode | None) -> None:
     tensors = {
         f"{index}.{name}": tensor.contiguous().clone()
@@ -164,6 +169,6 @@ def _save_batch(folder: Path, window: Sequence[Batch], decode: Decode | None) ->
     }
     save_file(tensors, folder / "batch.safetensors")
     if decode is not None:
-        texts = [decode(row) for batch in window for row in batch["input_ids"].tolist()]
+        texts = [decode(row) for batch in window for row in _tokens(batch)]
         divider = "\n" + "-" * 80 + "\n"
         (folder / "batch.txt").write_text(divider.join(texts), encoding="utf-8")

@@ -161,7 +161,7 @@ class RunLog:
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
         """Log an evaluation."""
         self._write({"kind": "eval", "step": step, **{f"eval_{k}": v for k, v in metrics.items()}})
-        shown = ", ".join(f"{k} {v:.4f}" for k, v in metrics.items() if k != "tokens")
+        shown = ", ".join(f"{k} {v:.4f}" for k, v in metrics.items() if k not in ("tokens", "rows"))
         self.say(f"step {step}: held-out {shown}")
 
     def _write(self, record: Mapping[str, Any]) -> None:

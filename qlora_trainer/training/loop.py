@@ -163,6 +163,7 @@ class _Loop:
                 task=run.task,
                 device=run.device,
                 say=run.log.say,
+                references=run.references,
             )
             if run.extra_metrics is not None:
                 metrics.update(run.extra_metrics())
@@ -228,4 +229,6 @@ class _Loop:
 
 def _tokens(batch: Batch) -> int:
     mask = batch.get("attention_mask")
+    if "input_ids" not in batch:  # images: rows are all there is to count
+        return next(iter(batch.values())).shape[0]
     return batch["input_ids"].numel() if mask is None else int(mask.sum())

@@ -6,13 +6,13 @@ goes on from there. Reads the configuration; everything it calls takes plain val
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 from transformers.utils import is_flash_attn_2_available
 
 from qlora_trainer.base.dtype import choose_compute_dtype
@@ -21,10 +21,15 @@ from qlora_trainer.base.load import BaseSpec, load_base, load_config
 from qlora_trainer.base.machine import choose_device
 from qlora_trainer.config.settings import RunConfig, SourceSettings
 from qlora_trainer.data.dataset import EncodedDataset, build_dataset, split_eval
-from qlora_trainer.data.encode import Encoder, choose_pad_id
+from qlora_trainer.data.encode import choose_pad_id
+from qlora_trainer.data.faults import FaultLog, TooManyFaults
+from qlora_trainer.data.formats import rename
 from qlora_trainer.data.isolation import refuse_packing_leak
-from qlora_trainer.data.read import DataSource
+from qlora_trainer.data.read import DataSource, open_source
+from qlora_trainer.data.rows import RecordEncoder
 from qlora_trainer.errors import UserError
+from qlora_trainer.tasks.catalogue import task_kind
+from qlora_trainer.tasks.kind import EncoderInputs, TaskKind
 
 Progress = Callable[[str, int, int], None]
 
@@ -34,17 +39,21 @@ class ModelSource:
     """A model found, its tokenizer read, nothing heavy loaded.
 
     Attributes:
+        kind: The task it is for.
         resolved: Folder and, for a hub model, the commit.
         config: transformers' configuration.
-        tokenizer: The model's own.
+        tokenizer: The model's own; None for a task that reads images.
+        processor: The model's image processor, for such a task.
         device: Where it is going to live.
         base_spec: How it is going to be held.
         stop_ids: Tokens that end an answer, by the model's generation settings.
     """
 
+    kind: TaskKind
     resolved: ResolvedModel
     config: Any
     tokenizer: Any
+    processor: Any
     device: torch.device
     base_spec: BaseSpec
     stop_ids: tuple[int, ...]
@@ -58,12 +67,12 @@ class RunData:
         train: Rows to learn.
         held_out: Rows to evaluate on, if any.
         encoder: What made them.
-        pad_id: Fills shorter rows; never trained.
+        pad_id: Fills shorter rows of a causal model; never trained.
     """
 
     train: EncodedDataset
     held_out: EncodedDataset | None
-    encoder: Encoder
+    encoder: RecordEncoder
     pad_id: int
 
 
@@ -73,7 +82,7 @@ def open_model(run: RunConfig) -> ModelSource:
     Raises:
         UserError: It is not there, is broken, or does not fit the device or the settings.
     """
-    model = run.model
+    model, kind = run.model, task_kind(run.task)
     try:
         device = choose_device(model.device)
     except ValueError as error:
@@ -85,8 +94,11 @@ def open_model(run: RunConfig) -> ModelSource:
     config = load_config(resolved.folder, trust_remote_code=model.trust_remote_code)
     compute_dtype = choose_compute_dtype(model.compute_dtype, device, config.model_type)
     spec = base_spec(run, compute_dtype)
-    tokenizer = _read_tokenizer(resolved, model)
-    return ModelSource(resolved, config, tokenizer, device, spec, _stop_ids(resolved.folder))
+    reads_text = kind.reads == "text"
+    tokenizer = _read_tokenizer(resolved, model) if reads_text else None
+    processor = None if reads_text else _read_processor(resolved, model)
+    stop_ids = _stop_ids(resolved.folder)
+    return ModelSource(kind, resolved, config, tokenizer, processor, device, spec, stop_ids)
 
 
 def check_attention(attention: str, device: torch.device) -> None:
@@ -128,6 +140,23 @@ def _read_tokenizer(resolved: ResolvedModel, model: Any) -> Any:
         ) from error
 
 
+def _read_processor(resolved: ResolvedModel, model: Any) -> Any:
+    from transformers import AutoImageProcessor
+
+    try:
+        return AutoImageProcessor.from_pretrained(
+            str(resolved.folder),
+            local_files_only=True,
+            trust_remote_code=model.trust_remote_code,
+            use_fast=False,  # the fast ones need torchvision
+        )
+    except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError) as error:
+        raise UserError(
+            f"model.source = {model.source!r}: its image processor cannot be read from "
+            f"{resolved.folder}: {error}"
+        ) from error
+
+
 def base_spec(run: RunConfig, compute_dtype: torch.dtype) -> BaseSpec:
     """How the base is held."""
     model = run.model
@@ -139,6 +168,7 @@ def base_spec(run: RunConfig, compute_dtype: torch.dtype) -> BaseSpec:
         attention=None if model.attention == "auto" else model.attention,
         keep_unquantized=tuple(model.keep_unquantized),
         trust_remote_code=model.trust_remote_code,
+        embeddings_on_host=model.embeddings_on_host,
     )
 
 
@@ -162,7 +192,7 @@ def open_data(
     """
     check_length(run, source.config)
     data = run.data
-    encoder = Encoder(source.tokenizer, chat_template=run.model.chat_template, loss_on=data.loss_on)
+    encoder = make_encoder(run, source)
 
     def build(sources: list[SourceSettings], name: str) -> EncodedDataset:
         try:
@@ -184,7 +214,56 @@ def open_data(
         train, held_out = split_eval(train, data.eval_fraction, run.train.seed)
     if held_out is not None and run.evaluation.max_rows is not None:
         held_out = held_out.select(range(min(len(held_out), run.evaluation.max_rows)))
-    return RunData(train, held_out, encoder, choose_pad_id(source.tokenizer))
+    pad_id = 0 if source.tokenizer is None else choose_pad_id(source.tokenizer)
+    return RunData(train, held_out, encoder, pad_id)
+
+
+def make_encoder(
+    run: RunConfig,
+    source: ModelSource,
+    *,
+    labelled: bool = True,
+    labels: list[str] | None = None,
+) -> RecordEncoder:
+    """What makes examples of the run's records.
+
+    Args:
+        run: The settings.
+        source: The model.
+        labelled: False where records are to be predicted.
+        labels: Label names already known, of a trained adapter.
+
+    Raises:
+        UserError: The settings do not fit the model, or the training data tells no labels.
+    """
+    settings = run.task_settings.model_dump()
+    if labels is not None:
+        settings["labels"] = labels
+    return source.kind.make_encoder(
+        EncoderInputs(
+            tokenizer=source.tokenizer,
+            processor=source.processor,
+            config=source.config,
+            max_seq_len=run.data.max_seq_len,
+            over_length=run.data.over_length,
+            settings=settings,
+            training_rows=lambda: _training_records(run),
+            labelled=labelled,
+            chat_template=run.model.chat_template,
+            loss_on=run.data.loss_on,
+        )
+    )
+
+
+def _training_records(run: RunConfig) -> Iterator[Mapping[str, Any]]:
+    """All training records as they are; what cannot be read is told when it is encoded."""
+    unread = FaultLog()
+    for item in run.data.train:
+        try:
+            for row in open_source(DataSource(**item.model_dump())).rows(unread):
+                yield rename(row.record, item.columns)
+        except TooManyFaults:
+            return
 
 
 def _cache_folder(setting: str | None) -> Path:
@@ -192,18 +271,37 @@ def _cache_folder(setting: str | None) -> Path:
     return Path(chosen).expanduser() / "data"
 
 
-def load_model(run: RunConfig, source: ModelSource, progress: Progress | None = None) -> Any:
+def load_model(
+    run: RunConfig,
+    source: ModelSource,
+    progress: Progress | None = None,
+    *,
+    settings: Mapping[str, Any] | None = None,
+) -> Any:
     """Load the base, frozen, onto its device.
+
+    Args:
+        run: The settings.
+        source: The model.
+        progress: Told of every tensor.
+        settings: What the data says of the model's configuration (its labels); without, what the
+            run file alone says.
 
     Raises:
         UserError: The checkpoint is not whole, or the model lets packed examples see each other.
     """
+    kind = source.kind
+    if settings is None:
+        settings = kind.weightless_settings(run.task_settings.model_dump())
     model = load_base(
         source.resolved.folder,
-        AutoModelForCausalLM,
+        kind.auto_class,
         source.base_spec,
         source.device,
         progress=progress,
+        new_heads_allowed=kind.new_head,
+        head_seed=run.train.seed,
+        config_changes=dict(settings),
     )
     if run.data.packing:
         refuse_packing_leak(model, source.device, source.config.get_text_config().vocab_size)

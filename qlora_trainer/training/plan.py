@@ -112,6 +112,8 @@ class Run:
         identity: Recorded with each state (data fingerprint, settings, ...); must be JSON.
         log: What is shown and kept.
         eval_batches: Begins a pass over the held-out batches; None where there are none.
+        references: What the prediction for a held-out row is scored against, by its number, for
+            a task whose predictions are scored.
         extra_metrics: Further metrics of an evaluation (by generation).
         scaler: For fp16.
         decode: Token ids to text, for a batch that failed.
@@ -127,6 +129,7 @@ class Run:
     identity: Mapping[str, Any]
     log: RunLog
     eval_batches: Callable[[], Iterable[Batch]] | None = None
+    references: Callable[[int], Any] | None = None
     extra_metrics: Callable[[], dict[str, float]] | None = None
     scaler: LossScaler | None = None
     decode: Decode | None = None

@@ -5,19 +5,26 @@ loop. With `open` the only file of this room that reads the configuration; every
 takes plain values. What `open` finds and reads is reached through here as well.
 """
 
-from collections.abc import Callable, Iterator
-from typing import Any
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any, cast
 
 import torch
 
-from qlora_trainer.base.layers import decoder_layers
+from qlora_trainer.base.layers import decoder_layers, layer_count
+from qlora_trainer.base.select import trained_heads
 from qlora_trainer.config.settings import LayerChoice, RunConfig
 from qlora_trainer.data.batches import BatchPlan, collate, row_layout
+from qlora_trainer.data.dataset import EncodedDataset
+from qlora_trainer.data.encode import Encoder
+from qlora_trainer.data.rows import RowEncoder
 from qlora_trainer.errors import UserError
 from qlora_trainer.lora.inject import adapter_parameters, inject_adapter
 from qlora_trainer.lora.spec import AdapterSpec
 from qlora_trainer.tasks.causal_lm import CausalLM
-from qlora_trainer.tasks.task import Batch
+from qlora_trainer.tasks.kind import TaskInputs, TaskKind
+from qlora_trainer.tasks.task import Batch, Task
 from qlora_trainer.training.activations import ActivationPlan, plan_activations
 from qlora_trainer.training.open import (
     ModelSource,
@@ -26,13 +33,17 @@ from qlora_trainer.training.open import (
     base_spec,
     check_length,
     load_model,
+    make_encoder,
     open_data,
     open_model,
 )
 from qlora_trainer.training.optimizer import AdapterAdamW
 from qlora_trainer.training.plan import TrainingPlan
+from qlora_trainer.training.techniques import Techniques, apply_techniques
 from qlora_trainer.training.windows import Windows
 from qlora_trainer.units import format_bytes
+
+logger = logging.getLogger(__name__)
 
 __all__ = [
     "ModelSource",
@@ -45,18 +56,25 @@ __all__ = [
     "check_length",
     "eval_batches",
     "load_model",
+    "make_encoder",
     "make_optimizer",
+    "make_task",
     "make_windows",
+    "model_settings",
     "notes",
     "open_data",
     "open_model",
+    "references",
     "set_activations",
+    "techniques",
     "training_plan",
 ]
 
 
-def add_adapter(run: RunConfig, model: Any, compute_dtype: torch.dtype) -> AdapterSpec:
-    """Put the adapter on the base.
+def add_adapter(
+    run: RunConfig, model: Any, compute_dtype: torch.dtype, kind: TaskKind | None = None
+) -> AdapterSpec:
+    """Put the adapter on the base; a task's own head is trained and saved with it.
 
     Returns:
         Its settings for this model.
@@ -64,7 +82,10 @@ def add_adapter(run: RunConfig, model: Any, compute_dtype: torch.dtype) -> Adapt
     Raises:
         UserError: Layers or modules named in the settings are not there.
     """
-    spec = adapter_spec(run, len(decoder_layers(model)))
+    spec = adapter_spec(run, layer_count(model))
+    if kind is not None and kind.new_head:
+        saved = dict.fromkeys((*spec.modules_to_save, *trained_heads(model)))
+        spec = replace(spec, modules_to_save=tuple(saved))
     inject_adapter(model, spec, dtype=adapter_dtype(run, compute_dtype), seed=run.train.seed)
     return spec
 
@@ -119,9 +140,36 @@ def adapter_dtype(run: RunConfig, compute_dtype: torch.dtype) -> torch.dtype:
     return torch.bfloat16 if run.adapter.dtype == "bf16" else torch.float32
 
 
+def techniques(run: RunConfig) -> Techniques:
+    """What replaces modules of the model."""
+    train = run.train
+    return Techniques(train.fused_mlp, train.mlp_tile_tokens, train.tiled_norms)
+
+
 def set_activations(run: RunConfig, model: Any) -> ActivationPlan:
-    """Keep or recompute, layer by layer."""
+    """Put the step's techniques on the model; keep, recompute or offload, layer by layer."""
+    for note in apply_techniques(model, techniques(run)):
+        logger.warning(note)
     return plan_activations(model, decoder_layers(model), run.train.activations)
+
+
+def model_settings(data: RunData) -> dict[str, Any]:
+    """What the data says of the model's configuration: its labels."""
+    encoder = data.encoder
+    return {} if isinstance(encoder, Encoder) else cast(RowEncoder, encoder).model_settings()
+
+
+def make_task(run: RunConfig, model: Any, source: ModelSource, data: RunData | None) -> Task:
+    """Loss and metrics of the run's task on this model."""
+    return source.kind.make_task(
+        TaskInputs(
+            model,
+            run.task_settings.model_dump(),
+            None if data is None else data.encoder,
+            None if data is None else data.train,
+            run.train.loss_chunk_tokens,
+        )
+    )
 
 
 def make_optimizer(run: RunConfig, model: Any) -> AdapterAdamW:
@@ -136,9 +184,9 @@ def make_optimizer(run: RunConfig, model: Any) -> AdapterAdamW:
     )
 
 
-def notes(task: CausalLM, optimizer: AdapterAdamW) -> Iterator[str]:
+def notes(task: Task, optimizer: AdapterAdamW) -> Iterator[str]:
     """What the user should know of the loss and of the optimizer's memory."""
-    if not task.loss_path.chunked:
+    if isinstance(task, CausalLM) and not task.loss_path.chunked:
         yield task.loss_path.reason
     yield from optimizer.notes
     size = optimizer.optimizer_bytes()
@@ -162,7 +210,9 @@ def make_windows(run: RunConfig, data: RunData, attention: str | None) -> Window
 
     def make(number: int) -> Batch:
         rows = plan.micro_batch(number)
-        return collate(data.train, rows, pad_id=data.pad_id, packed=run.data.packing, layout=layout)
+        if run.data.packing:
+            return collate(data.train, rows, pad_id=data.pad_id, packed=True, layout=layout)
+        return collate_rows(run, data, data.train, [index for row in rows for index in row])
 
     return Windows.numbered(len(plan), make, run.train.gradient_accumulation_steps)
 
@@ -177,17 +227,37 @@ def eval_batches(run: RunConfig, data: RunData) -> Callable[[], Iterator[Batch]]
 
     def begin() -> Iterator[Batch]:
         for number in range(len(plan)):
-            yield collate(held_out, plan.micro_batch(number), pad_id=data.pad_id)
+            rows = [index for row in plan.micro_batch(number) for index in row]
+            yield {**collate_rows(run, data, held_out, rows), "row": torch.tensor(rows)}
 
     return begin
 
 
-def training_plan(run: RunConfig, windows: Windows) -> TrainingPlan:
+def collate_rows(
+    run: RunConfig, data: RunData, dataset: EncodedDataset, rows: Sequence[int]
+) -> Batch:
+    """A batch with one example a row."""
+    if isinstance(data.encoder, Encoder):
+        return collate(dataset, [[index] for index in rows], pad_id=data.pad_id)
+    return cast(RowEncoder, data.encoder).collate(dataset, rows)
+
+
+def references(run: RunConfig, data: RunData) -> Callable[[int], Any] | None:
+    """What the prediction for a held-out row is scored against; None where nothing is scored."""
+    held_out, encoder = data.held_out, data.encoder
+    if isinstance(encoder, Encoder) or held_out is None:
+        return None
+    return lambda index: cast(RowEncoder, encoder).reference(held_out, index)
+
+
+def training_plan(run: RunConfig, windows: Windows, task: Task | None = None) -> TrainingPlan:
     """What the loop is to do.
 
     Raises:
-        UserError: The learning rate would still be rising when the run ends.
+        UserError: The learning rate would still be rising when the run ends, or the task has no
+            metric of the name given.
     """
+    best_metric, greater_is_better = best_by(run, task)
     train, evaluation, output = run.train, run.evaluation, run.output
     total = train.max_steps or windows.steps_of(train.epochs)
     warmup = train.warmup_steps
@@ -209,4 +279,22 @@ def training_plan(run: RunConfig, windows: Windows) -> TrainingPlan:
         save_every_seconds=output.save_every_minutes * 60,
         keep_last=output.keep_last,
         patience=evaluation.early_stopping_patience,
+        best_metric=best_metric,
+        greater_is_better=greater_is_better,
     )
+
+
+def best_by(run: RunConfig, task: Task | None) -> tuple[str, bool]:
+    """The metric that tells the best adapter, and whether greater is better.
+
+    Raises:
+        UserError: The task has no such metric.
+    """
+    name = run.evaluation.metric
+    if task is None:
+        return "loss", False
+    if name == "auto":
+        name = task.best_metric
+    if name not in task.metrics:
+        raise UserError(f"evaluation.metric = {name!r}: {run.task} has {', '.join(task.metrics)}")
+    return name, task.metrics[name]
