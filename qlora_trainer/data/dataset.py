@@ -104,6 +104,10 @@ class EncodedDataset:
         """File and line, or data set and row, an example came from."""
         return self.store.where(int(self.rows[index]))
 
+    def file(self, index: int) -> str:
+        """Where the rest of an example lies (a picture)."""
+        return self.store.file(int(self.rows[index]))
+
     def select(self, indices: _Array | Sequence[int]) -> "EncodedDataset":
         """These examples, in this order."""
         chosen = self.rows[np.asarray(indices, np.int64)]

@@ -48,6 +48,7 @@ class Example:
         reference: What a prediction is scored against and told with; any JSON value.
         lost_tokens: Cut off by an encoder that cuts for itself.
         too_long: Over another limit than `data.max_seq_len`; dropped as what is over that one.
+        file: Where the rest of it lies (a picture); its place, and so no part of its content.
     """
 
     input_ids: list[int]
@@ -58,6 +59,7 @@ class Example:
     reference: Any = None
     lost_tokens: int = 0
     too_long: bool = False
+    file: str = ""
 
     @property
     def labels(self) -> list[int]:

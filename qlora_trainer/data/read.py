@@ -16,6 +16,7 @@ from typing import Any
 
 from qlora_trainer.data.faults import Fault, FaultLog
 from qlora_trainer.data.files import READERS, file_type, read_file, without_nulls
+from qlora_trainer.data.picture_files import is_picture, named_picture, picture_files
 from qlora_trainer.data.text_lines import Row
 from qlora_trainer.errors import UserError
 
@@ -69,7 +70,12 @@ class OpenedSource:
             for number, record in enumerate(self.table, 1):
                 yield Row(without_nulls(record), f"{self.source.path} row {number}")
         for path in self.files:
-            yield from read_file(path, faults)
+            if is_picture(path):
+                yield Row({"image": str(path), "label": path.parent.name}, str(path))
+                continue
+            column = self.source.columns.get("image", "image")
+            for row in read_file(path, faults):
+                yield Row(named_picture(row.record, column, path.parent), row.where)
 
 
 def open_source(source: DataSource) -> OpenedSource:
@@ -123,7 +129,12 @@ def _not_found(path: Path) -> str:
 def _folder_files(source: DataSource, folder: Path) -> tuple[Path, ...]:
     found = sorted(item for item in folder.rglob("*") if item.is_file() and file_type(item))
     if not found:
-        raise UserError(f"data source {folder}: the folder holds no file of type {_KNOWN}")
+        if pictures := picture_files(folder, source.split):
+            return pictures
+        raise UserError(
+            f"data source {folder}: the folder holds no file of type {_KNOWN}, and no pictures in "
+            f"folders of their labels{f' (split {source.split!r})' if source.split else ''}"
+        )
 
     def of(split: str) -> list[Path]:
         return [item for item in found if _names_split(item.relative_to(folder), split)]
@@ -154,7 +165,7 @@ def _names_split(path: Path, split: str) -> bool:
 
 
 def _opened_files(source: DataSource, files: tuple[Path, ...]) -> OpenedSource:
-    unknown = [str(path) for path in files if file_type(path) is None]
+    unknown = [str(path) for path in files if file_type(path) is None and not is_picture(path)]
     if unknown:
         raise UserError(
             f"data source {source.path}: {', '.join(unknown[:5])} is of no known type; "

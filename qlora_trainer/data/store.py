@@ -3,7 +3,7 @@
 A folder per data set, named by the hash of everything that decides its content:
 
     rows.arrow   input_ids, trained (flat start, end, start, end ...), where, source, hash,
-                 reference (JSON), and the columns a task declares
+                 reference (JSON), file, and the columns a task declares
     meta.json    counts, fingerprint, size of rows.arrow
 
 It is written beside its place and renamed into it, so a reader sees a whole one or none. The
@@ -29,7 +29,7 @@ import pyarrow as pa
 from qlora_trainer.data.encode import Example
 from qlora_trainer.errors import UserError
 
-STORE_VERSION = 2
+STORE_VERSION = 3
 ROWS_PER_BATCH = 1024
 _ABANDONED_SECONDS = 3600
 SCHEMA = pa.schema(
@@ -40,6 +40,7 @@ SCHEMA = pa.schema(
         ("source", pa.int16()),
         ("hash", pa.uint64()),
         ("reference", pa.string()),
+        ("file", pa.string()),
     ]
 )
 _KINDS = {"int32": pa.int32(), "float32": pa.float32(), "uint8": pa.uint8()}
@@ -87,7 +88,7 @@ class StoreWriter:
         row_digest = hashlib.sha256(content).digest()
         self._digest.update(row_digest)
         number = int.from_bytes(row_digest[:8], "little")
-        row = (ids, trained, where, source, number, reference, *own)
+        row = (ids, trained, where, source, number, reference, example.file, *own)
         for name, value in zip(self._schema.names, row, strict=True):
             self._columns[name].append(value)
         self.count += 1
@@ -225,6 +226,11 @@ class Store:
         """File and line, or data set and row, the row came from."""
         batch, index = self._find(row)
         return str(self._batches[batch]["where"][index])
+
+    def file(self, row: int) -> str:
+        """Where the rest of the row lies (a picture)."""
+        batch, index = self._find(row)
+        return str(self._batches[batch]["file"][index])
 
     def rows(self) -> Iterator[int]:
         """All row numbers."""

@@ -1,0 +1,275 @@
+"""Pictures with labels: rows keep the file's path and the label; pixels are read for each batch.
+
+    image              {"image": path, "label"}   JSONL, CSV or Parquet; a relative path starts at
+                                                  the folder of the file that names it
+    folder of folders  DIR/cat/1.png, DIR/dog/2.jpg: the innermost folder is the label
+
+Every picture is decoded once when rows are encoded, so that one that does not open is refused with
+its file and row before anything heavy starts, and the hash of its bytes tells copies. Sizes and
+colours are the business of the model's own image processor.
+
+    B rows, C channels, H height, W width
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+from qlora_trainer.data.dataset import EncodedDataset
+from qlora_trainer.data.encode import Example
+from qlora_trainer.data.faults import RowError, json_kind
+from qlora_trainer.data.formats import rename
+from qlora_trainer.data.pictures import augment_picture, open_picture
+from qlora_trainer.data.rows import Findings
+from qlora_trainer.errors import UserError
+
+_COLUMNS_HINT = "name the columns, for example `columns: {image: file_name, label: category}`"
+_DIGEST_BYTES = 16
+
+
+class PictureEncoder:
+    """Turns records that name a picture into examples.
+
+    Args:
+        processor: The model's image processor (numpy and Pillow, no torchvision).
+        label_names: In the order of the model's outputs.
+        augment: Training pictures are flipped and cropped a little.
+        side: Pixels of a side the processor shall make; None leaves it as it is.
+        labelled: Records have labels.
+    """
+
+    columns: Mapping[str, str] = MappingProxyType({"label": "int32", "digest": "uint8"})
+
+    def __init__(
+        self,
+        processor: Any,
+        label_names: Sequence[str],
+        *,
+        augment: bool = False,
+        side: int | None = None,
+        labelled: bool = True,
+    ) -> None:
+        self.processor, self.augment, self.labelled = processor, augment, labelled
+        self.label_names = tuple(label_names)
+        self._ids = {name: number for number, name in enumerate(self.label_names)}
+        self._sizes = {} if side is None else _sizes(processor, side)
+
+    @property
+    def identity(self) -> str:
+        """A hash of what decides an example; pixels are made later and are no part of it."""
+        parts = {
+            "labels": self.label_names,
+            "labelled": self.labelled,
+            "transformers": transformers.__version__,
+        }
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    def recognise(self, records: Iterable[Mapping[str, Any]], columns: Mapping[str, str]) -> str:
+        """See that there are pictures and labels.
+
+        Raises:
+            UserError: A field is nowhere.
+        """
+        found: dict[str, None] = {}
+        for record in records:
+            found.update(dict.fromkeys(rename(record, columns)))
+        needed = ("image", "label") if self.labelled else ("image",)
+        if missing := [name for name in needed if name not in found]:
+            raise UserError(
+                f"no {' and no '.join(f'`{name}`' for name in missing)}: the rows have "
+                f"{', '.join(found) or 'no fields'}, needed are {' and '.join(needed)}; "
+                f"{_COLUMNS_HINT}"
+            )
+        return "pictures"
+
+    def encode_rows(
+        self, records: Sequence[Mapping[str, Any]], format: str
+    ) -> list[list[Example] | RowError]:
+        """Open every picture once; what does not open or has no known label is refused."""
+        results: list[list[Example] | RowError] = []
+        for record in records:
+            try:
+                results.append([self._example(record)])
+            except RowError as error:
+                results.append(error)
+        return results
+
+    def _example(self, record: Mapping[str, Any]) -> Example:
+        path = _picture_path(record)
+        label = self._ids[label_name(record, self._ids)] if self.labelled else -1
+        open_picture(path)
+        digest = hashlib.sha256(path.read_bytes()).digest()[:_DIGEST_BYTES]
+        return Example(
+            [], columns={"label": [label], "digest": list(digest)}, file=str(path.absolute())
+        )
+
+    def collate(self, dataset: EncodedDataset, rows: Sequence[int]) -> dict[str, torch.Tensor]:
+        """Pixels as they are, without augmentation.
+
+        Returns:
+            `pixel_values` (B, C, H, W) fp32, and with labels `labels` (B,) int64.
+
+        Raises:
+            UserError: A picture is no longer what it was when the rows were encoded.
+        """
+        return self._collate(dataset, rows, None)
+
+    def collate_augmented(
+        self, dataset: EncodedDataset, rows: Sequence[int], *, seed: int, epoch: int
+    ) -> dict[str, torch.Tensor]:
+        """As `collate`, for training: each epoch sees every picture a little differently."""
+        return self._collate(dataset, rows, (seed, epoch) if self.augment else None)
+
+    def _collate(
+        self, dataset: EncodedDataset, rows: Sequence[int], keys: tuple[int, int] | None
+    ) -> dict[str, torch.Tensor]:
+        pictures = []
+        for index in rows:
+            try:
+                picture = open_picture(Path(dataset.file(index)))
+            except RowError as error:
+                raise UserError(
+                    f"{error.at(dataset.where(index))} (it could be opened when the data was "
+                    "checked)"
+                ) from error
+            pictures.append(
+                picture if keys is None else augment_picture(picture, *keys, int(index))
+            )
+        pixels = self.processor(pictures, return_tensors="pt", **self._sizes)["pixel_values"]
+        batch: dict[str, torch.Tensor] = {"pixel_values": pixels}  # (B, C, H, W)
+        if self.labelled:
+            labels = [int(dataset.column(index, "label")[0]) for index in rows]
+            batch["labels"] = torch.tensor(labels, dtype=torch.int64)
+        return batch
+
+    def findings(self, dataset: EncodedDataset) -> Findings:
+        """How many pictures each label has, and pictures that carry two labels."""
+        found = Findings()
+        pixels = self.collate(dataset, [0])["pixel_values"].shape
+        found.facts.append(("picture", f"{pixels[3]} x {pixels[2]} pixels, {pixels[1]} channels"))
+        if not self.labelled:
+            return found
+        labels = [int(dataset.column(index, "label")[0]) for index in range(len(dataset))]
+        counts = np.bincount(labels, minlength=len(self.label_names))
+        for number in np.argsort(-counts, kind="stable"):
+            found.labels.append((self.label_names[number], int(counts[number])))
+        empty = [name for name, count in found.labels if not count]
+        if empty:
+            found.warnings.append(f"labels without a picture: {', '.join(empty[:10])}")
+        first: dict[bytes, int] = {}
+        for index in range(len(dataset)):
+            digest = dataset.column(index, "digest").tobytes()
+            other = first.setdefault(digest, index)
+            if labels[other] != labels[index]:
+                found.warnings.append(
+                    f"the same picture has two labels: {dataset.where(other)} is "
+                    f"{self.label_names[labels[other]]}, {dataset.where(index)} is "
+                    f"{self.label_names[labels[index]]}"
+                )
+                break
+        return found
+
+    def pieces(self, dataset: EncodedDataset, index: int) -> list[tuple[str, bool]]:
+        """The picture's file and its label."""
+        pieces = [(dataset.file(index), False)]
+        if self.labelled:
+            pieces += [(" -> ", False), (str(self.reference(dataset, index)), True)]
+        return pieces
+
+    def reference(self, dataset: EncodedDataset, index: int) -> Any:
+        """The label's name; without labels nothing."""
+        label = int(dataset.column(index, "label")[0])
+        return self.label_names[label] if label >= 0 else None
+
+    def model_settings(self) -> dict[str, Any]:
+        """The labels, for the model's head and its configuration."""
+        return label_settings(self.label_names)
+
+
+def label_settings(names: Sequence[str]) -> dict[str, Any]:
+    """What a configuration says of labels."""
+    return {
+        "num_labels": len(names),
+        "id2label": dict(enumerate(names)),
+        "label2id": {name: number for number, name in enumerate(names)},
+    }
+
+
+def find_labels(records: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The label names of the training records, in order; faulty records are told elsewhere.
+
+    Raises:
+        UserError: There are not at least two.
+    """
+    names = set()
+    for record in records:
+        try:
+            names.add(label_name(record, None))
+        except RowError:
+            continue
+    if len(names) < 2:
+        raise UserError(
+            f"data.train: {len(names)} label{'' if len(names) == 1 else 's'} "
+            f"({', '.join(names) or 'none'}) where at least two are needed; put the pictures of "
+            "each class into a folder of its own, or give every row a `label`"
+        )
+    numbers = all(name.isdecimal() for name in names)
+    return sorted(names, key=int) if numbers else sorted(names)
+
+
+def label_name(record: Mapping[str, Any], known: Mapping[str, int] | None) -> str:
+    """A record's label as a name of `known`; a number counts labels from 0 if it is no name.
+
+    Raises:
+        RowError: It is missing, or unknown.
+    """
+    label = record.get("label")
+    if label is None or (isinstance(label, str) and not label.strip()):
+        raise RowError("no `label`", f"add it, drop the row, or {_COLUMNS_HINT}", "no label")
+    if isinstance(label, bool) or not isinstance(label, str | int):
+        problem = f"`label` is {json_kind(label)}, not a name or a number"
+        raise RowError(problem, "give one label a picture", "wrong type")
+    name = str(label).strip()
+    if known is None or name in known:
+        return name
+    if isinstance(label, int) and 0 <= label < len(known):
+        return list(known)[label]
+    names = ", ".join(list(known)[:10]) + (", ..." if len(known) > 10 else "")
+    raise RowError(
+        f"the label {name!r} is not among the labels ({names})",
+        "mend it, drop the row, or add it to task_settings.labels",
+        "unknown label",
+    )
+
+
+def _picture_path(record: Mapping[str, Any]) -> Path:
+    value = record.get("image")
+    if value is None or value == "":
+        raise RowError("no `image`", f"add it, drop the row, or {_COLUMNS_HINT}", "no image")
+    if not isinstance(value, str):
+        raise RowError(
+            f"`image` is {json_kind(value)}, not the path of a file",
+            "save the pictures as PNG or JPEG files and name them",
+            "wrong type",
+        )
+    if value.startswith(("http://", "https://")):
+        raise RowError(f"`image` is an address ({value})", "download it, name the file", "address")
+    return Path(value).expanduser()
+
+
+def _sizes(processor: Any, side: int) -> dict[str, Any]:
+    """Arguments that make a processor give squares of this side, whatever it is set to."""
+    square = {"height": side, "width": side}
+    crops = bool(getattr(processor, "do_center_crop", False))
+    shortest = crops and "shortest_edge" in (getattr(processor, "size", None) or {})
+    sizes: dict[str, Any] = {"size": {"shortest_edge": side} if shortest else square}
+    if crops:
+        sizes["crop_size"] = square
+    return sizes
