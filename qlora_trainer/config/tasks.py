@@ -54,6 +54,11 @@ class TaskSettings(Settings):
             "sequence-classification", "token-classification", "image-classification"
         ),
     )
+    tag_scheme: Literal["iob2", "iob1", "bioes"] = Field(
+        "iob2",
+        description="how tags of the data mark entities; iob1 and bioes are converted to iob2",
+        json_schema_extra=_for("token-classification"),
+    )
     stride: int = Field(
         128,
         ge=0,
@@ -64,6 +69,11 @@ class TaskSettings(Settings):
         30,
         ge=1,
         description="longest answer that is looked for, in tokens",
+        json_schema_extra=_for("question-answering"),
+    )
+    null_threshold: float = Field(
+        0.0,
+        description="no answer is said where it scores more than this above the best span",
         json_schema_extra=_for("question-answering"),
     )
     prefix: str = Field(

@@ -43,6 +43,7 @@ class TaggedWordsEncoder:
         over_length: What to do with a single word that no window holds.
         stride: Most tokens that neighbouring windows share; at most half a window is.
         scheme: Of the tags in the data; one of `tags.SCHEMES`.
+        numbered: Tags may be numbers, which count the labels from 0.
         labelled: Records have tags.
 
     Raises:
@@ -60,11 +61,13 @@ class TaggedWordsEncoder:
         over_length: str = "raise",
         stride: int = 0,
         scheme: str = "iob2",
+        numbered: bool = True,
         labelled: bool = True,
     ) -> None:
         self.tokenizer, self.labels = tokenizer, check_labels(labels)
         self.max_seq_len, self.over_length, self.stride = max_seq_len, over_length, stride
         self.scheme, self.labelled = scheme, labelled
+        self._names = self.labels if numbered else None
         self._ids = {name: index for index, name in enumerate(self.labels)}
         self._frame = frame_of(tokenizer, pair=False)
         self._capacity = max_seq_len - self._frame.size
@@ -82,7 +85,7 @@ class TaggedWordsEncoder:
             "tokenizer": tokenizer_hash(self.tokenizer),
             "labels": self.labels,
             "limits": [self.max_seq_len, self.over_length, self.stride],
-            "scheme": self.scheme,
+            "scheme": [self.scheme, self._names is not None],
             "labelled": self.labelled,
             "transformers": transformers.__version__,
         }
@@ -100,7 +103,7 @@ class TaggedWordsEncoder:
         for record in records:
             try:
                 row = to_tagged_words(
-                    record, scheme=self.scheme, names=self.labels, labelled=self.labelled
+                    record, scheme=self.scheme, names=self._names, labelled=self.labelled
                 )
                 self._check_known(row)
                 rows.append(row)
