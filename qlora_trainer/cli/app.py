@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from qlora_trainer.cli import ask, export, profile
+from qlora_trainer.cli.flags import SweepingCommand
 from qlora_trainer.cli.options import STOPPED, Overrides, RunFile
 from qlora_trainer.errors import UserError
 
@@ -117,7 +118,7 @@ def train(
 
 
 app.command()(ask.generate)
-app.command()(profile.profile)
+app.command(cls=SweepingCommand)(profile.profile)
 app.command()(export.export)
 
 

@@ -1,14 +1,18 @@
 """Foreseeing memory: `qlora profile`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from qlora_trainer.cli.flags import with_setting_flags
 from qlora_trainer.cli.options import DOES_NOT_FIT, TIGHT, Overrides
 from qlora_trainer.errors import UserError
 
+_CODES = {"fits": 0, "tight": TIGHT, "does not fit": DOES_NOT_FIT}
 
+
+@with_setting_flags
 def profile(
     run_file: Annotated[
         Path | None, typer.Argument(metavar="[RUN.yaml]", help="the run file; or name --model")
@@ -25,27 +29,117 @@ def profile(
     overrides: Overrides = None,
     axes: Annotated[
         list[str] | None,
-        typer.Option("--sweep", metavar="SETTING=V,V,...", help="foresee every combination"),
+        typer.Option("--sweep", metavar="SETTING=V,V,...", help="every combination; any number"),
     ] = None,
+    questions: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--fit",
+            metavar="seq|batch|rank|change|models",
+            help="longest sequence, largest micro-batch, highest rank, smallest change that fits, "
+            "models that fit; may be given several times",
+        ),
+    ] = None,
+    report: Annotated[
+        Path | None, typer.Option(metavar="OUT.html", help="write a page, and its pictures as PNG")
+    ] = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="run two real steps here and compare; needs weights")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
     """Foresee a run's memory from config.json alone, for a card you need not have.
 
-    Leaves with 0 where it fits, 3 where it is tight, 4 where it does not fit.
+    Leaves with 0 where it fits, 3 where it is tight, 4 where it does not fit; of several, the best.
     """
     if (run_file is None) == (model is None):
         raise UserError("name a run file or --model, one of the two")
-    from qlora_trainer.cli.show_memory import show_foresight, show_sweep
+    if sum(map(bool, (axes, questions, measure))) > 1:
+        raise UserError("--sweep, --fit and --measure are three questions; ask one at a time")
+    if report is not None and questions:
+        raise UserError("--report draws configurations; give it without --fit")
+    if report is not None and report.suffix.lower() not in (".html", ".htm"):
+        raise UserError(f"--report {report}: name a file ending in .html")
     from qlora_trainer.run import foresee
 
-    card, budget_bytes = foresee.choose_gpu(gpu, budget)
-    found = [
-        (changed, foresee.foresee_run(config, card, budget_bytes=budget_bytes))
-        for changed, config in foresee.sweep(run_file, model, overrides or (), axes or ())
-    ]
-    if axes:
-        show_sweep(found, as_json=as_json)
+    runs = list(foresee.sweep(run_file, model, overrides or (), axes or ()))
+    if measure:
+        _measure(runs[0][1], report, as_json=as_json)
+        return
+    from qlora_trainer.run.budget import choose_card
+
+    card = choose_card(gpu, budget)
+    if questions:
+        verdicts = _fit(runs[0][1], card, questions, as_json=as_json)
     else:
-        show_foresight(found[0][1], as_json=as_json)
-    codes = {"fits": 0, "tight": TIGHT, "does not fit": DOES_NOT_FIT}
-    raise typer.Exit(min(codes[foresight.verdict] for _, foresight in found))
+        verdicts = _foresee(runs, card, report, swept=bool(axes), as_json=as_json)
+    raise typer.Exit(min((_CODES[verdict] for verdict in verdicts), default=DOES_NOT_FIT))
+
+
+def _foresee(
+    runs: list[tuple[tuple[str, ...], Any]],
+    card: Any,
+    report: Path | None,
+    *,
+    swept: bool,
+    as_json: bool,
+) -> list[str]:
+    from qlora_trainer.cli.show import ConsoleReporter
+    from qlora_trainer.cli.show_memory import show_foresight, show_notes, show_sweep
+    from qlora_trainer.run.budget import budget_of
+    from qlora_trainer.run.foresee import foresee_run
+
+    found, notes = [], dict[str, None]()
+    with ConsoleReporter() as told:
+        for number, (changed, config) in enumerate(runs):
+            told.progress("simulating", number, len(runs))
+            allowed = budget_of(card, config)
+            notes |= dict.fromkeys(allowed.notes)
+            foresight = foresee_run(
+                config,
+                allowed.gpu,
+                budget_bytes=allowed.budget_bytes,
+                paged_on_card=allowed.paged_on_card,
+                with_timeline=report is not None,
+            )
+            found.append((changed, foresight))
+    if swept:
+        show_sweep(found, as_json=as_json, notes=list(notes))
+    else:
+        show_foresight(found[0][1], as_json=as_json, notes=list(notes))
+    if report is not None:
+        from qlora_trainer.run.picture import write_pictures
+
+        written = write_pictures(report, found, runs[0][1], notes=list(notes))
+        if not as_json:
+            show_notes([f"wrote {path}" for path in written])
+    return [foresight.verdict for _, foresight in found]
+
+
+def _fit(run: Any, card: Any, questions: list[str], *, as_json: bool) -> list[str]:
+    from qlora_trainer.cli.show import ConsoleReporter
+    from qlora_trainer.cli.show_memory import show_answers
+    from qlora_trainer.run.budget import budget_of
+    from qlora_trainer.run.fit import solve
+
+    budget = budget_of(card, run)
+    with ConsoleReporter() as told:
+        answers = solve(run, budget, questions, reporter=told)
+    show_answers(answers, budget, as_json=as_json)
+    return [a.foresight.verdict for a in answers if a.foresight is not None]
+
+
+def _measure(run: Any, report: Path | None, *, as_json: bool) -> None:
+    from qlora_trainer.cli.show import ConsoleReporter
+    from qlora_trainer.cli.show_memory import show_comparison, show_notes
+    from qlora_trainer.run.measure import measure_run
+
+    with ConsoleReporter() as told:
+        compared = measure_run(run, reporter=told)
+    show_comparison(compared, as_json=as_json)
+    if report is not None:
+        from qlora_trainer.run.picture import write_comparison
+
+        written = write_comparison(report, compared, run)
+        if not as_json:
+            show_notes([f"wrote {written}"])

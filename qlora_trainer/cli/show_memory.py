@@ -1,6 +1,7 @@
 """How a memory prediction looks on a terminal, and as JSON."""
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -10,10 +11,15 @@ from rich.table import Table
 
 from qlora_trainer.cli.show import out
 from qlora_trainer.memory.foresight import Foresight
+from qlora_trainer.memory.report import made_by
+from qlora_trainer.run.budget import Budget
+from qlora_trainer.run.fit import Answer
+from qlora_trainer.run.measure import Comparison
 from qlora_trainer.units import format_bytes
 
 _COLOURS = {"fits": "green", "tight": "yellow", "does not fit": "bold red"}
 _ALIVE = 12
+_NUMBER = re.compile(r"\.\d+\.")
 
 
 def foresight_json(foresight: Foresight) -> dict[str, Any]:
@@ -23,21 +29,23 @@ def foresight_json(foresight: Foresight) -> dict[str, Any]:
     return {"verdict": foresight.verdict, "total_bytes": foresight.total_bytes, **content}
 
 
-def show_foresight(foresight: Foresight, *, as_json: bool) -> None:
+def show_foresight(foresight: Foresight, *, as_json: bool, notes: Sequence[str] = ()) -> None:
     """One configuration: the verdict, what holds the memory, and which lines made it."""
     if as_json:
-        out.print_json(json.dumps(foresight_json(foresight)))
+        out.print_json(json.dumps(foresight_json(foresight) | {"notes": list(notes)}))
         return
     colour = _COLOURS[foresight.verdict]
     out.print(
         f"[{colour}]{foresight.verdict}[/]: {format_bytes(foresight.total_bytes)} of "
         f"{format_bytes(foresight.capacity_bytes)} on {escape(foresight.gpu)}"
     )
+    show_notes(notes)
     out.print(
         f"  peak allocated  {format_bytes(foresight.allocated_bytes)}, in {foresight.peak_phase}\n"
         f"  peak reserved   {format_bytes(foresight.reserved_bytes)}\n"
         f"  CUDA context    {format_bytes(foresight.context_bytes)} (assumed for this card)\n"
-        f"  paged to host   {format_bytes(foresight.paged_bytes)}\n"
+        f"  paged states    {format_bytes(foresight.paged_bytes)}, "
+        f"{'which count on the card' if foresight.paged_on_card else 'in host RAM'}\n"
         f"  host RAM        {format_bytes(foresight.host_bytes)}"
     )
     if not foresight.fits_without_retry and foresight.fits:
@@ -46,7 +54,7 @@ def show_foresight(foresight: Foresight, *, as_json: bool) -> None:
     _show_sizes("peak by phase", foresight.allocated_by_phase)
     _show_sizes("on disk", foresight.disk_bytes)
     if foresight.large_unquantized:
-        _show_sizes("large weights outside NF4", foresight.large_unquantized)
+        _show_sizes("large weights outside NF4", _joined(foresight.large_unquantized))
     table = Table(title="\nlargest tensors at the peak", title_justify="left", box=None)
     for column in ("together", "tensors", "what", "made by"):
         table.add_column(column, justify="right" if column in ("together", "tensors") else "left")
@@ -55,31 +63,133 @@ def show_foresight(foresight: Foresight, *, as_json: bool) -> None:
             format_bytes(tensor.total_bytes),
             f"{tensor.count:,}",
             escape(tensor.component),
-            escape(tensor.where),
+            escape(made_by(tensor)),
         )
     out.print(table)
     kernels = ", ".join(f"{name} {count}x" for name, count in foresight.kernels.items())
     out.print(f"\nkernels: {escape(kernels) or 'none chosen'}")
 
 
-def show_sweep(found: Sequence[tuple[tuple[str, ...], Foresight]], *, as_json: bool) -> None:
+def show_sweep(
+    found: Sequence[tuple[tuple[str, ...], Foresight]],
+    *,
+    as_json: bool,
+    notes: Sequence[str] = (),
+) -> None:
     """Many configurations, a line each."""
     if as_json:
         listed = [{"settings": list(c), **foresight_json(f)} for c, f in found]
         out.print_json(json.dumps(listed))
         return
-    table = Table(box=None)
-    for column in ("settings", "allocated", "reserved", "with context", "verdict"):
-        table.add_column(column, justify="left" if column in ("settings", "verdict") else "right")
+    first = found[0][1]
+    out.print(f"{escape(first.gpu)}, {format_bytes(first.capacity_bytes)} for the run")
+    show_notes(notes)
+    names = [change.partition("=")[0] for change in found[0][0]]
+    table = _table(*(name.rpartition(".")[2] for name in names), *_COLUMNS)
     for changed, foresight in found:
-        table.add_row(
-            escape(" ".join(changed)),
-            format_bytes(foresight.allocated_bytes),
-            format_bytes(foresight.reserved_bytes),
-            format_bytes(foresight.total_bytes),
-            f"[{_COLOURS[foresight.verdict]}]{foresight.verdict}[/]",
-        )
+        values = [escape(change.partition("=")[2]) for change in changed]
+        table.add_row(*values, *_cells(foresight))
     out.print(table)
+
+
+def show_answers(answers: Sequence[Answer], budget: Budget, *, as_json: bool) -> None:
+    """What fits a card, a line each, with the flags that make it so."""
+    if as_json:
+        listed = []
+        for a in answers:
+            predicted = None if a.foresight is None else foresight_json(a.foresight)
+            listed.append(
+                {"question": a.question, "found": a.found, "settings": list(a.overrides),
+                 "because": a.because, "predicted": predicted}
+            )  # fmt: skip
+        out.print_json(json.dumps(listed))
+        return
+    out.print(f"{escape(budget.gpu.name)}, {format_bytes(budget.budget_bytes)} for the run")
+    show_notes(budget.notes)
+    for a in answers:
+        said = escape(f"{a.question:<7} {a.found}")
+        if a.foresight is None:
+            out.print(f"{said}: {escape(a.because)}")
+            continue
+        found = a.foresight
+        out.print(
+            f"{said}: [{_COLOURS[found.verdict]}]{found.verdict}[/], "
+            f"{format_bytes(found.total_bytes)}{escape(f'; {a.because}' if a.because else '')}"
+        )
+        if a.overrides:
+            out.print(escape(f"{'':<8}" + " ".join(f"--set {change}" for change in a.overrides)))
+
+
+def show_comparison(compared: Comparison, *, as_json: bool) -> None:
+    """Predicted beside measured, component by component."""
+    if as_json:
+        out.print_json(json.dumps(compared.to_json()))
+        return
+    out.print(f"two real steps on {compared.device}; allocated is {compared.what}")
+    table = _table("", "predicted", "measured", "difference", right=(1, 2, 3))
+    for name, predicted in compared.predicted.items():
+        _add_pair(table, f"peak {name}", predicted, compared.measured[name])
+    _add_pairs(table, "at the peak", compared.predicted_by_component,
+               compared.measured_by_component)  # fmt: skip
+    _add_pairs(table, "peak by phase", compared.predicted_by_phase, compared.measured_by_phase)
+    out.print(table)
+    if compared.resident_bytes is not None:
+        out.print(
+            f"\nresident memory of the process grew by {format_bytes(compared.resident_bytes)} at "
+            "most: storages, what the C library keeps, and pages mapped from the checkpoint"
+        )
+
+
+def show_notes(notes: Sequence[str]) -> None:
+    """What to know beside a verdict, indented."""
+    for note in notes:
+        out.print(f"  [dim]{escape(note)}[/]")
+
+
+_COLUMNS = ("allocated", "reserved", "total", "verdict")
+
+
+def _cells(foresight: Foresight) -> list[str]:
+    return [
+        format_bytes(foresight.allocated_bytes),
+        format_bytes(foresight.reserved_bytes),
+        format_bytes(foresight.total_bytes),
+        f"[{_COLOURS[foresight.verdict]}]{foresight.verdict}[/]",
+    ]
+
+
+def _table(*columns: str, right: Sequence[int] = ()) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for number, column in enumerate(columns):
+        is_size = number in right or column in _COLUMNS[:3]
+        table.add_column(column, justify="right" if is_size else "left")
+    return table
+
+
+def _add_pairs(
+    table: Table, title: str, predicted: dict[str, int], measured: dict[str, int]
+) -> None:
+    """Rows of what both have; what only one has cannot be compared."""
+    table.add_row(f"[bold]{title}[/]")
+    for name in sorted(predicted.keys() & measured.keys(), key=lambda n: -measured[n]):
+        if predicted[name] or measured[name]:
+            _add_pair(table, name, predicted[name], measured[name])
+
+
+def _add_pair(table: Table, name: str, predicted: int, measured: int) -> None:
+    error = f"{predicted / measured - 1:+.2%}" if measured else "-"
+    table.add_row(name, format_bytes(predicted), format_bytes(measured), error)
+
+
+def _joined(sizes: dict[str, int]) -> dict[str, int]:
+    """Tensors of like name in every layer, told once: `model.layers.*.gate` (48)."""
+    groups: dict[str, list[int]] = {}
+    for name, size in sizes.items():
+        groups.setdefault(_NUMBER.sub(".*.", name), []).append(size)
+    return {
+        f"{name} ({len(found)})" if len(found) > 1 else name: sum(found)
+        for name, found in groups.items()
+    }
 
 
 def _show_sizes(title: str, sizes: dict[str, int]) -> None:

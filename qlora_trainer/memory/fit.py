@@ -17,6 +17,7 @@ from qlora_trainer.memory.gpus import GpuProfile
 _DEFAULT_LONGEST = 131_072  # where the model's configuration names no longest position
 _LARGEST_BATCH = 1024
 _HIGHEST_RANK = 1024
+_SHORTEST = 256  # tokens a way out may leave; below it nothing is worth training
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ class Fitter:
         budget_bytes: What of the card is free for this process.
         expandable_segments: Of the allocator's configuration.
         paged_on_card: See `SimulatedRun.on`.
+        on_cpu: With the CPU's own kernels; `gpu` then stands for the host's memory.
     """
 
     config: Any
@@ -74,10 +76,11 @@ class Fitter:
     budget_bytes: int | None = None
     expandable_segments: bool = False
     paged_on_card: bool = False
+    on_cpu: bool = False
 
     def foresee(self, shape: RunShape) -> Foresight:
         """Simulate one configuration."""
-        return simulate_run(self.config, shape, self.gpu).on(
+        return simulate_run(self.config, shape, None if self.on_cpu else self.gpu).on(
             self.gpu,
             budget_bytes=self.budget_bytes,
             expandable_segments=self.expandable_segments,
@@ -173,14 +176,16 @@ class Fitter:
     def _shorter(
         self, shape: RunShape, said: list[str], words: list[str]
     ) -> Iterator[tuple[tuple[str, ...], str, RunShape]]:
-        tokens = shape.seq_len
-        while tokens > 256:
-            tokens = max(256, tokens // 2 // 64 * 64)
+        tokens = _SHORTEST
+        if shape.seq_len > tokens:
+            border = replace(self, shape=shape).longest_sequence()
+            tokens = min(max(border.value, tokens), shape.seq_len)
             yield (
                 (*said, f"data.max_seq_len={tokens}"),
                 ", ".join([*words, f"sequences of at most {tokens} tokens"]),
                 replace(shape, seq_len=tokens),
             )
+        tokens = min(tokens, shape.seq_len)
         shape = replace(shape, seq_len=tokens)
         rank = shape.adapter.rank
         while rank > 4:

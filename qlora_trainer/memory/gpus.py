@@ -4,6 +4,7 @@ The context size (CUDA's own memory, kernels, libraries) lies outside torch's al
 by driver; it is an assumption and is printed apart.
 """
 
+import difflib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -69,8 +70,11 @@ def read_gpu(key: str) -> GpuProfile:
             values = json.loads(file.read_text(encoding="utf-8"))
             values["compute_capability"] = tuple(values["compute_capability"])
             return GpuProfile(**values)
-    known = ", ".join(gpu_keys()) or "none installed"
-    raise UserError(f"--gpu {key}: no profile of that name; known cards: {known}")
+    keys = gpu_keys()
+    near = difflib.get_close_matches(key.lower(), keys, n=3, cutoff=0.5)
+    meant = f"did you mean {' or '.join(near)}? " if near else ""
+    known = ", ".join(keys) or "none installed"
+    raise UserError(f"--gpu {key}: no profile of that name; {meant}known cards: {known}")
 
 
 def gpu_of_this_machine(device: torch.device) -> tuple[GpuProfile, int] | None:

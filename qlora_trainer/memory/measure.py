@@ -1,20 +1,29 @@
 """What a few real steps take, in the components of the prediction.
 
-On a CPU the very tracker of foresight watches real storages; on CUDA torch's own statistics are the
-truth. `predict_cpu` runs the prediction with the CPU's choices, so that both can be laid side by
-side on any machine.
+The very tracker of foresight watches real storages, on a CPU as on CUDA, where torch's own
+statistics tell the totals. `predict_cpu` runs the prediction with the CPU's choices, so that both
+can be laid side by side on any machine. `ResidentMemory` is what the system counts for the whole
+process: beside storages, what the C library keeps for itself and what is mapped from files.
 """
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 
+from qlora_trainer.base.audit import audit_base
 from qlora_trainer.memory.foresight import simulate_run
 from qlora_trainer.memory.log import RESET_PEAK
-from qlora_trainer.memory.program import RunShape, tag_gradients, watch_step
+from qlora_trainer.memory.program import (
+    _ROLE_COMPONENTS,
+    RunShape,
+    tag_gradients,
+    watch_step,
+)
 from qlora_trainer.memory.simulate import Live, Trace
 from qlora_trainer.memory.tracker import AllocationTracker
 from qlora_trainer.tasks.task import Batch, Task
@@ -29,8 +38,8 @@ class Measured:
         allocated_bytes: Live storages on a CPU, `max_memory_allocated` on CUDA.
         reserved_bytes: `max_memory_reserved`; None on a CPU.
         resident_bytes: The process' resident memory afterwards.
-        by_component: At the peak; empty on CUDA.
-        by_phase: Peak of each phase; empty on CUDA.
+        by_component: Live storages at their peak.
+        by_phase: Peak of live storages in each phase.
     """
 
     allocated_bytes: int
@@ -60,13 +69,17 @@ def measure_steps(
         steps: How many; the second has the optimizer's states.
     """
     if device.type == "cuda":
-        return _measure_cuda(model, micro_batches, task, optimizer, device, steps)
+        torch.cuda.reset_peak_memory_stats(device)
     live = track_steps(
         model, micro_batches, task=task, optimizer=optimizer, device=device, steps=steps
     ).live()
-    return Measured(
-        live.peak_bytes, None, psutil.Process().memory_info().rss, live.by_component, live.by_phase
-    )
+    allocated, reserved = live.peak_bytes, None
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        allocated = torch.cuda.max_memory_allocated(device)
+        reserved = torch.cuda.max_memory_reserved(device)
+    resident = psutil.Process().memory_info().rss
+    return Measured(allocated, reserved, resident, live.by_component, live.by_phase)
 
 
 def track_steps(
@@ -82,8 +95,10 @@ def track_steps(
     tracker = AllocationTracker(device.type)
     tracker.set_phase("load")
     trained = {id(p) for p in optimizer.parameters.values()}
-    for tensor in (*model.parameters(), *model.buffers()):
-        tracker.adopt(tensor, "load", "adapters" if id(tensor) in trained else "base")
+    roles = {item.name: item.role for item in audit_base(model).tensors}
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        role = _ROLE_COMPONENTS.get(roles.get(name, "other"), "norms and other")
+        tracker.adopt(tensor, "load", "adapters" if id(tensor) in trained else role)
     for _name, tensor, _pageable in optimizer.state_tensors():
         tracker.adopt(tensor, "load", "optimizer states")
     for batch in micro_batches:
@@ -107,29 +122,31 @@ def track_steps(
     return Trace(tracker.log)
 
 
-def _measure_cuda(
-    model: Any,
-    micro_batches: Sequence[Batch],
-    task: Task,
-    optimizer: AdapterAdamW,
-    device: torch.device,
-    steps: int,
-) -> Measured:
-    model.train()
-    torch.cuda.reset_peak_memory_stats(device)
-    silent = AllocationTracker("none")  # phases only; CUDA counts for itself
-    for step in range(steps):
-        watch_step(
-            silent, model, micro_batches, task=task, optimizer=optimizer, device=device, step=step
-        )
-    torch.cuda.synchronize(device)
-    return Measured(
-        torch.cuda.max_memory_allocated(device),
-        torch.cuda.max_memory_reserved(device),
-        psutil.Process().memory_info().rss,
-    )
-
-
 def predict_cpu(config: Any, shape: RunShape) -> Live:
     """The prediction with the CPU's own kernels and no caching allocator."""
     return simulate_run(config, shape, None).trace.live()
+
+
+class ResidentMemory:
+    """What the system counts for this process, over what it held when this was made."""
+
+    def __init__(self) -> None:
+        self._before = psutil.Process().memory_info().rss
+        self._highest_before = _highest_resident_bytes()
+
+    def highest_bytes(self) -> int | None:
+        """The most since, over the beginning; None where it was higher before, which hides it."""
+        highest = _highest_resident_bytes()
+        if highest <= self._highest_before and self._highest_before > 1.02 * self._before:
+            return None
+        return highest - self._before
+
+
+def _highest_resident_bytes() -> int:
+    """The high-water mark of this process' resident memory."""
+    if sys.platform == "linux":
+        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    memory = psutil.Process().memory_info()
+    return int(getattr(memory, "peak_wset", memory.rss))

@@ -1,48 +1,136 @@
 """The prediction as a picture: one self-contained HTML page, readable on a phone and in print.
 
-Stacked bars of each configuration against the card's line, the memory timeline of a step with its
-phases, the tensors at the peak. Plain SVG and tables: no script, no network, nothing to install.
+Stacked bars of each configuration against the card's line, the memory timeline of one step with its
+phases, the tensors at the peak, predicted beside measured. Text is HTML and only shapes are drawn,
+so that nothing shrinks with the screen. No script, no network, nothing to install.
+`memory/plots.py` draws the same as PNGs.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
 
 from qlora_trainer.memory.foresight import Foresight
+from qlora_trainer.memory.simulate import LiveTensor
 from qlora_trainer.units import format_bytes
 
-_COLOURS = {
+COLOURS = {
     "base weights": "#33658a", "quantization state": "#86bbd8", "embeddings and heads": "#2f4858",
     "norms and other": "#9aa5b1", "adapters": "#f6ae2d", "gradients": "#f26419",
     "optimizer states": "#a23b72", "kept activations": "#6a994e", "recomputed layer": "#a7c957",
     "backward temporaries": "#bc4749", "dequantized weights": "#5e548e",
-    "logits and loss": "#e07a5f", "workspaces": "#3d405b", "cached, not in use": "#e5e5e5",
-    "CUDA context": "#bdbdbd",
+    "logits and loss": "#e07a5f", "workspaces": "#3d405b", "cached, not in use": "#dcdcdc",
+    "CUDA context": "#b5b5b5", "paged states": "#d4a5c3",
+    "evaluation": "#8d6a9f", "optimizer step": "#c77dbb",
+}  # fmt: skip
+OTHER = "#777777"
+TINTS = {
+    "load": "#e8edf2", "forward": "#e3f1e3", "backward": "#fde8d7", "optimizer step": "#f3dff0",
+    "evaluation": "#e4e2f5",
 }  # fmt: skip
 _STYLE = """
-body{font:16px/1.5 system-ui,sans-serif;margin:0 auto;max-width:60rem;padding:1rem;color:#222;
-background:#fff}
-h1{font-size:1.5rem}
-h2{font-size:1.15rem;margin-top:2rem}
-svg{width:100%;height:auto}
-table{border-collapse:collapse;width:100%;font-size:.85rem}
-td,th{text-align:left;padding:.25rem .5rem;border-bottom:1px solid #ddd;overflow-wrap:anywhere}
-td.n,th.n{text-align:right;white-space:nowrap}
-.key{display:inline-block;margin:0 .9rem .3rem 0;font-size:.85rem}
-.key i{display:inline-block;width:.8rem;height:.8rem;margin-right:.3rem;border-radius:2px}
-.bad{color:#a4161a}
-@media print{h2{break-after:avoid}svg,tr{break-inside:avoid}}
+*{box-sizing:border-box}
+body{font:16px/1.5 system-ui,sans-serif;margin:0 auto;max-width:62rem;padding:1rem;color:#222;
+background:#fff;-webkit-print-color-adjust:exact;print-color-adjust:exact}
+h1{font-size:1.5rem;line-height:1.25;overflow-wrap:anywhere}
+h2{font-size:1.15rem;margin:2rem 0 .5rem}
+p{margin:.4rem 0}
+table{border-collapse:collapse;width:100%;font-size:.9rem}
+td,th{text-align:left;padding:.3rem .5rem;border-bottom:1px solid #ddd;vertical-align:top;
+overflow-wrap:anywhere}
+.n{text-align:right;white-space:nowrap}
+.key{display:inline-block;margin:0 1rem .2rem 0;font-size:.85rem;white-space:nowrap}
+.key i{display:inline-block;width:.8rem;height:.8rem;margin-right:.3rem;border-radius:2px;
+vertical-align:-.05rem}
+.name{display:flex;justify-content:space-between;gap:1rem;margin:.9rem 0 .25rem;font-size:.95rem}
+.name span:first-child{overflow-wrap:anywhere}
+.name span:last-child{white-space:nowrap;color:#555}
+.bar{position:relative;display:flex;height:2.1rem;background:#f6f6f6}
+.bar i{height:100%;flex:none}
+.bar b{position:absolute;top:-.3rem;bottom:-.3rem;width:3px;background:#a4161a}
+.bar u{position:absolute;top:50%;width:.8rem;height:.8rem;margin:-.4rem 0 0 -.4rem;
+border-radius:50%;background:#000;border:2px solid #fff}
+.time{position:relative;height:17rem;border:1px solid #ccc}
+.time svg{width:100%;height:100%;display:block}
+.time span{position:absolute;left:0;padding:0 .3rem;font-size:.75rem;color:#222;
+background:#ffffffcc;border-top:1px solid #999;min-width:5.5rem}
+.note{font-size:.85rem;color:#555}
+.bad{color:#a4161a;font-weight:600}
+.tight{color:#8a5a00;font-weight:600}
+@media(max-width:40rem){
+.wide thead{display:none}
+.wide tr{display:block;border-bottom:2px solid #ddd;padding:.4rem 0}
+.wide td{display:flex;justify-content:space-between;gap:1rem;border:0;padding:.1rem 0;
+text-align:right;white-space:normal}
+.wide td::before{content:attr(data-of);color:#555;text-align:left;flex:none}
+}
+@media print{body{max-width:none;font-size:11pt}h2{break-after:avoid}
+tr,.row,.time{break-inside:avoid}}
 """
-_WIDTH, _BAR, _GAP = 900, 34, 56
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One line of predicted beside measured, in bytes."""
+
+    name: str
+    predicted_bytes: int
+    measured_bytes: int
+
+
+def made_by(tensor: LiveTensor) -> str:
+    """The line of code that made a tensor; the base is put in its place rather than made."""
+    return "loading the base" if tensor.operator == "load" else tensor.where
 
 
 def parts_of(found: Foresight) -> dict[str, int]:
     """What a bar is made of: components at the peak, the allocator's rest, the context."""
-    parts = dict(found.by_component)
+    order = list(COLOURS)
+    parts = {  # in one order for all configurations, so that bars can be compared
+        name: found.by_component[name]
+        for name in sorted(
+            found.by_component, key=lambda n: order.index(n) if n in order else len(order)
+        )
+    }
     rest = found.reserved_bytes - sum(parts.values())
     if rest > 0:
         parts["cached, not in use"] = rest
     parts["CUDA context"] = found.context_bytes
+    if found.paged_on_card:
+        parts["paged states"] = found.paged_bytes
     return {name: size for name, size in parts.items() if size > 0}
+
+
+def one_step(found: Foresight) -> list[tuple[int, int, str]]:
+    """(allocated, reserved, phase) during the last simulated training step, which is a whole one.
+
+    Without an optimizer step in the timeline it is all of it.
+    """
+    points = list(found.timeline)
+    ends = [
+        i + 1
+        for i, point in enumerate(points)
+        if point[2] == "optimizer step"
+        and (i + 1 == len(points) or points[i + 1][2] != "optimizer step")
+    ]
+    return points[ends[-2] : ends[-1]] if len(ends) > 1 else points
+
+
+def thinned(points: Sequence[tuple[int, int, str]], most: int) -> list[tuple[int, int, str]]:
+    """The highest point of each stretch, so that no peak is lost."""
+    stretch = max(1, -(-len(points) // most))
+    return [max(points[i : i + stretch]) for i in range(0, len(points), stretch)]
+
+
+def stretches(points: Sequence[tuple[int, int, str]]) -> list[tuple[str, int, int]]:
+    """(phase, first, stop) of each stretch of points in one phase."""
+    found: list[tuple[str, int, int]] = []
+    start = 0
+    for i in range(1, len(points) + 1):
+        if i == len(points) or points[i][2] != points[start][2]:
+            found.append((points[start][2], start, i))
+            start = i
+    return found
 
 
 def write_report(
@@ -50,6 +138,8 @@ def write_report(
     *,
     title: str,
     measured_bytes: Mapping[str, int] | None = None,
+    pairs: Sequence[Pair] = (),
+    notes: Sequence[str] = (),
 ) -> str:
     """The page as text.
 
@@ -57,142 +147,163 @@ def write_report(
         configurations: Name -> prediction; the first one's timeline and tensors are shown.
         title: Heading: model and card.
         measured_bytes: Name -> measured reserved bytes, where known.
+        pairs: Predicted beside measured, where known.
+        notes: What to know beside the verdicts.
     """
     measured = measured_bytes or {}
-    first_name, first = next(iter(configurations.items()))
-    sections = [
-        f"<h1>{escape(title)}</h1>",
-        _verdicts(configurations, measured),
-        "<h2>What fills the card</h2>",
-        _legend(configurations.values()),
-        _bars(configurations, measured),
-    ]
-    if first.timeline:
-        sections += [f"<h2>Two steps of {escape(first_name)}</h2>", _timeline(first)]
-    sections += [f"<h2>Alive at the peak ({escape(first.peak_phase)})</h2>", _tensors(first)]
+    sections = [f"<h1>{escape(title)}</h1>", *(f'<p class="note">{escape(n)}</p>' for n in notes)]
+    if configurations:
+        name, first = next(iter(configurations.items()))
+        sections += [
+            _verdicts(configurations, measured),
+            "<h2>What fills the card</h2>",
+            _legend((part, COLOURS.get(part, OTHER)) for part in _all_parts(configurations)),
+            _bars(configurations, measured),
+        ]
+        if first.timeline:
+            sections += [f"<h2>One training step: {escape(name)}</h2>", _timeline(first)]
+        sections += [
+            f"<h2>Alive at the peak, in {escape(first.peak_phase)}: {escape(name)}</h2>",
+            _tensors(first),
+        ]
+    if pairs:
+        sections += ["<h2>Predicted against measured</h2>", _pairs(pairs)]
     return (
-        '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
         '<link rel="icon" href="data:,">'
-        f"<title>{escape(title)}</title><style>{_STYLE}</style></head><body>"
-        + "".join(sections)
-        + "</body></html>\n"
+        f"<title>{escape(title)}</title><style>{_STYLE}</style></head><body>\n"
+        + "\n".join(sections)
+        + "\n</body></html>\n"
     )
 
 
+def _all_parts(found: Mapping[str, Foresight]) -> list[str]:
+    names: dict[str, None] = {}
+    for item in found.values():
+        names |= dict.fromkeys(parts_of(item))
+    return list(names)
+
+
+def _table(heads: Sequence[str], rows: Iterable[Sequence[str]], numbers: Sequence[int]) -> str:
+    """A table whose rows become lists on a narrow screen; cells are HTML already."""
+
+    def style(column: int) -> str:
+        return ' class="n"' if column in numbers else ""
+
+    head = "".join(f"<th{style(i)}>{text}</th>" for i, text in enumerate(heads))
+    body = "".join(
+        "<tr>"
+        + "".join(
+            f'<td{style(i)} data-of="{heads[i]}"><span>{cell}</span></td>'
+            for i, cell in enumerate(row)
+        )
+        + "</tr>"
+        for row in rows
+    )
+    return f'<table class="wide"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
+
+
 def _verdicts(found: Mapping[str, Foresight], measured: Mapping[str, int]) -> str:
+    heads = ["configuration", "allocated", "reserved", "CUDA context", "total", "verdict"]
+    if measured:
+        heads.append("measured reserved")
     rows = []
     for name, item in found.items():
-        known = format_bytes(measured[name]) if name in measured else "-"
-        cells = [item.allocated_bytes, item.reserved_bytes, item.context_bytes, item.total_bytes]
-        numbers = "".join(f'<td class="n">{format_bytes(size)}</td>' for size in cells)
-        style = ' class="bad"' if not item.fits else ""
-        rows.append(
-            f"<tr><td>{escape(name)}</td>{numbers}<td class='n'>{known}</td>"
-            f"<td{style}>{item.verdict}</td></tr>"
-        )
-    heads = ("allocated", "reserved", "CUDA context", "total", "measured reserved")
-    columns = "".join(f'<th class="n">{head}</th>' for head in heads)
-    return f"<table><tr><th>configuration</th>{columns}<th></th></tr>{''.join(rows)}</table>"
+        sizes = [item.allocated_bytes, item.reserved_bytes, item.context_bytes, item.total_bytes]
+        style = {"fits": "", "tight": "tight", "does not fit": "bad"}[item.verdict]
+        row = [escape(name), *map(format_bytes, sizes)]
+        row.append(f'<span class="{style}">{item.verdict}</span>')
+        if measured:
+            row.append(format_bytes(measured[name]) if name in measured else "-")
+        rows.append(row)
+    return _table(heads, rows, (1, 2, 3, 4, 6))
 
 
-def _legend(found: Iterable[Foresight]) -> str:
-    names: dict[str, None] = {}
-    for item in found:
-        names |= dict.fromkeys(parts_of(item))
-    return "<p>" + "".join(
-        f'<span class="key"><i style="background:{_COLOURS.get(name, "#777")}"></i>'
-        f"{escape(name)}</span>"
-        for name in names
-    ) + "</p>"  # fmt: skip
+def _legend(colours: Iterable[tuple[str, str]]) -> str:
+    keys = (
+        f'<span class="key"><i style="background:{colour}"></i>{escape(name)}</span>'
+        for name, colour in colours
+    )
+    return f"<p>{''.join(keys)}</p>"
 
 
 def _bars(found: Mapping[str, Foresight], measured: Mapping[str, int]) -> str:
     top = max(max(item.total_bytes, item.capacity_bytes) for item in found.values()) * 1.02
-    height = _GAP * len(found) + 30
-    shapes = []
-    for row, (name, item) in enumerate(found.items()):
-        y, x = row * _GAP + 18, 0.0
-        shapes.append(f'<text x="0" y="{y - 4}" font-size="14">{escape(name)}</text>')
-        for part, size in parts_of(item).items():
-            width = size / top * _WIDTH
-            shapes.append(
-                f'<rect x="{x:.2f}" y="{y}" width="{width:.2f}" height="{_BAR}" '
-                f'fill="{_COLOURS.get(part, "#777")}"><title>{escape(part)}: '
-                f"{format_bytes(size)}</title></rect>"
-            )
-            x += width
-        line = item.capacity_bytes / top * _WIDTH
-        shapes.append(
-            f'<line x1="{line:.1f}" x2="{line:.1f}" y1="{y - 4}" y2="{y + _BAR + 4}" '
-            'stroke="#a4161a" stroke-width="3"/>'
-        )
+    rows = []
+    for name, item in found.items():
+        shapes = [
+            f'<i style="width:{size / top:.3%};background:{COLOURS.get(part, OTHER)}" '
+            f'title="{escape(part)}: {format_bytes(size)}"></i>'
+            for part, size in parts_of(item).items()
+        ]
+        shapes.append(f'<b style="left:{item.capacity_bytes / top:.3%}"></b>')
         if name in measured:
-            at = (measured[name] + item.context_bytes) / top * _WIDTH
-            shapes.append(f'<circle cx="{at:.1f}" cy="{y + _BAR / 2}" r="6" fill="#000"/>')
-    note = "red line: what the card has for one process; black dot: measured"
-    shapes.append(f'<text x="0" y="{height - 6}" font-size="13" fill="#555">{note}</text>')
-    return (
-        f'<svg viewBox="0 0 {_WIDTH} {height}" role="img" aria-label="memory by component">'
-        f"{''.join(shapes)}</svg>"
-    )
+            at = (measured[name] + item.context_bytes) / top
+            shapes.append(f'<u style="left:{at:.3%}"></u>')
+        said = f"{format_bytes(item.total_bytes)} of {format_bytes(item.capacity_bytes)}"
+        rows.append(
+            f'<div class="row"><div class="name"><span>{escape(name)}</span><span>{said}</span>'
+            f'</div><div class="bar" role="img" aria-label="{escape(name)}: {said}">'
+            f"{''.join(shapes)}</div></div>"
+        )
+    note = "Red line: what the card has for the run."
+    note += " Black dot: measured." if measured else ""
+    return f'{"".join(rows)}<p class="note">{note}</p>'
 
 
 def _timeline(found: Foresight) -> str:
-    points = _thin(found.timeline, 1500)
-    top = max(reserved for _, reserved, _ in points) * 1.05
-    height, left = 300, 0
-    step = _WIDTH / max(1, len(points) - 1)
+    points = thinned(one_step(found), 1500)
+    top = max(reserved for _, reserved, _ in points) * 1.08
+    step = 1000 / max(1, len(points) - 1)
 
-    def path(part: int) -> str:
-        return " ".join(
-            f"{left + i * step:.1f},{height - p[part] / top * height:.1f}"  # type: ignore[operator]
-            for i, p in enumerate(points)
-        )
+    def line(values: Iterable[int]) -> str:
+        return " ".join(f"{i * step:.1f},{300 - v / top * 300:.1f}" for i, v in enumerate(values))
 
-    shades, start = [], 0
-    tints = {
-        "load": "#eef2f5",
-        "forward": "#eef7ee",
-        "backward": "#fdf1e7",
-        "evaluation": "#f3eef8",
-    }
-    for i in range(1, len(points) + 1):
-        if i == len(points) or points[i][2] != points[start][2]:
-            name, x, width = points[start][2], start * step, (i - start) * step
-            tint = tints.get(name, "#f7f7f7")
-            shades.append(
-                f'<rect x="{x:.1f}" y="0" width="{width:.1f}" height="{height}" fill="{tint}"/>'
-            )
-            if width > 60:
-                shades.append(
-                    f'<text x="{x + 4:.1f}" y="16" font-size="13" fill="#555">{escape(name)}</text>'
-                )
-            start = i
-    return (
-        f'<svg viewBox="0 0 {_WIDTH} {height + 26}" role="img" aria-label="memory over time">'
-        f"{''.join(shades)}"
-        f'<polyline points="{path(1)}" fill="none" stroke="#777" stroke-dasharray="5 3"/>'
-        f'<polyline points="{path(0)}" fill="none" stroke="#33658a" stroke-width="1.5"/>'
-        f'<text x="0" y="{height + 18}" font-size="13" fill="#555">solid: allocated; dashed: '
-        f"reserved; top of the picture: {format_bytes(top)}</text></svg>"
+    phases = stretches(points)
+    shades = "".join(
+        f'<rect x="{start * step:.1f}" y="0" width="{(stop - start) * step:.1f}" height="300" '
+        f'fill="{TINTS.get(phase, "#f2f2f2")}"><title>{escape(phase)}</title></rect>'
+        for phase, start, stop in phases
     )
-
-
-def _thin(points: Sequence[tuple[int, int, str]], most: int) -> list[tuple[int, int, str]]:
-    """The highest point of each stretch, so that no peak is lost."""
-    stretch = max(1, -(-len(points) // most))
-    return [max(points[i : i + stretch]) for i in range(0, len(points), stretch)]
+    ticks = "".join(
+        f'<span style="top:{1 - share / 1.08:.1%}">{format_bytes(top / 1.08 * share)}</span>'
+        for share in (1.0, 0.5)
+    )
+    used = dict.fromkeys(phase for phase, _, _ in phases)
+    fixed = 'fill="none" vector-effect="non-scaling-stroke"'
+    return (
+        _legend((phase, TINTS.get(phase, "#f2f2f2")) for phase in used)
+        + '<div class="time"><svg viewBox="0 0 1000 300" preserveAspectRatio="none" role="img" '
+        f'aria-label="memory during one step">{shades}'
+        f'<polyline points="{line(p[1] for p in points)}" {fixed} stroke="#777" '
+        'stroke-width="1.5" stroke-dasharray="5 3"/>'
+        f'<polyline points="{line(p[0] for p in points)}" {fixed} stroke="#1d4e79" '
+        f'stroke-width="1.5"/></svg>{ticks}</div>'
+        '<p class="note">Solid: allocated. Dashed: reserved. From left to right every allocation '
+        "and release, not seconds.</p>"
+    )
 
 
 def _tensors(found: Foresight) -> str:
-    rows = "".join(
-        f'<tr><td class="n">{tensor.count}</td><td class="n">{format_bytes(tensor.size_bytes)}</td>'
-        f'<td class="n">{format_bytes(tensor.total_bytes)}</td><td>{escape(tensor.component)}</td>'
-        f"<td>{escape(tensor.operator)}</td><td>{escape(tensor.where)}</td></tr>"
+    rows = [
+        [
+            format_bytes(tensor.total_bytes),
+            f"{tensor.count:,}",
+            escape(tensor.component),
+            escape(tensor.operator),
+            escape(made_by(tensor)),
+        ]
         for tensor in found.alive[:25]
-    )
-    return (
-        '<table><tr><th class="n">count</th><th class="n">each</th><th class="n">together</th>'
-        f"<th>component</th><th>operator</th><th>made by</th></tr>{rows}</table>"
-    )
+    ]
+    return _table(["together", "tensors", "component", "operator", "made by"], rows, (0, 1))
+
+
+def _pairs(pairs: Sequence[Pair]) -> str:
+    rows = []
+    for pair in pairs:
+        measured = pair.measured_bytes
+        error = f"{pair.predicted_bytes / measured - 1:+.2%}" if measured else "-"
+        sizes = (format_bytes(pair.predicted_bytes), format_bytes(measured))
+        rows.append([escape(pair.name), *sizes, error])
+    return _table(["", "predicted", "measured", "difference"], rows, (1, 2, 3))

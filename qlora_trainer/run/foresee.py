@@ -1,6 +1,7 @@
 """Memory foreseen for a run file on a card, from the model's `config.json` alone."""
 
 import itertools
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -13,10 +14,12 @@ from qlora_trainer.base.load import load_config
 from qlora_trainer.config.read import check_values, read_run_file
 from qlora_trainer.config.settings import RunConfig
 from qlora_trainer.errors import UserError
-from qlora_trainer.memory.foresight import Foresight, RunShape, foresee
-from qlora_trainer.memory.gpus import GpuProfile, gpu_of_this_machine, read_gpu
+from qlora_trainer.memory.foresight import Foresight, RunShape, simulate_run
+from qlora_trainer.memory.gpus import GpuProfile
 from qlora_trainer.training import setup
-from qlora_trainer.units import parse_bytes
+
+# A comma that parts two values, and not the items of one such as [q_proj, v_proj].
+_OUTSIDE_BRACKETS = re.compile(r",(?![^\[{]*[\]}])")
 
 
 def run_for_model(model: str, overrides: Sequence[str] = ()) -> RunConfig:
@@ -49,36 +52,11 @@ def sweep(
 
 
 def _axis(axis: str) -> list[str]:
-    name, equals, values = axis.partition("=")
-    if not equals or not all(values.split(",")):
+    name, equals, text = axis.partition("=")
+    values = _OUTSIDE_BRACKETS.split(text)
+    if not equals or not all(value.strip() for value in values):
         raise UserError(f"--sweep {axis}: write section.setting=value,value,...")
-    return [f"{name}={value}" for value in values.split(",")]
-
-
-def choose_gpu(key: str | None, budget: str | None) -> tuple[GpuProfile, int | None]:
-    """The card to foresee for, and what of it is free (None: its usable memory).
-
-    Args:
-        key: A card's profile; None takes the card of this machine.
-        budget: A size such as `7.5 GiB`.
-
-    Raises:
-        UserError: No such card, no card here, or the budget is no size.
-    """
-    try:
-        budget_bytes = None if budget is None else parse_bytes(budget)
-    except ValueError as error:
-        raise UserError(f"--budget: {error}") from None
-    if budget_bytes == 0:
-        raise UserError("--budget: nothing fits into 0 bytes")
-    if key is not None:
-        return read_gpu(key), budget_bytes
-    import torch
-
-    here = gpu_of_this_machine(torch.device("cuda", 0)) if torch.cuda.is_available() else None
-    if here is None:
-        raise UserError("there is no GPU here to foresee for; name one with --gpu")
-    return here[0], budget_bytes or here[1]
+    return [f"{name.strip()}={value.strip()}" for value in values]
 
 
 def foresee_run(
@@ -87,21 +65,29 @@ def foresee_run(
     *,
     budget_bytes: int | None = None,
     expandable_segments: bool = False,
+    paged_on_card: bool = False,
     with_timeline: bool = False,
 ) -> Foresight:
     """What a run will need on a card; every sequence at `data.max_seq_len`.
+
+    Args:
+        run: The settings.
+        gpu: The card.
+        budget_bytes: What of it is free for this process; its usable memory unless given.
+        expandable_segments: Of the allocator's configuration.
+        paged_on_card: Managed memory counts on the card, as on Windows.
+        with_timeline: Keep the course of allocated and reserved memory.
 
     Raises:
         UserError: The model is not there or cannot have these settings.
     """
     config = read_model_config(run)
     setup.check_length(run, config)
-    return foresee(
-        config,
-        run_shape(run, config, gpu),
+    return simulate_run(config, run_shape(run, config, gpu), gpu).on(
         gpu,
         budget_bytes=budget_bytes,
         expandable_segments=expandable_segments,
+        paged_on_card=paged_on_card,
         with_timeline=with_timeline,
     )
 
@@ -128,10 +114,13 @@ def read_model_config(run: RunConfig) -> Any:
     return load_config(resolved.folder, trust_remote_code=trusted)
 
 
-def run_shape(run: RunConfig, config: Any, gpu: GpuProfile) -> RunShape:
-    """The settings of a run that decide its memory, on a card of this compute capability."""
+def run_shape(run: RunConfig, config: Any, gpu: GpuProfile | None) -> RunShape:
+    """The settings of a run that decide its memory, on a card or (None) on a CPU."""
     compute_dtype = compute_dtype_for(
-        run.model.compute_dtype, "cuda", config.model_type, gpu.compute_capability
+        run.model.compute_dtype,
+        "cpu" if gpu is None else "cuda",
+        config.model_type,
+        None if gpu is None else gpu.compute_capability,
     )
     text = config.get_text_config()
     count: int = getattr(text, "num_hidden_layers", 0)
@@ -145,5 +134,6 @@ def run_shape(run: RunConfig, config: Any, gpu: GpuProfile) -> RunShape:
         optimizer=run.train.optimizer,
         activations=run.train.activations,
         loss_chunk_tokens=run.train.loss_chunk_tokens,
+        techniques=setup.techniques(run),
         padded=run.train.micro_batch_size > 1 and not run.data.packing,
     )

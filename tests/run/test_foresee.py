@@ -7,13 +7,14 @@ import pytest
 
 from qlora_trainer.config.settings import RunConfig
 from qlora_trainer.errors import UserError
-from qlora_trainer.run.foresee import choose_gpu, foresee_run, run_for_model, sweep
+from qlora_trainer.memory.gpus import read_gpu
+from qlora_trainer.run.foresee import foresee_run, run_for_model, sweep
 
 Make = Callable[..., RunConfig]
 
 
 def test_more_tokens_need_more_memory_and_the_card_decides(tiny_model: Path) -> None:
-    card, _ = choose_gpu("rtx-3050-8gb", None)
+    card = read_gpu("rtx-3050-8gb")
     found = [
         foresee_run(run, card)
         for _, run in sweep(None, str(tiny_model), [], ["data.max_seq_len=64,512"])
@@ -29,7 +30,7 @@ def test_more_tokens_need_more_memory_and_the_card_decides(tiny_model: Path) -> 
 
 
 def test_a_config_file_of_any_name_is_enough(tiny_model: Path, tmp_path: Path) -> None:
-    card, _ = choose_gpu("rtx-3060-12gb", None)
+    card = read_gpu("rtx-3060-12gb")
     file = tmp_path / "llama-tiny.json"
     file.write_text((tiny_model / "config.json").read_text())
     settings = ["data.max_seq_len=128"]
@@ -38,21 +39,11 @@ def test_a_config_file_of_any_name_is_enough(tiny_model: Path, tmp_path: Path) -
     assert from_file.allocated_bytes == from_folder.allocated_bytes
 
 
-@pytest.mark.parametrize(
-    ("gpu", "budget", "message"),
-    [
-        ("rtx-9999", None, "--gpu rtx-9999: no profile.*rtx-3060-12gb"),
-        ("rtx-3060-12gb", "-3 GiB", "--budget: '-3 GiB' is not a size"),
-        ("rtx-3060-12gb", "much", "--budget: 'much' is not a size"),
-        ("rtx-3060-12gb", "0", "nothing fits into 0 bytes"),
-        (None, None, "no GPU here to foresee for; name one with --gpu"),
-    ],
-)
-def test_a_card_that_cannot_be_is_refused(
-    gpu: str | None, budget: str | None, message: str
-) -> None:
-    with pytest.raises(UserError, match=message):
-        choose_gpu(gpu, budget)
+def test_an_axis_may_hold_values_with_commas() -> None:
+    axes = ["adapter.target_modules=[q_proj,v_proj],all-linear", "adapter.rank=4,8"]
+    found = [changed for changed, _ in sweep(None, "m", [], axes)]
+    assert len(found) == 4
+    assert found[0] == ("adapter.target_modules=[q_proj,v_proj]", "adapter.rank=4")
 
 
 @pytest.mark.parametrize(
@@ -66,13 +57,13 @@ def test_a_card_that_cannot_be_is_refused(
 def test_settings_the_model_cannot_have_are_refused(
     tiny_model: Path, settings: list[str], message: str
 ) -> None:
-    card, _ = choose_gpu("rtx-3060-12gb", None)
+    card = read_gpu("rtx-3060-12gb")
     with pytest.raises(UserError, match=message):
         foresee_run(run_for_model(str(tiny_model), settings), card)
 
 
 def test_a_model_that_is_none_is_refused(tmp_path: Path) -> None:
-    card, _ = choose_gpu("rtx-3060-12gb", None)
+    card = read_gpu("rtx-3060-12gb")
     broken = tmp_path / "config.json"
     broken.write_text('{"model_type": "llama", ')
     with pytest.raises(UserError, match=r"config\.json"):

@@ -1,0 +1,121 @@
+"""What of a card a run may have: what is free on the one here, what is usable of one that is not.
+
+Memory that `mem_get_info` calls free leaves out the desktop already. Of a card known by its profile
+alone the desktop's share is an assumption, and is said with the verdict.
+"""
+
+import sys
+from dataclasses import dataclass
+
+import torch
+
+from qlora_trainer.config.settings import RunConfig
+from qlora_trainer.errors import UserError
+from qlora_trainer.memory.gpus import GpuProfile, gpu_of_this_machine, read_gpu
+from qlora_trainer.units import format_bytes, parse_bytes
+
+# Measured by nobody here: desktop, browser and compositor of Windows hold 0.5 to 1.5 GiB.
+_WINDOWS_DESKTOP_BYTES = 2**30
+_WINDOWS_NOTE = (
+    "on Windows the driver spills into RAM silently instead of failing, and steps become many "
+    "times slower: turn off sysmem fallback in the driver's panel; paged optimizer states count on "
+    "the card there"
+)
+
+
+@dataclass(frozen=True)
+class Card:
+    """A card, and what was said or found to be free of it.
+
+    Attributes:
+        gpu: Its profile.
+        free_bytes: Free for this process; None where only the profile is known.
+        free_because: Where that number comes from.
+    """
+
+    gpu: GpuProfile
+    free_bytes: int | None
+    free_because: str
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a run may have of a card.
+
+    Attributes:
+        gpu: The card.
+        budget_bytes: For this process, its CUDA context included.
+        paged_on_card: Managed memory counts on the card (Windows).
+        notes: Where the number comes from, and what the system makes of it.
+    """
+
+    gpu: GpuProfile
+    budget_bytes: int
+    paged_on_card: bool
+    notes: tuple[str, ...]
+
+
+def choose_card(key: str | None, free: str | None) -> Card:
+    """The card to foresee for.
+
+    Args:
+        key: A card's profile; None takes the card of this machine.
+        free: What of it is free, such as `7.5 GiB`; None takes what is free now, or its profile.
+
+    Raises:
+        UserError: No such card, no card here, or the budget is no size.
+    """
+    try:
+        free_bytes = None if free is None else parse_bytes(free)
+    except ValueError as error:
+        raise UserError(f"--budget: {error}") from None
+    if free_bytes == 0:
+        raise UserError("--budget: nothing fits into 0 bytes")
+    if key is not None:
+        return Card(read_gpu(key), free_bytes, "--budget")
+    here = gpu_of_this_machine(torch.device("cuda", 0)) if torch.cuda.is_available() else None
+    if here is None:
+        raise UserError("there is no GPU here to foresee for; name one with --gpu")
+    if free_bytes is not None:
+        return Card(here[0], free_bytes, "--budget")
+    return Card(here[0], here[1], "free now")
+
+
+def budget_of(card: Card, run: RunConfig, *, platform: str = sys.platform) -> Budget:
+    """What a run may have of a card.
+
+    Args:
+        card: From `choose_card`.
+        run: Its `memory.desktop_share` is taken from a card known by its profile alone.
+        platform: `sys.platform` of where it is going to run.
+
+    Raises:
+        UserError: The desktop leaves nothing.
+    """
+    windows = platform == "win32"
+    notes = [_WINDOWS_NOTE] if windows else []
+    if card.free_bytes is not None:
+        notes.insert(
+            0, f"{format_bytes(card.free_bytes)} of the card for the run: {card.free_because}"
+        )
+        return Budget(card.gpu, card.free_bytes, windows, tuple(notes))
+    share, why = _desktop_share(run, windows)
+    budget = card.gpu.usable_bytes - share
+    if budget <= 0:
+        raise UserError(
+            f"memory.desktop_share = {run.memory.desktop_share!r}: {card.gpu.name} has "
+            f"{format_bytes(card.gpu.usable_bytes)}; take less"
+        )
+    notes.insert(0, f"of the card's {format_bytes(card.gpu.usable_bytes)} the desktop has {why}")
+    return Budget(card.gpu, budget, windows, tuple(notes))
+
+
+def _desktop_share(run: RunConfig, windows: bool) -> tuple[int, str]:
+    given = run.memory.desktop_share
+    if given is not None:
+        share = parse_bytes(given)
+        return share, f"{format_bytes(share)} (memory.desktop_share)"
+    if windows:
+        share = _WINDOWS_DESKTOP_BYTES
+        return share, f"{format_bytes(share)} (assumed on Windows; --desktop-share sets it)"
+    return 0, "nothing (assumed here; --desktop-share '1 GiB' if a screen is on it)"
