@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from qlora_trainer.base.batch_norm import freeze_batch_norms
+from qlora_trainer.base.host_embedding import host_table, keep_on_host
 from qlora_trainer.base.nf4 import NF4Linear
 from qlora_trainer.base.prequantized import is_bitsandbytes_linear, select_prequantized
 from qlora_trainer.base.quantize import QUANTIZABLE_DTYPES
@@ -50,6 +52,7 @@ def settle(
     else:
         selection = select_quantized(model, spec.keep_unquantized)
     quantized = selection.quantized if spec.quantization == "nf4" else ()
+    on_host = host_table(model) if spec.embeddings_on_host else None
     places = _parameter_places(model, set(quantized))
     count = len(quantized) + len(places)
     for number, path in enumerate(quantized, start=1):
@@ -60,20 +63,25 @@ def settle(
     for number, owners in enumerate(places, start=len(quantized) + 1):
         path, name = owners[0]
         full_name = f"{path}.{name}" if path else name
-        original = cast(Tensor, getattr(model.get_submodule(path), name)).detach()
+        original = cast(Tensor, getattr(model.get_submodule(path), name))
         dtype = torch.float32 if fp32 and fp32.search(full_name) else spec.compute_dtype
-        settled = nn.Parameter(_moved(original, device, dtype), requires_grad=False)
+        # What stays on the host stays where transformers made it: there, or on `meta`.
+        place = original.device if original is on_host else device
+        settled = nn.Parameter(_moved(original.detach(), place, dtype), requires_grad=False)
         for path, name in owners:
             setattr(model.get_submodule(path), name, settled)
         if progress is not None:
             progress(full_name, number, count)
     _settle_buffers(model, set(quantized), device, buffers)
+    if on_host is not None:
+        keep_on_host(model)
     for part in model.modules():
         _settle_config(getattr(part, "config", None), spec.compute_dtype)
     for mark in ("hf_quantizer", "quantization_method", "is_loaded_in_4bit"):
         if getattr(model, mark, None) is not None:
             setattr(model, mark, None)  # its quantized layers are ours now
     model.kept_unquantized = dict(selection.kept) if spec.quantization == "nf4" else {}
+    freeze_batch_norms(model)
     return model.eval()
 
 

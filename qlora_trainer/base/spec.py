@@ -17,6 +17,7 @@ class BaseSpec:
         attention: transformers' `attn_implementation`, or None for its own choice.
         keep_unquantized: More layers to leave in 16 bit, by path or part of a path.
         trust_remote_code: Whether the checkpoint may bring its own Python.
+        embeddings_on_host: Leave the table of token embeddings in host memory.
     """
 
     quantization: str
@@ -26,3 +27,4 @@ class BaseSpec:
     attention: str | None = None
     keep_unquantized: tuple[str, ...] = ()
     trust_remote_code: bool = False
+    embeddings_on_host: bool = False

@@ -55,6 +55,9 @@ class ModelSettings(Settings):
     )
     keep_unquantized: Names = Field([], description="names of further modules to hold in 16 bit")
     device: Device = Field("auto", description="auto takes the first GPU")
+    embeddings_on_host: bool = Field(
+        False, description="leave the token embeddings in host memory; lossless, a look-up"
+    )
 
 
 class LayerChoice(Settings):
@@ -203,8 +206,19 @@ class TrainSettings(Settings):
     beta1: float = Field(0.9, ge=0, lt=1, description="decay of the first moment")
     beta2: float = Field(0.999, ge=0, lt=1, description="decay of the second moment")
     epsilon: float = Field(1e-8, gt=0, description="added to the root of the second moment")
-    activations: Literal["recompute", "keep"] = Field(
-        "recompute", description="recompute: gradient checkpointing per decoder layer"
+    activations: Literal["recompute", "keep", "offload"] = Field(
+        "recompute",
+        description="of decoder layers; recompute: gradient checkpointing; offload: their inputs "
+        "wait in host memory besides",
+    )
+    fused_mlp: bool = Field(
+        False, description="gate, up, activation and down as one function that keeps its input only"
+    )
+    mlp_tile_tokens: Annotated[int, Field(ge=16)] | None = Field(
+        None, description="tokens the fused MLP computes at one time; null: all"
+    )
+    tiled_norms: bool = Field(
+        False, description="RMSNorms in tiles, without fp32 copies of the residual stream"
     )
     loss_chunk_tokens: Annotated[int, Field(ge=1)] | None = Field(
         None, description="trained tokens whose logits exist at one time; null: about 64 MiB"

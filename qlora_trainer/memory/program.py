@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from qlora_trainer.base.audit import audit_base
+from qlora_trainer.base.host_embedding import HostEmbedding
 from qlora_trainer.base.layers import decoder_layers
 from qlora_trainer.base.nf4 import NF4Linear
 from qlora_trainer.base.select import trained_heads
@@ -22,12 +23,14 @@ from qlora_trainer.lora.inject import adapter_parameters, inject_adapter
 from qlora_trainer.lora.spec import AdapterSpec
 from qlora_trainer.memory.log import RESET_PEAK
 from qlora_trainer.memory.tracker import AllocationTracker
+from qlora_trainer.memory.transfers import WatchedTransfers
 from qlora_trainer.tasks.catalogue import task_kind
 from qlora_trainer.tasks.kind import TaskInputs
 from qlora_trainer.tasks.task import Batch, Task
 from qlora_trainer.training.activations import Activation, plan_activations
 from qlora_trainer.training.optimizer import AdapterAdamW, OptimizerKind
 from qlora_trainer.training.step import StepResult, train_step
+from qlora_trainer.training.techniques import Techniques, apply_techniques
 
 _ROLE_COMPONENTS = {
     "linear weights (NF4)": "base weights",
@@ -58,6 +61,7 @@ class RunShape:
         padded: Batches carry an attention mask.
         task: What is learned.
         task_settings: As in the run file.
+        techniques: What replaces modules of the model.
     """
 
     base: BaseSpec
@@ -72,6 +76,7 @@ class RunShape:
     padded: bool = False
     task: str = "causal-lm"
     task_settings: Mapping[str, Any] = field(default_factory=dict)
+    techniques: Techniques = field(default_factory=Techniques)
 
 
 @dataclass
@@ -86,6 +91,9 @@ class Accounts:
         base_parameters: Numbers of the base, unpacked.
         largest_tensor_bytes: The largest tensor on its way to the card.
         large_unquantized: Path -> bytes of large weights outside NF4.
+        pinned_bytes: Host memory that offloaded layer inputs take at most.
+        moved_bytes: Over PCIe, both ways, by one forward and backward.
+        host_table_bytes: Token embeddings left in host memory.
     """
 
     paged_bytes: int = 0
@@ -95,6 +103,9 @@ class Accounts:
     base_parameters: int = 0
     largest_tensor_bytes: int = 0
     large_unquantized: dict[str, int] = field(default_factory=dict)
+    pinned_bytes: int = 0
+    moved_bytes: int = 0
+    host_table_bytes: int = 0
 
 
 class Program:
@@ -105,13 +116,16 @@ class Program:
 
     def __call__(self, tracker: AllocationTracker) -> None:
         """Run under the tracker."""
-        model, shape = self.model, self.shape
+        model, shape, accounts = self.model, self.shape, self.accounts
         tracker.set_phase("load")
         self._load(tracker)
         with tracker.component("adapters"):
             inject_adapter(model, _with_heads(model, shape), dtype=shape.adapter_dtype)
         parameters = adapter_parameters(model)
-        plan_activations(model, decoder_layers(model), _activations(shape))
+        apply_techniques(model, shape.techniques)
+        transfers = WatchedTransfers(tracker)
+        layers = decoder_layers(model)
+        plan_activations(model, layers, _activations(shape), transfers=transfers)
         task = task_kind(shape.task).make_task(
             TaskInputs(model, shape.task_settings, chunk_tokens=shape.loss_chunk_tokens)
         )
@@ -122,15 +136,18 @@ class Program:
         model.train()
         tracker.mark(RESET_PEAK)
         for step in range(2):
+            window = [batch] * (min(shape.accumulation, 2) if step else 1)
             watch_step(
                 tracker,
                 model,
-                [batch] * (min(shape.accumulation, 2) if step else 1),
+                window,
                 task=task,
                 optimizer=optimizer,
                 device=torch.device("meta"),
                 step=step,
             )
+            accounts.pinned_bytes = transfers.most_bytes
+            accounts.moved_bytes, transfers.moved_bytes = transfers.moved_bytes // len(window), 0
         tracker.set_phase("evaluation")
         model.eval()
         task.evaluate(model, {name: part.to("meta") for name, part in batch.items()})
@@ -144,6 +161,11 @@ class Program:
             for name, module in self.model.named_modules()
             if isinstance(module, NF4Linear)
         }
+        on_host = {
+            f"{path}.base.weight"
+            for path, module in self.model.named_modules()
+            if isinstance(module, HostEmbedding)
+        }
         tensors: dict[str, Tensor] = dict(self.model.named_parameters())
         tensors |= dict(self.model.named_buffers())
         for name, tensor in tensors.items():
@@ -155,6 +177,9 @@ class Program:
                     tracker.adopt(tensor, "load", component)
             else:
                 tracker.adopt(tensor, "load", component)
+            if name in on_host:
+                tracker.move_to_host(tensor)
+                self.accounts.host_table_bytes += tensor.nbytes
             if item is not None and item.kept_because:
                 self.accounts.large_unquantized[name] = item.size_bytes
         accounts = self.accounts

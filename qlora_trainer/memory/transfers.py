@@ -1,0 +1,50 @@
+"""Offloading as foresight sees it: host buffers outside the card, every copy counted.
+
+The schedule is `training/offload.py`'s own, run on weightless tensors. Only what a weightless
+tensor cannot know is added: which buffers are the host's, how many of them are alive at one time,
+and how many bytes each copy moves.
+"""
+
+import weakref
+
+import torch
+from torch import Tensor
+
+from qlora_trainer.memory.tracker import AllocationTracker
+from qlora_trainer.training.offload import Transfers
+
+
+class WatchedTransfers(Transfers):
+    """Transfers of a simulated step.
+
+    Args:
+        tracker: Books host buffers apart, and counts the copies.
+
+    Attributes:
+        most_bytes: The most host bytes alive at one time.
+        moved_bytes: Copied, both ways together.
+    """
+
+    def __init__(self, tracker: AllocationTracker) -> None:
+        super().__init__(torch.device("meta"))
+        self._tracker = tracker
+        self._alive_bytes = self.most_bytes = self.moved_bytes = 0
+
+    def host_buffer(self, size_bytes: int) -> Tensor:
+        """A weightless buffer that is not on the card."""
+        buffer = super().host_buffer(size_bytes)
+        self._tracker.move_to_host(buffer)
+        self._tracker.tag(buffer, "offloaded layer inputs")
+        self._alive_bytes += size_bytes
+        self.most_bytes = max(self.most_bytes, self._alive_bytes)
+        weakref.finalize(buffer.untyped_storage(), self._gone, size_bytes)
+        return buffer
+
+    def _gone(self, size_bytes: int) -> None:
+        self._alive_bytes -= size_bytes
+
+    def move(self, pieces: list[Tensor], flat: Tensor, *, back: bool) -> None:
+        """Copy, and count it under its direction."""
+        self._tracker.count_kernel(f"copy to {'the card' if back else 'host memory'}")
+        self.moved_bytes += flat.numel()
+        super().move(pieces, flat, back=back)

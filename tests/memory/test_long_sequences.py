@@ -1,0 +1,91 @@
+"""What the step holds with every technique on, as CUDA would run it: nothing grows with T but rows.
+
+Flash attention's own backward workspace is fp32 and as large as the queries; that is its kernel's,
+and the only exception.
+"""
+
+import dataclasses
+
+import pytest
+from transformers import LlamaConfig
+
+from qlora_trainer.base.spec import BaseSpec
+from qlora_trainer.lora.spec import AdapterSpec
+from qlora_trainer.memory.foresight import simulate_run
+from qlora_trainer.memory.gpus import read_gpu
+from qlora_trainer.memory.program import RunShape
+from qlora_trainer.training.techniques import Techniques
+
+TOKENS, WIDTH, LAYERS = 32_768, 256, 4
+CONFIG = LlamaConfig(
+    vocab_size=2048, hidden_size=WIDTH, intermediate_size=512, num_hidden_layers=LAYERS,
+    num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=TOKENS,
+    tie_word_embeddings=False,
+)  # fmt: skip
+RESIDUAL_BYTES = TOKENS * WIDTH * 2
+PLAIN = RunShape(
+    base=BaseSpec("nf4"),
+    adapter=AdapterSpec(rank=8, alpha=16),
+    seq_len=TOKENS,
+    loss_chunk_tokens=128,
+)
+LONG = dataclasses.replace(
+    PLAIN,
+    base=BaseSpec("nf4", embeddings_on_host=True),
+    activations="offload",
+    techniques=Techniques(fused_mlp=True, mlp_tile_tokens=4096, tiled_norms=True),
+)
+
+
+@pytest.fixture(scope="module")
+def gpu():
+    return read_gpu("rtx-3090-24gb")
+
+
+@pytest.fixture(scope="module")
+def long_run(gpu):
+    return simulate_run(CONFIG, LONG, gpu)
+
+
+def test_no_fp32_residual_no_score_matrix_no_full_logits(long_run) -> None:
+    step = [a for a in long_run.trace.log.allocations if a.phase in ("forward", "backward")]
+    larger = {
+        (a.operator, a.size_bytes)
+        for a in step
+        if a.size_bytes > RESIDUAL_BYTES and not a.operator.startswith("flash backward")
+    }
+    assert larger == set()
+
+
+def test_the_plain_step_holds_such_tensors(gpu) -> None:
+    step = simulate_run(CONFIG, PLAIN, gpu).trace.log.allocations
+    assert any(a.size_bytes == 2 * RESIDUAL_BYTES and a.phase == "forward" for a in step)
+
+
+def test_every_input_but_the_last_waits_pinned_and_crosses_twice(long_run) -> None:
+    inputs = (LAYERS - 1) * RESIDUAL_BYTES
+    assert long_run.accounts.pinned_bytes == inputs
+    assert long_run.accounts.moved_bytes == 2 * inputs
+    kernels = long_run.trace.log.kernels
+    assert kernels["copy to host memory"] == kernels["copy to the card"] > 0
+
+
+def test_the_embeddings_are_not_on_the_card(long_run, gpu) -> None:
+    table = 2048 * WIDTH * 2
+    assert long_run.accounts.host_table_bytes == table
+    plain = dataclasses.replace(LONG, base=BaseSpec("nf4"))
+    more = simulate_run(CONFIG, plain, gpu).on(gpu).by_component["embeddings and heads"]
+    assert more - long_run.on(gpu).by_component["embeddings and heads"] == table
+
+
+def test_each_technique_alone_takes_less_than_the_plain_step(gpu) -> None:
+    changes = [
+        {"activations": "offload"},
+        {"techniques": Techniques(fused_mlp=True)},
+        {"techniques": Techniques(tiled_norms=True)},
+        {"base": BaseSpec("nf4", embeddings_on_host=True)},
+    ]
+    plain = simulate_run(CONFIG, PLAIN, gpu).on(gpu).allocated_bytes
+    for change in changes:
+        changed = dataclasses.replace(PLAIN, **change)
+        assert simulate_run(CONFIG, changed, gpu).on(gpu).allocated_bytes < plain, change

@@ -1,0 +1,55 @@
+"""Techniques go on together, change no loss, and tell what they could not be put on."""
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from qlora_trainer.base.layers import decoder_layers
+from qlora_trainer.tasks.causal_lm import CausalLM
+from qlora_trainer.training.activations import plan_activations
+from qlora_trainer.training.step import train_step
+from qlora_trainer.training.techniques import Techniques, apply_techniques
+from tests.training.tiny import CPU, adapted_llama, batch, optimizer_for
+
+ALL = Techniques(fused_mlp=True, mlp_tile_tokens=16, tiled_norms=True)
+
+
+def losses(model: torch.nn.Module, steps: int = 8) -> list[float]:
+    task, optimizer = CausalLM.for_model(model), optimizer_for(model)
+    model.train()
+    found = []
+    for step in range(steps):
+        window = [task.prepare(batch(3, 20, seed=5))]
+        result = train_step(
+            model, window, task=task, optimizer=optimizer, learning_rate=1e-2, device=CPU, step=step
+        )
+        found.append(float(result.loss))
+    return found
+
+
+def test_a_run_with_all_techniques_has_the_losses_of_the_plain_run() -> None:
+    plain = adapted_llama(layers=3)
+    expected = losses(plain)
+    model = adapted_llama(layers=3)
+    assert apply_techniques(model, ALL) == []
+    plan_activations(model, decoder_layers(model), "offload")
+    found = losses(model)
+    assert found == pytest.approx(expected, rel=1e-4)
+    assert expected[-1] < 0.9 * expected[0]
+
+
+def test_a_model_we_do_not_know_keeps_its_plain_path_said_aloud() -> None:
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=50))
+    notes = apply_techniques(model, ALL)
+    assert notes == [
+        "train.fused_mlp: 2 MLPs of 2 keep the plain path: GPT2MLP is no layout we know",
+        "train.tiled_norms: 5 norms of 5 keep the plain path: LayerNorm is no norm we know",
+    ]
+
+
+def test_nothing_is_touched_when_nothing_is_on() -> None:
+    model = adapted_llama()
+    before = [type(module) for module in model.modules()]
+    assert apply_techniques(model, Techniques()) == []
+    assert [type(module) for module in model.modules()] == before
