@@ -20,16 +20,19 @@ def generate(
     seed: Annotated[int, typer.Option(help="of sampling")] = 0,
 ) -> None:
     """Answer prompts with a trained adapter."""
-    from qlora_trainer.cli.show import show_answer
+    from qlora_trainer.cli.show import ConsoleReporter, err, show_answer
 
     if not run_folder.is_dir():
         raise UserError(f"{run_folder}: no such run folder")
+    if not prompts and sys.stdin.isatty():
+        err.print("Type prompts, one a line; Ctrl-D (Windows: Ctrl-Z, Enter) ends them.")
     given = prompts or [line.strip() for line in sys.stdin if line.strip()]
     if not given:
         raise UserError("no prompt given: name one, or write one per line on standard input")
     from qlora_trainer.run import ask
 
-    trained = ask.load_trained(run_folder)
+    with ConsoleReporter() as reporter:
+        trained = ask.load_trained(run_folder, reporter=reporter)
     sides = (True, False) if compare else (adapter,)
     for side in sides:
         answers = ask.generate(

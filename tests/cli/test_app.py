@@ -90,6 +90,20 @@ def test_no_prompt_is_a_fault(tmp_path: Path) -> None:
     assert "no prompt given" in qlora("generate", ".", cwd=tmp_path, stdin="\n").stderr
 
 
+def test_generate_says_on_a_terminal_what_it_waits_for(tmp_path: Path) -> None:
+    pty = pytest.importorskip("pty", reason="this system has no pseudo-terminals")
+    keyboard, terminal = pty.openpty()
+    os.write(keyboard, b"\x04")  # Ctrl-D
+    done = subprocess.run(
+        [sys.executable, "-m", "qlora_trainer", "generate", "."],
+        cwd=tmp_path, stdin=terminal, capture_output=True, text=True, check=False, timeout=120,
+    )  # fmt: skip
+    os.close(keyboard)
+    os.close(terminal)
+    assert "Type prompts, one a line; Ctrl-D" in done.stderr
+    assert "no prompt given" in done.stderr
+
+
 def test_doctor_finds_this_machine_good(tmp_path: Path) -> None:
     done = qlora("doctor", cwd=tmp_path)
     assert done.returncode == 0

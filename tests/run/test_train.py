@@ -16,8 +16,19 @@ from transformers import AutoModelForCausalLM
 import qlora_trainer
 from qlora_trainer import UserError, generate, held_out_metrics, load_run, load_trained, train
 from qlora_trainer.config.settings import RunConfig
+from qlora_trainer.lora.inject import adapter_parameters
 
 Make = Callable[..., RunConfig]
+
+
+class Listener(qlora_trainer.Reporter):
+    """Keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.told: list[str] = []
+
+    def say(self, line: str) -> None:
+        self.told.append(line)
 
 
 def test_a_run_learns_and_its_folder_explains_itself(make_run: Make, tmp_path: Path) -> None:
@@ -99,6 +110,25 @@ def test_a_tilde_in_the_output_folder_is_the_users_home(
     assert list(here.iterdir()) == []
 
 
+def test_a_run_of_another_machine_answers_here(make_run: Make) -> None:
+    folder = train(make_run()).folder
+    expected = generate(load_trained(folder), ["What is 1 plus 1?"], max_new_tokens=4)
+    settings = yaml.safe_load((folder / "run.yaml").read_text())
+    settings["model"] |= {"attention": "flash_attention_2", "device": "auto"}
+    (folder / "run.yaml").write_text(yaml.safe_dump(settings))
+    listener = Listener()
+    trained = load_trained(folder, reporter=listener)
+    assert "model.attention = 'flash_attention_2', which this machine does not" in listener.told[0]
+    assert generate(trained, ["What is 1 plus 1?"], max_new_tokens=4) == expected
+    with pytest.raises(UserError, match="flash_attention_2': needs a GPU"):
+        train(load_run(folder / "run.yaml"), restart=True)
+    settings["model"] |= {"attention": "auto", "compute_dtype": "fp32"}
+    settings["adapter"]["dtype"] = "bf16"
+    (folder / "run.yaml").write_text(yaml.safe_dump(settings))
+    dtypes = {p.dtype for p in adapter_parameters(load_trained(folder).model).values()}
+    assert dtypes == {torch.float32}
+
+
 def test_a_finished_run_is_kept_and_a_changed_one_is_not_mixed(make_run: Make) -> None:
     train(make_run())
     with pytest.raises(UserError, match=r"finished run.*--restart"):
@@ -111,17 +141,12 @@ def test_resuming_with_another_run_file_says_what_differs(make_run: Make, tmp_pa
     (tmp_path / "run" / "result.json").unlink()  # as if it had been killed while finishing
     with pytest.raises(UserError, match=r"adapter\.rank: was 4, now 8"):
         train(make_run(adapter={"rank": 8}))
-    told: list[str] = []
-
-    class Listener(qlora_trainer.Reporter):
-        def say(self, line: str) -> None:
-            told.append(line)
-
+    listener = Listener()
     longer = train(
-        make_run(train={"max_steps": 6}, output={"save_every_steps": 2}), reporter=Listener()
+        make_run(train={"max_steps": 6}, output={"save_every_steps": 2}), reporter=listener
     )
     assert longer.outcome.step == 6
-    assert any("train.max_steps: was 4, now 6" in line for line in told)
+    assert any("train.max_steps: was 4, now 6" in line for line in listener.told)
 
 
 def test_generation_answers_in_order_and_the_adapter_can_be_off(make_run: Make) -> None:
@@ -153,14 +178,6 @@ def test_what_does_not_fit_is_said_before_training(
         train(make_run(**sections))
     assert not (tmp_path / "run" / "adapter").exists()
     assert not (tmp_path / "run" / "run.lock").exists()
-
-
-class Listener(qlora_trainer.Reporter):
-    def __init__(self) -> None:
-        self.told: list[str] = []
-
-    def say(self, line: str) -> None:
-        self.told.append(line)
 
 
 def unfinish(folder: Path) -> None:
