@@ -94,8 +94,13 @@ class TaskSettings(Settings):
         description="beams of the search when texts are generated; 1 is greedy",
         json_schema_extra=_for("seq2seq-lm"),
     )
-    augment: bool = Field(
-        True,
-        description="flip and crop training images a little",
+    augment: Literal["none", "light"] = Field(
+        "none",
+        description="light: flip and crop training pictures a little, otherwise in every epoch",
+        json_schema_extra=_for("image-classification"),
+    )
+    image_size: Annotated[int, Field(ge=8, le=4096)] | None = Field(
+        None,
+        description="pixels of a side; null: as the model's image processor says",
         json_schema_extra=_for("image-classification"),
     )
