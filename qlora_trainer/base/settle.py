@@ -14,7 +14,6 @@ from transformers.pytorch_utils import Conv1D
 
 from qlora_trainer.base.batch_norm import freeze_batch_norms
 from qlora_trainer.base.host_embedding import host_table, keep_on_host
-from qlora_trainer.base.batch_norm import freeze_batch_norms
 from qlora_trainer.base.nf4 import NF4Linear
 from qlora_trainer.base.prequantized import is_bitsandbytes_linear, select_prequantized
 from qlora_trainer.base.quantize import QUANTIZABLE_DTYPES
