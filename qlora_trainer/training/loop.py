@@ -165,8 +165,6 @@ class _Loop:
                 say=run.log.say,
                 references=run.references,
             )
-            if run.extra_metrics is not None:
-                metrics.update(run.extra_metrics())
         run.log.evaluation(self._course.step, metrics)
         return metrics
 

@@ -114,7 +114,6 @@ class Run:
         eval_batches: Begins a pass over the held-out batches; None where there are none.
         references: What the prediction for a held-out row is scored against, by its number, for
             a task whose predictions are scored.
-        extra_metrics: Further metrics of an evaluation (by generation).
         scaler: For fp16.
         decode: Token ids to text, for a batch that failed.
     """
@@ -130,6 +129,5 @@ class Run:
     log: RunLog
     eval_batches: Callable[[], Iterable[Batch]] | None = None
     references: Callable[[int], Any] | None = None
-    extra_metrics: Callable[[], dict[str, float]] | None = None
     scaler: LossScaler | None = None
     decode: Decode | None = None

@@ -91,15 +91,14 @@ def test_an_adapter_cut_off_by_an_evaluation_stops_the_next_step(tmp_path: Path)
 
     evaluations: list[int] = []
 
-    def break_it() -> dict[str, float]:
+    def break_it() -> None:
         evaluations.append(1)
         if len(evaluations) < 2:  # the first is before any step, and the first step is looked at
-            return {}
+            return
         attention = model.model.layers[0].self_attn
         attention.v_proj = Cut(attention.v_proj)
-        return {}
 
-    run = make_run(tmp_path, model, total_steps=4, eval_batches=held_out(), extra_metrics=break_it)
+    run = make_run(tmp_path, model, total_steps=4, eval_batches=held_out(break_it))
     with pytest.raises(UserError, match=r"layers\.0\.self_attn\.v_proj"):
         run_training(run, TrainingPlan(4, 1e-3, evaluate_every_steps=2))
 

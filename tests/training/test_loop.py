@@ -1,12 +1,15 @@
 import json
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from qlora_trainer.errors import UserError
+from qlora_trainer.tasks.causal_lm import CausalLM
 from qlora_trainer.training.log import read_metrics
 from qlora_trainer.training.loop import run_training
 from qlora_trainer.training.plan import TrainingPlan
@@ -18,16 +21,32 @@ def plan(total_steps: int, **settings: object) -> TrainingPlan:
 
 
 class StopAt:
-    """A metric that asks the process to stop, as a user's Ctrl-C or a scheduler's SIGTERM does."""
+    """Asks the process to stop as an evaluation begins, as Ctrl-C or a scheduler's SIGTERM does."""
 
     def __init__(self, number: int, *, evaluation: int) -> None:
         self.number, self.left = number, evaluation
 
-    def __call__(self) -> dict[str, float]:
+    def __call__(self) -> None:
         if self.left == 0:
             os.kill(os.getpid(), self.number)
         self.left -= 1
-        return {}
+
+
+class Scored:
+    """The task with one more metric, whose value at each evaluation is given."""
+
+    def __init__(self, task: Any, values: list[float]) -> None:
+        self._task, self._values, self._value = task, iter(values), 0.0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._task, name)
+
+    def next_value(self) -> None:
+        self._value = next(self._values)
+
+    def evaluate(self, model: torch.nn.Module, batch: Any) -> dict[str, torch.Tensor]:
+        score = torch.tensor(self._value * self._task.loss_weight(batch))
+        return {**self._task.evaluate(model, batch), "score": score}
 
 
 def test_training_learns_and_leaves_adapter_metrics_and_state(tmp_path: Path) -> None:
@@ -64,8 +83,7 @@ def test_run_stopped_inside_an_epoch_resumes_bit_for_bit(
         parted,
         total_steps=11,
         kind=kind,  # type: ignore[arg-type]
-        eval_batches=held_out(),
-        extra_metrics=StopAt(signal.SIGTERM, evaluation=1),
+        eval_batches=held_out(StopAt(signal.SIGTERM, evaluation=1)),
     )
     outcome = run_training(first, plan(11, **settings))
     assert not outcome.complete
@@ -124,8 +142,7 @@ def test_a_run_stopped_before_its_first_step_begins_there(tmp_path: Path) -> Non
         tmp_path,
         adapted_llama(),
         total_steps=3,
-        eval_batches=held_out(),
-        extra_metrics=StopAt(signal.SIGTERM, evaluation=0),
+        eval_batches=held_out(StopAt(signal.SIGTERM, evaluation=0)),
     )
     assert run_training(stopped, plan(3)).step == 0
     again = make_run(tmp_path, adapted_llama(), total_steps=3, eval_batches=held_out())
@@ -142,18 +159,16 @@ def test_a_run_stopped_before_its_first_step_begins_there(tmp_path: Path) -> Non
 
 
 def test_early_stopping_keeps_the_best_adapter_and_stays_stopped(tmp_path: Path) -> None:
-    values = iter([9.0, 3.0, 2.0, 2.5, 2.4, 2.3])
     model = adapted_llama()
     seen: list[dict[str, torch.Tensor]] = []
+    task = Scored(CausalLM.for_model(model), [9.0, 3.0, 2.0, 2.5, 2.4, 2.3])
 
-    def score() -> dict[str, float]:
+    def begin() -> None:
         seen.append(trained_values(model))
-        return {"score": next(values)}
+        task.next_value()
 
-    lines: list[str] = []
-    run = make_run(
-        tmp_path, model, total_steps=20, eval_batches=held_out(), extra_metrics=score, lines=lines
-    )
+    run = make_run(tmp_path, model, total_steps=20, eval_batches=held_out(begin))
+    run = replace(run, task=task)
     stop = plan(20, evaluate_every_steps=2, patience=2, best_metric="score")
     outcome = run_training(run, stop)
     assert (outcome.step, outcome.best_step, outcome.best_value) == (8, 4, 2.0)
@@ -176,8 +191,7 @@ def test_signal_saves_leaves_cleanly_and_gives_the_handler_back(
         tmp_path,
         adapted_llama(),
         total_steps=9,
-        eval_batches=held_out(),
-        extra_metrics=StopAt(number, evaluation=1),
+        eval_batches=held_out(StopAt(number, evaluation=1)),
         lines=lines,
     )
     outcome = run_training(run, plan(9, evaluate_every_steps=4))
@@ -237,16 +251,15 @@ def test_another_base_or_other_held_out_rows_are_refused_on_resume(
 
 
 class FailAt:
-    """A metric that fails once, as a full card or a broken disk does."""
+    """Fails once as an evaluation begins, as a full card or a broken disk does."""
 
     def __init__(self, evaluation: int, error: Exception) -> None:
         self.left, self.error = evaluation, error
 
-    def __call__(self) -> dict[str, float]:
+    def __call__(self) -> None:
         self.left -= 1
         if self.left == -1:
             raise self.error
-        return {}
 
 
 def evaluated_steps(folder: Path) -> list[int]:
@@ -265,8 +278,7 @@ def test_a_failed_evaluation_loses_no_step_and_is_made_up_for(
         tmp_path / "b",
         adapted_llama(),
         total_steps=5,
-        eval_batches=held_out(),
-        extra_metrics=FailAt(evaluation, RuntimeError("the card fell off")),
+        eval_batches=held_out(FailAt(evaluation, RuntimeError("the card fell off"))),
         lines=lines,
     )
     with pytest.raises(RuntimeError, match="the card fell off"):
@@ -283,13 +295,10 @@ def test_a_failed_evaluation_loses_no_step_and_is_made_up_for(
 def test_the_last_state_stands_before_the_last_evaluation_begins(tmp_path: Path) -> None:
     stood: list[bool] = []
 
-    def look() -> dict[str, float]:
+    def look() -> None:
         stood.append((tmp_path / "states" / "step-00000003" / "manifest.json").is_file())
-        return {}
 
-    run = make_run(
-        tmp_path, adapted_llama(), total_steps=3, eval_batches=held_out(), extra_metrics=look
-    )
+    run = make_run(tmp_path, adapted_llama(), total_steps=3, eval_batches=held_out(look))
     run_training(run, plan(3))
     assert stood == [False, True]
     trainer = json.loads((tmp_path / "states/step-00000003/trainer.json").read_text())

@@ -116,8 +116,15 @@ def make_run(
     )
 
 
-def held_out() -> Callable[[], list[dict[str, Tensor]]]:
-    return lambda: [batch(3, 10, 90_000 + index) for index in range(2)]
+def held_out(before: Callable[[], None] | None = None) -> Callable[[], list[dict[str, Tensor]]]:
+    """Held-out batches; `before` is called as each evaluation begins."""
+
+    def begin() -> list[dict[str, Tensor]]:
+        if before is not None:
+            before()
+        return [batch(3, 10, 90_000 + index) for index in range(2)]
+
+    return begin
 
 
 def _console(lines: list[str] | None) -> Console:
