@@ -1,7 +1,13 @@
 """Every task this product trains, by its name in the run file."""
 
 from qlora_trainer.errors import UserError
-from qlora_trainer.tasks import causal_lm, question_answering, seq2seq_lm, token_classification
+from qlora_trainer.tasks import (
+    causal_lm,
+    question_answering,
+    seq2seq_lm,
+    sequence_classification,
+    token_classification,
+)
 from qlora_trainer.tasks.kind import TaskKind
 
 TASKS: dict[str, TaskKind] = {
@@ -9,6 +15,7 @@ TASKS: dict[str, TaskKind] = {
     for kind in (
         causal_lm.KIND,
         seq2seq_lm.KIND,
+        sequence_classification.KIND,
         token_classification.KIND,
         question_answering.KIND,
     )
