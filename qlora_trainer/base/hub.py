@@ -71,7 +71,7 @@ def resolve_model(
     if folder.is_dir():
         if revision is not None:
             raise UserError(
-                f"base.revision = {revision!r}: {source} is a local folder, which has no "
+                f"model.revision = {revision!r}: {source} is a local folder, which has no "
                 "revisions; leave it out"
             )
         return ResolvedModel(folder.resolve(), source, None)

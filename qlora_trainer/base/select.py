@@ -61,7 +61,7 @@ def select_quantized(model: nn.Module, keep_unquantized: Iterable[str] = ()) -> 
             _reason_by_kind(module)
             or _reason_by_place(path, module, heads, shared)
             or ("the model class keeps it in fp32" if strict(path) else None)
-            or (f"kept by base.keep_unquantized ({chosen[0]})" if chosen else None)
+            or (f"kept by model.keep_unquantized ({chosen[0]})" if chosen else None)
         )
         if reason is None:
             quantized.append(path)
@@ -69,7 +69,7 @@ def select_quantized(model: nn.Module, keep_unquantized: Iterable[str] = ()) -> 
             kept[path] = reason
     if unmatched:
         raise UserError.from_faults(
-            "base.keep_unquantized",
+            "model.keep_unquantized",
             [f"{name!r} fits no layer of {type(model).__name__}" for name in sorted(unmatched)],
         )
     return Selection(tuple(quantized), kept)

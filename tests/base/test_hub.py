@@ -51,7 +51,7 @@ def test_a_local_folder_is_taken_as_it_is(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_a_local_folder_has_no_revisions(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"base\.revision = 'main'.*local folder"):
+    with pytest.raises(UserError, match=r"model\.revision = 'main'.*local folder"):
         resolve_model(str(tmp_path), "main")
 
 

@@ -356,7 +356,7 @@ def test_kept_layers_stay_in_16_bit_and_a_name_that_fits_nothing_is_refused(
     paths = nf4_paths(model)
     assert not any("down_proj" in path or "layers.0.self_attn" in path for path in paths)
     assert "model.layers.1.self_attn.q_proj" in paths
-    assert "base.keep_unquantized" in model.kept_unquantized["model.layers.0.mlp.down_proj"]
+    assert "model.keep_unquantized" in model.kept_unquantized["model.layers.0.mlp.down_proj"]
     wrong = BaseSpec("nf4", keep_unquantized=("down_prj", "layers.7"))
     with pytest.raises(UserError, match=r"(?s)2 faults.*'down_prj' fits no layer.*'layers.7'"):
         load_base(folder, AutoModelForCausalLM, wrong, CPU)
