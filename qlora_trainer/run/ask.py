@@ -38,6 +38,7 @@ class Trained:
         source: The model's tokenizer, configuration and device.
         encoder: Makes examples as in training.
         folder: The run folder.
+        known: Task settings that training has settled: labels.
     """
 
     run: RunConfig
@@ -45,6 +46,7 @@ class Trained:
     source: setup.ModelSource
     encoder: RecordEncoder
     folder: Path
+    known: dict[str, Any]
 
 
 def load_trained(folder: str | Path, *, reporter: Reporter | None = None) -> Trained:
@@ -69,23 +71,32 @@ def load_trained(folder: str | Path, *, reporter: Reporter | None = None) -> Tra
             f"{folder}: {run.model.source} is not the base this adapter was trained on any more; "
             "put the same release back"
         )
-    settings = head_settings(folder / "adapter") if source.kind.new_head else {}
-    labels = [settings["id2label"][i] for i in sorted(settings["id2label"])] if settings else None
+    known = head_settings(folder / "adapter") if source.kind.new_head else {}
+    encoder = setup.make_encoder(run, source, known=known)
+    settings = setup.model_settings(encoder)
     told = tensors_loaded(listener)
     model = setup.load_model(run, source, told, settings=settings)
     # Wherever it was trained: fp32 holds a bf16 adapter exactly, where the model computes in fp16.
     computes_in_bf16 = source.base_spec.compute_dtype == torch.bfloat16
     dtype = torch.bfloat16 if computes_in_bf16 and run.adapter.dtype != "fp32" else torch.float32
     load_adapter(model, folder / "adapter", dtype=dtype, trainable=False)
-    encoder = setup.make_encoder(run, source, labels=labels)
-    return Trained(run, model.eval(), source, encoder, folder)
+    return Trained(run, model.eval(), source, encoder, folder, known)
 
 
 def head_settings(adapter: Path) -> dict[str, Any]:
-    """What the configuration beside an adapter says of its head: label names, kind of problem."""
+    """Task settings that the configuration beside an adapter settles: labels, kind of problem.
+
+    Raises:
+        UserError: It is not there.
+    """
     config = load_config(adapter)
-    names = ("num_labels", "id2label", "label2id", "problem_type")
-    return {name: getattr(config, name, None) for name in names}
+    problem = (config.problem_type or "single").split("_")[0]
+    if problem == "regression":
+        return {"problem": problem, "labels": None}
+    return {
+        "problem": problem,
+        "labels": [config.id2label[index] for index in sorted(config.id2label)],
+    }
 
 
 def _with_attention_of_here(run: RunConfig, listener: Reporter) -> RunConfig:

@@ -16,6 +16,8 @@ from qlora_trainer.data.gate import GateReport
 from qlora_trainer.lora.files import save_adapter
 from qlora_trainer.lora.spec import AdapterSpec
 from qlora_trainer.run.check import inspect
+from qlora_trainer.run.forecast import Forecast, forecast_run
+from qlora_trainer.run.rehearsal import rehearsal_of
 from qlora_trainer.run.report import Reporter, rows_read, tensors_loaded
 from qlora_trainer.run.resolve import at_the_same_commit, resolved_settings, with_todays_defaults
 from qlora_trainer.tasks.task import Task
@@ -91,7 +93,9 @@ def train(
         folder.write_json("data.json", parts.gate.to_json())
         folder.write_json("audit.json", parts.account.to_json())
         outcome = _run_loop(folder, settings, parts, told.console())
-        return _finished(folder, settings, environment, parts, outcome)
+        memory = parts.forecast.compare(told)
+        folder.write_json("memory.json", memory)
+        return _finished(folder, settings, environment, parts, outcome, memory)
 
 
 def _resumed(
@@ -128,6 +132,7 @@ class _Parts:
 
     Attributes:
         identity: Fingerprints of base and data, which saved states are tied to.
+        forecast: What memory it was foreseen to need.
     """
 
     run: RunConfig
@@ -142,6 +147,7 @@ class _Parts:
     windows: Windows
     plan: TrainingPlan
     identity: dict[str, str | None]
+    forecast: Forecast
 
 
 def _prepare(run: RunConfig, source: setup.ModelSource, base: str, told: Reporter) -> _Parts:
@@ -149,7 +155,7 @@ def _prepare(run: RunConfig, source: setup.ModelSource, base: str, told: Reporte
     data = setup.open_data(run, source, rows_read(told))
     gate = inspect(run, source, data)
     told.gate(gate)
-    settings = setup.model_settings(data)
+    settings = setup.model_settings(data.encoder)
     model = setup.load_model(run, source, tensors_loaded(told), settings=settings)
     account = audit_base(model)
     told.audit(account)
@@ -167,8 +173,9 @@ def _prepare(run: RunConfig, source: setup.ModelSource, base: str, told: Reporte
         "eval_fingerprint": None if data.held_out is None else data.held_out.fingerprint,
     }
     return _Parts(
-        run, source, data, gate, model, account, spec, task, optimizer, windows, plan, identity
-    )
+        run, source, data, gate, model, account, spec, task, optimizer, windows, plan, identity,
+        forecast,
+    )  # fmt: skip
 
 
 def _run_loop(
@@ -223,6 +230,7 @@ def _run_loop(
                 scaler=LossScaler() if source.base_spec.compute_dtype == torch.float16 else None,
                 references=setup.references(run, data),
                 decode=None if source.tokenizer is None else source.tokenizer.decode,
+                rehearsal=rehearsal_of(run, data, parts.model, source.device),
             ),
             parts.plan,
         )
@@ -234,6 +242,7 @@ def _finished(
     environment: dict[str, Any],
     parts: _Parts,
     outcome: TrainingOutcome,
+    memory: dict[str, Any],
 ) -> TrainResult:
     draw_losses(folder.path / "metrics.jsonl", folder.path / "loss.png")
     metrics = {f"{name}_before": value for name, value in (outcome.first_evaluation or {}).items()}
@@ -263,5 +272,5 @@ def _finished(
         if target.is_dir():
             write_text_atomically(target / "README.md", card)
             (parts.source.tokenizer or parts.source.processor).save_pretrained(target)
-    folder.write_json("result.json", {**asdict(outcome), "metrics": metrics})
+    folder.write_json("result.json", {**asdict(outcome), "metrics": metrics, "memory": memory})
     return TrainResult(folder.path, folder.path / "adapter", outcome, metrics)

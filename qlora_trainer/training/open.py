@@ -223,7 +223,7 @@ def make_encoder(
     source: ModelSource,
     *,
     labelled: bool = True,
-    labels: list[str] | None = None,
+    known: Mapping[str, Any] | None = None,
 ) -> RecordEncoder:
     """What makes examples of the run's records.
 
@@ -231,14 +231,12 @@ def make_encoder(
         run: The settings.
         source: The model.
         labelled: False where records are to be predicted.
-        labels: Label names already known, of a trained adapter.
+        known: Task settings that a trained adapter has settled, such as its labels.
 
     Raises:
         UserError: The settings do not fit the model, or the training data tells no labels.
     """
-    settings = run.task_settings.model_dump()
-    if labels is not None:
-        settings["labels"] = labels
+    settings = {**run.task_settings.model_dump(), **(known or {})}
     return source.kind.make_encoder(
         EncoderInputs(
             tokenizer=source.tokenizer,

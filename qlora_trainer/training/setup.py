@@ -18,7 +18,7 @@ from qlora_trainer.config.settings import LayerChoice, RunConfig
 from qlora_trainer.data.batches import BatchPlan, collate, row_layout
 from qlora_trainer.data.dataset import EncodedDataset
 from qlora_trainer.data.encode import Encoder
-from qlora_trainer.data.rows import RowEncoder
+from qlora_trainer.data.rows import RecordEncoder, RowEncoder
 from qlora_trainer.errors import UserError
 from qlora_trainer.lora.inject import adapter_parameters, inject_adapter
 from qlora_trainer.lora.spec import AdapterSpec
@@ -153,9 +153,8 @@ def set_activations(run: RunConfig, model: Any) -> ActivationPlan:
     return plan_activations(model, decoder_layers(model), run.train.activations)
 
 
-def model_settings(data: RunData) -> dict[str, Any]:
+def model_settings(encoder: RecordEncoder) -> dict[str, Any]:
     """What the data says of the model's configuration: its labels."""
-    encoder = data.encoder
     return {} if isinstance(encoder, Encoder) else cast(RowEncoder, encoder).model_settings()
 
 
