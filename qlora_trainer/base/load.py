@@ -57,6 +57,38 @@ def load_base(
     Raises:
         UserError: The folder is not whole, the class does not fit, or keys are missing or left.
     """
+    model, buffers = map_base(
+        folder, model_class, spec, new_heads_allowed=new_heads_allowed, head_seed=head_seed,
+        config_changes=config_changes,
+    )  # fmt: skip
+    return settle(model, spec, device, buffers, progress)
+
+
+def map_base(
+    folder: Path,
+    model_class: Any,
+    spec: BaseSpec,
+    *,
+    new_heads_allowed: bool = False,
+    head_seed: int = 0,
+    config_changes: dict[str, Any] | None = None,
+) -> tuple[Any, dict[str, torch.dtype]]:
+    """A checkpoint as transformers makes it: in the files' dtype, weights still in the files.
+
+    Args:
+        folder: As for `load_base`, and so are the others.
+        model_class: The class.
+        spec: How it will be held.
+        new_heads_allowed: The head may be new.
+        head_seed: Decides the weights of a new head.
+        config_changes: Settings the task decides.
+
+    Returns:
+        The model, and the dtype each buffer shall have once it is settled.
+
+    Raises:
+        UserError: As `load_base`.
+    """
     checkpoint = open_checkpoint(folder)
     config = load_config(folder, trust_remote_code=spec.trust_remote_code)
     check_class(model_class, config, str(folder))
@@ -75,8 +107,7 @@ def load_base(
             **_class_arguments(spec),
         )
     check_keys(model, info, checkpoint, new_heads_allowed)
-    buffers = buffer_dtypes(build_weightless_base(config, model_class, spec))
-    return settle(model, spec, device, buffers, progress)
+    return model, buffer_dtypes(build_weightless_base(config, model_class, spec))
 
 
 def build_weightless_base(config: Any, model_class: Any, spec: BaseSpec) -> Any:

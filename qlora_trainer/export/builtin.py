@@ -1,5 +1,7 @@
 """Rows to compare on when nobody held any out: paragraphs of our own, in several registers."""
 
+import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,23 +41,85 @@ TEXTS = (
 )
 
 
-def builtin_rows(
-    folder: Path, config: Any, *, trust_remote_code: bool
-) -> tuple[list[dict[str, Tensor]], tuple[str, ...]]:
-    """Rows for a model that reads tokens, and the texts they were made from.
+RANDOM_SEED = 0
+_RANDOM_ROWS = 8
+_MOST_TOKENS = 128  # of a text; all of them are shorter for the usual tokenizers
 
-    A folder without a tokenizer gets token ids drawn evenly from the vocabulary: less telling, but
-    still the same question to both sides.
+
+@dataclass(frozen=True)
+class BuiltinRows:
+    """Inputs nobody had to bring.
+
+    Attributes:
+        rows: Without a batch dimension; `labels` only where the inputs are their own labels.
+        rows_from: What they are, for the report.
+        texts: What the rows were made from, if texts.
+        token_ids: Of `texts`.
     """
+
+    rows: list[dict[str, Tensor]]
+    rows_from: str
+    texts: tuple[str, ...] = ()
+    token_ids: tuple[list[int], ...] = ()
+
+
+def builtin_rows(
+    folder: Path, model: Any, *, causal: bool, trust_remote_code: bool
+) -> BuiltinRows | None:
+    """Rows for a model that reads tokens or pictures; None for any other.
+
+    A folder without a tokenizer gets token ids drawn evenly from the vocabulary, a model of
+    pictures pixels drawn from a normal distribution: less telling, but still the same question to
+    both sides.
+
+    Args:
+        folder: The base's, with its tokenizer.
+        model: Of its class, without weights.
+        causal: The inputs are their own labels.
+        trust_remote_code: Whether the tokenizer may bring its own Python.
+    """
+    config = model.config
+    if model.main_input_name == "pixel_values":
+        return BuiltinRows(_pixels(folder, config), "random pixels")
+    text = config.get_text_config()
+    if model.main_input_name != "input_ids" or not hasattr(text, "vocab_size"):
+        return None
+    most = min(_MOST_TOKENS, int(getattr(text, "max_position_embeddings", None) or _MOST_TOKENS))
     if (folder / "tokenizer_config.json").is_file():
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(
             str(folder), trust_remote_code=trust_remote_code, local_files_only=True
         )
-        ids = [torch.tensor(tokenizer(text)["input_ids"]) for text in TEXTS]
-        return [{"input_ids": row, "labels": row} for row in ids], TEXTS
-    vocabulary = config.get_text_config().vocab_size
-    generator = torch.Generator().manual_seed(0)
-    drawn = torch.randint(0, vocabulary, (8, 48), generator=generator)
-    return [{"input_ids": row, "labels": row} for row in drawn], ()
+        ids = tuple(list(tokenizer(text)["input_ids"]) for text in TEXTS)
+        rows = [torch.tensor(row[:most]) for row in ids]
+        return BuiltinRows(_labelled(rows, config, causal), "built-in text", TEXTS, ids)
+    generator = torch.Generator().manual_seed(RANDOM_SEED)
+    drawn = torch.randint(0, text.vocab_size, (_RANDOM_ROWS, min(48, most)), generator=generator)
+    return BuiltinRows(_labelled(list(drawn), config, causal), "random token ids")
+
+
+def _labelled(rows: list[Tensor], config: Any, causal: bool) -> list[dict[str, Tensor]]:
+    """Each text predicts itself, or, read by an encoder, the start of the next one."""
+    if getattr(config, "is_encoder_decoder", False):
+        following = [*rows[1:], rows[0]]
+        return [
+            {"input_ids": row, "labels": next_row[:32]}
+            for row, next_row in zip(rows, following, strict=True)
+        ]
+    return [{"input_ids": row, "labels": row} if causal else {"input_ids": row} for row in rows]
+
+
+def _pixels(folder: Path, config: Any) -> list[dict[str, Tensor]]:
+    size: Any = getattr(config, "image_size", None)
+    settings = folder / "preprocessor_config.json"
+    if size is None and settings.is_file():
+        said = json.loads(settings.read_text(encoding="utf-8"))
+        size = said.get("crop_size") or said.get("size") or {}
+        size = size.get("height") or size.get("shortest_edge") if isinstance(size, dict) else size
+    height, width = (size, size) if not isinstance(size, list | tuple) else size
+    height, width = int(height or 224), int(width or 224)
+    channels = int(getattr(config, "num_channels", None) or 3)
+    generator = torch.Generator().manual_seed(RANDOM_SEED)
+    drawn = torch.randn(_RANDOM_ROWS, channels, height, width, generator=generator)
+    return [{"pixel_values": picture} for picture in drawn]

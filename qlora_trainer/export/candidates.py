@@ -1,5 +1,6 @@
 """Candidates for an export: written, compared with base + adapter, and one of them chosen."""
 
+import dataclasses
 import shutil
 import tempfile
 import time
@@ -9,19 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import torch
 
 from qlora_trainer.errors import UserError
+from qlora_trainer.export.fresh import compare_in_fresh_process
 from qlora_trainer.export.merge import MergeFigures, Onto, Progress
 from qlora_trainer.export.merged import Prepared, write_candidate
-from qlora_trainer.export.proof import (
-    ProofRequest,
-    References,
-    check_limits,
-    compare_in_fresh_process,
-    memory_fault,
-    write_references,
-)
+from qlora_trainer.export.proof import ProofRequest, check_limits, choose_by, chosen_rows
+from qlora_trainer.export.reference import References, private_bytes, write_references
 from qlora_trainer.export.shards import DEFAULT_SHARD_BYTES
 from qlora_trainer.export.source import ExportSource
 
@@ -35,12 +30,14 @@ class Merged:
         kept: The way that was chosen; its folder has that name.
         reason: Why, in words.
         references: What it was compared with, in the first precision.
+        by: Whether the comparison held the whole "model", or one "layer" at a time.
     """
 
     parts: dict[str, Any]
     kept: Onto
     reason: str
     references: References | None
+    by: str = "model"
 
 
 def merge_and_prove(
@@ -59,14 +56,13 @@ def merge_and_prove(
         UserError: The chosen one is not the model that was trained, or there is too little memory
             to find out.
     """
+    by = "model"
     if proof is not None:
-        elements = sum(torch.Size(tensor.shape).numel() for tensor in prepared.plan.tensors)
-        fault = memory_fault(
-            elements, proof, quantized=prepared.quantization is not None,
-            available_bytes=psutil.virtual_memory().available,
+        by = choose_by(
+            proof, private_bytes(prepared.held, source.spec, proof.precisions),
+            psutil.virtual_memory().available, by_layer_possible=not prepared.base.is_packed,
         )  # fmt: skip
-        if fault is not None:
-            raise UserError(fault)
+        proof = dataclasses.replace(proof, rows=chosen_rows(proof, prepared.widest))
     parts: dict[str, Any] = {}
     for way in ways:
         candidate = folder / way
@@ -78,10 +74,10 @@ def merge_and_prove(
         parts[way] = _merge_part(figures, time.perf_counter() - started)
     references = None
     if proof is not None:
-        references = _prove(source, prepared, folder, parts, proof)
+        references = _prove(source, prepared, folder, parts, proof, by)
     kept, reason = _choose(parts)
     _refuse_failed(parts, kept)
-    return Merged(parts, kept, reason, references)
+    return Merged(parts, kept, reason, references, by)
 
 
 def _merge_part(figures: MergeFigures, seconds: float) -> dict[str, Any]:
@@ -116,23 +112,25 @@ def _prove(
     folder: Path,
     parts: dict[str, Any],
     request: ProofRequest,
+    by: str,
 ) -> References:
     """Compare every candidate in every precision; the figures go into `parts`."""
     kept: References | None = None
     for precision in request.precisions:
         place = Path(tempfile.mkdtemp(prefix="reference-", dir=folder))
+        request.say(f"running base + adapter ({precision})")
         references = write_references(
-            place, source.base_folder, source.adapter_folder, prepared.adapter,
-            source.model_class, source.spec, request, precision=precision,
-            config_changes=source.config_changes,
-        )  # fmt: skip
+            place, source, prepared.adapter, request, request.rows, precision=precision, by=by
+        )
         for way, part in parts.items():
+            request.say(f"running the export merged onto {way} in a new process ({precision})")
             part.setdefault("proof", {})[precision] = compare_in_fresh_process(
                 folder / way,
                 references,
                 request,
                 precision=precision,
                 trust_remote_code=source.spec.trust_remote_code,
+                by=by,
             )
         if kept is None:
             kept = references
@@ -150,13 +148,11 @@ def _prove(
 
 
 def _check_tokenizer(prepared: Prepared, parts: Mapping[str, Any], request: ProofRequest) -> None:
-    if not request.texts:
-        return
-    expected = [row["input_ids"].tolist() for row in request.rows]
+    expected = [list(ids) for ids in request.token_ids]
     for part in parts.values():
         for proof in part["proof"].values():
             found = proof.pop("token_ids")
-            if found != expected and prepared.adapter.vocabulary is None:
+            if expected and found != expected and prepared.adapter.vocabulary is None:
                 raise UserError(
                     "the export's tokenizer gives other token ids than the base's for the same "
                     "text; the tokenizer files beside the adapter are not of this base"

@@ -9,15 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora_trainer.base.load import load_config
 from qlora_trainer.errors import UserError
 from qlora_trainer.export.builtin import builtin_rows
 from qlora_trainer.export.candidates import merge_and_prove
 from qlora_trainer.export.companions import companion_bytes
 from qlora_trainer.export.folder import building, check_disk, check_target
 from qlora_trainer.export.merge import Progress
-from qlora_trainer.export.merged import prepare
+from qlora_trainer.export.merged import plain_model, prepare
 from qlora_trainer.export.proof import ProofRequest, reference_bytes
+from qlora_trainer.export.reference import is_causal
 from qlora_trainer.export.report import make_report, model_card, write_report
 from qlora_trainer.export.shards import DEFAULT_SHARD_BYTES
 from qlora_trainer.export.source import ExportSource as ExportSource
@@ -37,25 +37,31 @@ class Exported:
 
 
 def builtin_proof(source: ExportSource, **settings: Any) -> ProofRequest:
-    """A proof on built-in text, for adapters that come without held-out rows.
+    """A proof on built-in inputs, for adapters that come without held-out rows.
 
     Args:
         source: What is to be exported.
         settings: Fields of `ProofRequest` to set otherwise.
 
     Raises:
-        UserError: The model reads no tokens, so rows must be given.
+        UserError: The model reads neither tokens nor pictures, so rows must be given.
     """
-    config = load_config(source.base_folder, trust_remote_code=source.spec.trust_remote_code)
-    if not hasattr(config.get_text_config(), "vocab_size"):
+    model = plain_model(
+        source.base_folder, source.model_class, source.spec, source.config_changes
+    ).model
+    found = builtin_rows(
+        source.base_folder, model, causal=is_causal(model),
+        trust_remote_code=source.spec.trust_remote_code,
+    )  # fmt: skip
+    if found is None:
         raise UserError(
-            f"a {config.model_type} model does not read text: give held-out rows to compare on, "
-            "or export without the proof"
+            f"a {model.config.model_type} model reads neither text nor pictures: give held-out "
+            "rows to compare on, or export without the proof (--no-proof)"
         )
-    rows, texts = builtin_rows(
-        source.base_folder, config, trust_remote_code=source.spec.trust_remote_code
-    )
-    return ProofRequest(rows=rows, texts=texts, rows_from="built-in text", **settings)
+    return ProofRequest(
+        rows=found.rows, rows_from=found.rows_from, texts=found.texts, token_ids=found.token_ids,
+        **settings,
+    )  # fmt: skip
 
 
 def export_merged(

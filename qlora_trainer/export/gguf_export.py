@@ -9,22 +9,21 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from qlora_trainer.errors import UserError
 from qlora_trainer.export.candidates import merge_and_prove
 from qlora_trainer.export.companions import companion_bytes
 from qlora_trainer.export.export import Exported
 from qlora_trainer.export.folder import building, check_disk, check_target
+from qlora_trainer.export.fresh import compare_in_fresh_process
 from qlora_trainer.export.merge import Progress
-from qlora_trainer.export.merged import prepare
+from qlora_trainer.export.merged import Prepared, prepare
 from qlora_trainer.export.ollama import modelfile, quantize_line, read_chat_template
-from qlora_trainer.export.proof import (
-    ProofRequest,
-    check_limits,
-    compare_in_fresh_process,
-    reference_bytes,
-)
+from qlora_trainer.export.proof import ProofRequest, check_limits, reference_bytes
 from qlora_trainer.export.report import base_name, gguf_card, make_report, write_report
 from qlora_trainer.export.source import ExportSource
+from qlora_trainer.units import format_bytes
 
 # Mean KL divergence in nats that storing in fewer bits may add.
 FURTHER_KL = {"f16": 0.0, "q8_0": 0.02, "q4_0": 0.5}
@@ -75,6 +74,8 @@ def export_gguf(
     needed = prepared.size_bytes * (len(ways) + 1) + 2 * reference_bytes(proof, prepared.widest)
     needed += companion_bytes(source.base_folder, source.adapter_folder)
     check_disk(out, needed)
+    if proof is not None:
+        _check_memory(prepared)
     name = base_name(source.base_source).rpartition("/")[2]
     file_name = f"{name}-{kind}.gguf"
     with building(out, overwrite=overwrite) as folder:
@@ -88,6 +89,7 @@ def export_gguf(
                 trust_remote_code=False, gguf_file=file_name,
                 config_folder=None if figures.own_metadata else plain_folder,
             )  # fmt: skip
+            part["proof"].pop("token_ids")
             limit = merged.parts[merged.kept]["limit_mean_kl"] + FURTHER_KL[kind]
             fault = check_limits(part["proof"]["figures"], f"{merged.kept}, as {kind}", limit)
             if fault is not None:
@@ -106,3 +108,15 @@ def _remove_folders(folder: Path) -> None:
     for entry in list(folder.iterdir()):
         if entry.is_dir():
             shutil.rmtree(entry)
+
+
+def _check_memory(prepared: Prepared) -> None:
+    """Transformers' GGUF reader unpacks the whole file into float32."""
+    needed = 4 * sum(elements for elements, _ in prepared.held.values())
+    available = psutil.virtual_memory().available
+    if needed > available:
+        raise UserError(
+            f"reading the GGUF file back to prove it needs about {format_bytes(needed)} of memory, "
+            f"{format_bytes(available)} are available; close other programs, or leave the proof "
+            "out (--no-proof)"
+        )

@@ -60,6 +60,11 @@ class Prepared:
         return sum(sizes)
 
     @property
+    def held(self) -> dict[str, tuple[int, bool]]:
+        """Name -> (elements, whether training held it in NF4)."""
+        return {t.name: (torch.Size(t.shape).numel(), t.quantized) for t in self.plan.tensors}
+
+    @property
     def widest(self) -> int:
         """Rows of the tallest matrix: at least as many as a head has outputs."""
         return max((t.shape[0] for t in self.plan.tensors if len(t.shape) == 2), default=1)

@@ -1,13 +1,14 @@
 """The other half of the proof: runs in a fresh process, with transformers and nothing of ours.
 
-Its source is handed to a new Python as text, so the process cannot import this package by accident
-and sees the export exactly as a stranger would: it opens folder and tokenizer, runs the same rows
-and compares its logits with those of base + adapter, which the first process left in a file. The
-two halves share the functions below, so that both look at the same positions.
+Its source is copied into a folder of its own for a new Python, so the process does not import this
+package by accident and sees the export exactly as a stranger would: it opens folder and tokenizer,
+runs the same rows and compares its logits with those of base + adapter, which the first process
+left in a file. The two halves share the functions below, so that both look at the same positions.
 
 N compared positions, V classes or vocabulary.
 """
 
+import importlib
 import json
 import sys
 from collections.abc import Iterator, Mapping
@@ -47,10 +48,15 @@ def compared_logits(
     Returns:
         (N, V) and (N,); labels are `NOT_COUNTED` where there are none.
     """
-    inputs = {name: value[None].to(device) for name, value in row.items() if name != "labels"}
+    inputs = {
+        name: value[None].to(device, model.dtype if value.is_floating_point() else value.dtype)
+        for name, value in row.items()
+        if name != "labels"
+    }
     if getattr(model.config, "is_encoder_decoder", False) and "labels" in row:
         labels = row["labels"][None].to(device)
-        inputs.setdefault("decoder_input_ids", model._shift_right(labels))
+        shifted = getattr(model, "prepare_decoder_input_ids_from_labels", model._shift_right)
+        inputs.setdefault("decoder_input_ids", shifted(labels))
     output = model(**inputs)
     if "logits" not in output:  # question answering: one choice among positions, twice
         both = torch.cat([output["start_logits"], output["end_logits"]])
@@ -129,22 +135,44 @@ def stored_references(
             yield flat.view(count, width)
 
 
-def compare(job: Mapping[str, Any]) -> dict[str, Any]:
-    """Open the export as a stranger and compare it; -> what the report says."""
+def compare(job: Mapping[str, Any], turns: Any = None) -> dict[str, Any]:
+    """Open the export as a stranger and compare it; -> what the report says.
+
+    Args:
+        job: As `fresh` writes it.
+        turns: The module `turns`, where the model is taken layer by layer.
+    """
     import transformers
 
     device = torch.device(job["device"])
     trust = bool(job["trust_remote_code"])
     auto = getattr(transformers, job["auto_class"])
+    by_layer = job["by"] == "layer"
     model, info = auto.from_pretrained(
-        job["folder"], dtype=job["dtype"] or "auto", output_loading_info=True,
-        trust_remote_code=trust, local_files_only=True, **_of_gguf(job),
+        # Cast a layer at a time below: here that would make a whole copy.
+        job["folder"], dtype="auto" if by_layer else job["dtype"] or "auto",
+        output_loading_info=True, trust_remote_code=trust, local_files_only=True, **_of_gguf(job),
     )  # fmt: skip
-    model = model.to(device).eval()
+    model = model.eval()
+    written_dtype = job["dtype"] or str(model.dtype).removeprefix("torch.")
+    rows = read_rows(Path(job["rows"]))
+
+    def run(number: int) -> tuple[Tensor, Tensor]:
+        return compared_logits(model, rows[number], shift=job["shift"], device=device)
+
+    if by_layer:
+        model.config.use_cache = False
+        wanted = None if job["dtype"] is None else getattr(torch, job["dtype"])
+        parts = turns.MappedParts(model, None if wanted is None else lambda _: wanted, device)
+        outputs = turns.run_in_turns(
+            len(rows), run, parts.parts, load=parts.load, unload=parts.unload
+        )
+    else:
+        model = model.to(device)
+        outputs = map(run, range(len(rows)))
     comparison = Comparison()
     references = stored_references(Path(job["reference"]), job["counts"], job["columns"])
-    for row, reference in zip(read_rows(Path(job["rows"])), references, strict=True):
-        logits, labels = compared_logits(model, row, shift=job["shift"], device=device)
+    for (logits, labels), reference in zip(outputs, references, strict=True):
         if len(logits):
             comparison.add(reference, logits, labels)
     texts: list[list[int]] | None = None
@@ -160,7 +188,7 @@ def compare(job: Mapping[str, Any]) -> dict[str, Any]:
             for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
             for key in map(str, info[kind])
         ),
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": written_dtype,
         "architecture": type(model).__name__,
         "token_ids": texts,
         "of_ours": [name for name in sys.modules if name.startswith("qlora_trainer")],
@@ -183,4 +211,6 @@ def _of_gguf(job: Mapping[str, Any]) -> dict[str, Any]:
 if __name__ == "__main__":
     given = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     torch.set_num_threads(given["threads"])
-    Path(given["result"]).write_text(json.dumps(compare(given)), encoding="utf-8")
+    # Beside this file, in the folder the first process made for both.
+    helper = importlib.import_module("turns") if given["by"] == "layer" else None
+    Path(given["result"]).write_text(json.dumps(compare(given, helper)), encoding="utf-8")

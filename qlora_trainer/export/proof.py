@@ -1,38 +1,29 @@
-"""The proof that an export is the model that was trained.
+"""What the proof asks: rows, precisions, limits, and how much memory it may take.
 
-Here base + adapter is run as training ran it, and its logits go to a file; then a fresh process
-with plain transformers (`plain`) opens the export and compares. One model is in memory at a time.
+`reference` runs base + adapter as training ran it and leaves its logits in a file; `fresh` starts a
+new process in which plain transformers opens the export and compares (`plain`). One model is in
+memory at a time, or where it does not fit, one layer at a time (`turns`).
 
 Two precisions. `native`: base + adapter in training's compute dtype, the export in the dtype it was
 written in; what a user will see. `fp32`: both sides compute in float32, so that what differs is
 the weights alone.
 """
 
-import dataclasses
-import json
 import math
-import os
-import subprocess
-import sys
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from qlora_trainer.base.load import BaseSpec, load_base
 from qlora_trainer.errors import UserError
-from qlora_trainer.export import plain
-from qlora_trainer.export.adapter import FittedAdapter
-from qlora_trainer.lora.files import load_adapter
 from qlora_trainer.units import format_bytes
 
 Row = Mapping[str, Tensor]
 Precision = Literal["native", "fp32"]
+By = Literal["auto", "model", "layer"]
+NOT_COUNTED = -100
 _MOST_REFERENCE_BYTES = 2**30
 
 
@@ -62,11 +53,14 @@ class ProofRequest:
     Attributes:
         rows: Inputs without a batch dimension; `labels` choose positions and give the losses.
         texts: What the rows were made from, where the tokenizer shall be checked with them.
-        rows_from: "held-out rows" or "built-in text", for the report.
+        rows_from: "held-out rows", "built-in text" or what else they are, for the report.
         precisions: The first one decides.
         limits: Above which the export is refused.
         max_positions: Compared at most, over all rows.
         device: Where both models run.
+        by: Hold the whole "model" or one "layer" at a time; "auto" by the memory that is free.
+        token_ids: Of `texts`, by the tokenizer that was trained with.
+        say: Told in words what the proof is doing.
     """
 
     rows: Sequence[Row]
@@ -76,63 +70,9 @@ class ProofRequest:
     limits: Limits = Limits()
     max_positions: int = 2048
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-
-
-@dataclass(frozen=True)
-class References:
-    """Logits of base + adapter in a file, and which positions they are of."""
-
-    file: Path
-    rows_file: Path
-    counts: list[int]
-    columns: list[int]
-    shift: bool
-    auto_class: str
-
-
-def write_references(
-    folder: Path,
-    base_folder: Path,
-    adapter_folder: Path,
-    adapter: FittedAdapter,
-    model_class: Any,
-    spec: BaseSpec,
-    request: ProofRequest,
-    *,
-    precision: Precision,
-    config_changes: Mapping[str, Any],
-) -> References:
-    """Run base + adapter as training ran it and leave its logits in a folder."""
-    if precision == "fp32":
-        spec = dataclasses.replace(spec, compute_dtype=torch.float32)
-    model = load_trained(
-        base_folder, adapter_folder, adapter, model_class, spec, request.device, config_changes
-    )
-    shift = is_causal(model)
-    counts: list[int] = []
-    columns: list[int] = []
-    used: list[Row] = []
-    left = request.max_positions
-    with (folder / f"reference-{precision}").open("wb") as file:
-        for row in request.rows:
-            logits, _ = plain.compared_logits(model, row, shift=shift, device=request.device)
-            left = min(left, _MOST_REFERENCE_BYTES // (4 * max(1, logits.shape[-1])))
-            if len(logits) > left and used:
-                break
-            file.write(memoryview(logits.contiguous().numpy()))  # type: ignore[arg-type]
-            counts.append(logits.shape[0])
-            columns.append(logits.shape[1])
-            used.append(row)
-            left -= len(logits)
-    rows_file = folder / "rows.safetensors"
-    save_file(
-        # Own memory for each: labels are often the very tensor of the inputs.
-        {f"{i}.{n}": v.clone().contiguous() for i, row in enumerate(used) for n, v in row.items()},
-        rows_file,
-    )
-    return References(
-        Path(file.name), rows_file, counts, columns, shift, auto_class_name(type(model).__name__)
-    )
+    by: By = "auto"
+    token_ids: Sequence[Sequence[int]] = ()
+    say: Callable[[str], object] = lambda _: None
 
 
 def reference_bytes(request: ProofRequest | None, widest: int) -> int:
@@ -142,156 +82,79 @@ def reference_bytes(request: ProofRequest | None, widest: int) -> int:
     return min(_MOST_REFERENCE_BYTES, 4 * request.max_positions * widest)
 
 
-def memory_fault(
-    elements: int, request: ProofRequest, *, quantized: bool, available_bytes: int
-) -> str | None:
-    """Why the comparison would not fit into this machine's memory, or None.
-
-    Base + adapter is held as in training, a little over half a byte a weight in NF4. The export is
-    mapped from its files in the dtype it has; in fp32 it is not, and every weight takes four.
+def chosen_rows(request: ProofRequest, widest: int) -> list[Row]:
+    """The rows that are compared: as many from the first as positions and disk allow.
 
     Args:
-        elements: Weights of the model.
-        request: What is compared.
-        quantized: Whether training held the base in NF4.
-        available_bytes: Of memory.
-    """
-    in_training = 0.75 if quantized else 2.0
-    needed = elements * (4.0 if "fp32" in request.precisions else in_training)
-    if request.device.type != "cpu" or needed <= available_bytes:
-        return None
-    return (
-        f"comparing the export with base + adapter needs about {format_bytes(needed)} of memory, "
-        f"{format_bytes(available_bytes)} are available; close other programs, compare in native "
-        "precision only, or leave the proof out (--no-proof)"
-    )
-
-
-def load_trained(
-    base_folder: Path,
-    adapter_folder: Path,
-    adapter: FittedAdapter,
-    model_class: Any,
-    spec: BaseSpec,
-    device: torch.device,
-    config_changes: Mapping[str, Any],
-) -> Any:
-    """Base + adapter, as training held them."""
-    model = load_base(
-        base_folder, model_class, spec, device, new_heads_allowed=True,
-        config_changes=dict(config_changes),
-    )  # fmt: skip
-    if adapter.vocabulary is not None:
-        model.resize_token_embeddings(adapter.vocabulary, mean_resizing=False)
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    with torch.no_grad():
-        # Whole weights beside the adapter proper: new rows of resized embeddings, mostly.
-        for name, value in adapter.replaced.items():
-            parameter = parameters.get(name)
-            owner = name.rpartition(".")[0]
-            in_full = any(
-                owner == wanted or f".{owner}.".find(f".{wanted}.") >= 0
-                for wanted in adapter.spec.modules_to_save
-            )
-            if parameter is not None and not in_full:
-                parameter.copy_(value)
-    load_adapter(model, adapter_folder, dtype=spec.compute_dtype, trainable=False)
-    return model.eval()
-
-
-def is_causal(model: Any) -> bool:
-    """Whether logits at one position stand for the next token."""
-    name = type(model).__name__
-    return name.endswith(("ForCausalLM", "LMHeadModel")) and not model.config.is_encoder_decoder
-
-
-_AUTO_CLASSES = (
-    ("ForConditionalGeneration", "AutoModelForSeq2SeqLM"),
-    ("ForCausalLM", "AutoModelForCausalLM"),
-    ("LMHeadModel", "AutoModelForCausalLM"),
-    ("ForSequenceClassification", "AutoModelForSequenceClassification"),
-    ("ForTokenClassification", "AutoModelForTokenClassification"),
-    ("ForQuestionAnswering", "AutoModelForQuestionAnswering"),
-    ("ForMaskedLM", "AutoModelForMaskedLM"),
-    ("ForImageClassification", "AutoModelForImageClassification"),
-    ("ForMultipleChoice", "AutoModelForMultipleChoice"),
-)
-
-
-def auto_class_name(architecture: str) -> str:
-    """The auto class a stranger would open such a model with.
-
-    >>> auto_class_name("LlamaForCausalLM")
-    'AutoModelForCausalLM'
-    """
-    found = (auto for ending, auto in _AUTO_CLASSES if architecture.endswith(ending))
-    return next(found, architecture)
-
-
-def compare_in_fresh_process(
-    export: Path,
-    references: References,
-    request: ProofRequest,
-    *,
-    precision: Precision,
-    trust_remote_code: bool,
-    gguf_file: str | None = None,
-    config_folder: Path | None = None,
-) -> dict[str, Any]:
-    """Open the export in a new process and compare; -> its figures.
-
-    Args:
-        export: The folder.
-        references: Of the same precision.
-        request: What is compared.
-        precision: "fp32", or the dtype the export is in.
-        trust_remote_code: Whether the export may bring its own Python.
-        gguf_file: Open this file of the folder instead of its safetensors.
-        config_folder: Whose configuration to open it with, where the file's own is not enough.
+        request: All rows.
+        widest: Most columns the logits can have.
 
     Raises:
-        UserError: The export does not open, or not with every weight in its place.
+        UserError: There is nothing to compare: no row, or no position that counts.
     """
-    with tempfile.TemporaryDirectory(prefix="qlora-proof-") as place:
-        result = Path(place, "result.json")
-        job = {
-            "folder": str(export.absolute()),
-            "auto_class": references.auto_class,
-            "dtype": "float32" if precision == "fp32" or gguf_file is not None else None,
-            "gguf_file": gguf_file,
-            "config_folder": None if config_folder is None else str(config_folder.absolute()),
-            "rows": str(references.rows_file.absolute()),
-            "reference": str(references.file.absolute()),
-            "counts": references.counts,
-            "columns": references.columns,
-            "shift": references.shift,
-            "device": str(request.device),
-            "trust_remote_code": trust_remote_code,
-            "has_tokenizer": (export / "tokenizer_config.json").is_file(),
-            "texts": list(request.texts),
-            "threads": torch.get_num_threads(),
-            "result": str(result),
-        }
-        Path(place, "job.json").write_text(json.dumps(job), encoding="utf-8")
-        source = Path(plain.__file__).read_text(encoding="utf-8")
-        done = subprocess.run(
-            [sys.executable, "-W", "ignore", "-c", source, str(Path(place, "job.json"))],
-            cwd=place, capture_output=True, text=True, check=False,
-            env={**os.environ, "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"},
-        )  # fmt: skip
-        if done.returncode != 0 or not result.is_file():
-            last = "\n  ".join(done.stderr.strip().splitlines()[-4:])
-            raise UserError(
-                "the export was written, but plain transformers cannot run it in a new process "
-                f"(exit code {done.returncode}); it was removed. Its last words:\n  {last}"
-            )
-        found: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
-    if found["bad_keys"]:
-        raise UserError.from_faults(
-            "plain transformers does not find every weight of the export in its place",
-            found["bad_keys"],
+    limit = max(1, min(request.max_positions, _MOST_REFERENCE_BYTES // (4 * max(1, widest))))
+    chosen: list[Row] = []
+    left = limit
+    for row in request.rows:
+        cut = _shortened(row, limit)
+        count = _positions(cut)
+        if count == 0:
+            continue
+        if chosen and count > left:
+            break
+        chosen.append(cut)
+        left -= count
+    if not chosen:
+        raise UserError(
+            f"the proof has nothing to compare: none of {len(request.rows)} rows has a position "
+            "that counts; give other rows, or export without the proof (--no-proof)"
         )
-    return found
+    return chosen
+
+
+def _positions(row: Row) -> int:
+    """Positions a row may give, at most."""
+    labels = row.get("labels")
+    if labels is not None:
+        return int((labels != NOT_COUNTED).sum())
+    return max((len(value) for value in row.values() if value.dim() == 1), default=1)
+
+
+def _shortened(row: Row, most: int) -> Row:
+    """A row of tokens without what is beyond the positions of all rows together."""
+    return {name: value[:most] if value.dim() == 1 else value for name, value in row.items()}
+
+
+def choose_by(
+    request: ProofRequest, needed_bytes: int, available_bytes: int, *, by_layer_possible: bool
+) -> Literal["model", "layer"]:
+    """Hold the whole model or one layer at a time, and say why.
+
+    Args:
+        request: What was asked for.
+        needed_bytes: Private memory the larger of the two models takes.
+        available_bytes: Of memory.
+        by_layer_possible: The base's weights can be read a layer at a time.
+
+    Raises:
+        UserError: The whole model does not fit, and layers cannot be had.
+    """
+    if request.by == "model" or (request.by == "auto" and needed_bytes <= available_bytes):
+        return "model"
+    why = "as asked" if request.by == "layer" else (
+        f"the whole model needs about {format_bytes(needed_bytes)} of memory, "
+        f"{format_bytes(available_bytes)} are available"
+    )  # fmt: skip
+    if request.device.type != "cpu" and request.by == "auto":
+        return "model"  # the memory looked at is not the one it will be in
+    if not by_layer_possible:
+        raise UserError(
+            f"the comparison cannot run layer by layer ({why}): the base is packed in 4 bits by "
+            "bitsandbytes and is opened whole. Close other programs, or leave the proof out "
+            "(--no-proof)"
+        )
+    request.say(f"comparing layer by layer: {why}")
+    return "layer"
 
 
 def check_limits(figures: Mapping[str, float], onto: str, limit: float) -> str | None:

@@ -14,7 +14,8 @@ import yaml
 
 from qlora_trainer.export.candidates import Merged
 from qlora_trainer.export.merged import Prepared
-from qlora_trainer.export.proof import ProofRequest, auto_class_name
+from qlora_trainer.export.proof import ProofRequest
+from qlora_trainer.export.reference import auto_class_name
 from qlora_trainer.export.source import ExportSource, last_part
 from qlora_trainer.lora.peft_config import CONFIG_NAME, read_json
 
@@ -100,6 +101,8 @@ def _proof_words(report: Mapping[str, Any]) -> list[str]:
         f"Opened in a new process with plain transformers {report['transformers']} and compared "
         f"with base + adapter on {rows['positions']} positions of {rows['from']}."
     )
+    if rows.get("by") == "layer":
+        words += " Both models were run layer by layer."
     if report["reason"]:
         words += f" {report['reason']}"
     return [words + "\n", *comparison_table(report["ways"])]
@@ -181,7 +184,11 @@ def make_report(
         "reason": merged.reason,
         "rows": None
         if request is None or proven is None
-        else {"from": request.rows_from, "positions": int(proven["figures"]["positions"])},
+        else {
+            "from": request.rows_from,
+            "positions": int(proven["figures"]["positions"]),
+            "by": merged.by,
+        },
         "ways": parts,
         "notes": notes,
         "transformers": transformers.__version__,

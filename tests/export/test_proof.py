@@ -8,18 +8,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from qlora_trainer.base.load import BaseSpec
 from qlora_trainer.errors import UserError
+from qlora_trainer.export import plain, turns
 from qlora_trainer.export.export import builtin_proof, export_merged
+from qlora_trainer.export.fresh import compare_in_fresh_process, comparison_job
 from qlora_trainer.export.merged import prepare, write_candidate
 from qlora_trainer.export.plain import NOT_COUNTED, Comparison, compared_logits
-from qlora_trainer.export.proof import (
-    Limits,
-    ProofRequest,
-    check_limits,
-    compare_in_fresh_process,
-    memory_fault,
-    write_references,
-)
+from qlora_trainer.export.proof import Limits, ProofRequest, check_limits, choose_by, chosen_rows
+from qlora_trainer.export.reference import private_bytes, write_references
 from tests.export import tiny
 
 
@@ -84,9 +81,8 @@ def test_wrong_weights_are_far_outside_the_limit_and_lost_ones_are_named(bench, 
     write_candidate(prepared, out, "dequantized", max_shard_bytes=10**9)
     request = builtin_proof(source)
     references = write_references(
-        tmp_path, source.base_folder, source.adapter_folder, prepared.adapter, source.model_class,
-        source.spec, request, precision="native", config_changes={},
-    )  # fmt: skip
+        tmp_path, source, prepared.adapter, request, request.rows, precision="native"
+    )
 
     def compare():
         return compare_in_fresh_process(
@@ -103,10 +99,65 @@ def test_wrong_weights_are_far_outside_the_limit_and_lost_ones_are_named(bench, 
         compare()
 
 
-def test_model_that_reads_no_text_needs_rows(bench):
-    source = bench.source("resnet", target_modules=["convolution"], modules_to_save=["classifier"])
-    with pytest.raises(UserError, match="give held-out rows"):
-        builtin_proof(source)
+ADAPTED = {
+    "llama": {"modules_to_save": ["lm_head"]},
+    "gpt2": {"target_modules": ["c_attn", "wte"], "fan_in_fan_out": True},
+    "bert": {"target_modules": ["query", "pooler.dense"], "task_type": "SEQ_CLS"},
+    "resnet": {"target_modules": ["convolution"], "modules_to_save": ["classifier"]},
+    "vit": {"modules_to_save": ["classifier"]},
+    "t5": {},
+}
+
+
+@pytest.mark.parametrize("family", ADAPTED)
+@pytest.mark.parametrize("precision", ["native", "fp32"])
+def test_layer_by_layer_both_sides_compute_the_same_bits(bench, tmp_path, family, precision):
+    source = bench.source(family, **ADAPTED[family])
+    source = replace(source, spec=BaseSpec("nf4", compute_dtype=torch.bfloat16))
+    prepared = prepare(
+        source.base_folder, source.adapter_folder, source.model_class, source.spec, dtype="bf16"
+    )
+    out = tmp_path / "out"
+    out.mkdir()
+    write_candidate(prepared, out, "original", max_shard_bytes=10**9)
+    request = builtin_proof(source)
+    found, written = [], []
+    for by in ("model", "layer"):
+        (tmp_path / by).mkdir()
+        references = write_references(
+            tmp_path / by, source, prepared.adapter, request, chosen_rows(request, 96),
+            precision=precision, by=by,
+        )  # fmt: skip
+        written.append(references.file.read_bytes())
+        job = comparison_job(out, references, request, precision=precision, by=by)
+        found.append(plain.compare(job, turns))
+    assert written[0] == written[1]
+    assert found[0] == found[1]
+    assert found[0]["bad_keys"] == []
+    assert found[0]["figures"]["mean_kl"] > 0
+
+
+def test_export_proven_layer_by_layer_in_a_fresh_process_says_so(bench, tmp_path):
+    proof = builtin_proof(bench.source(), by="layer")
+    made = export_merged(
+        bench.source(), tmp_path / "out", dtype="bf16", onto="dequantized", proof=proof
+    )
+    assert made.report["rows"]["by"] == "layer"
+    part = made.report["ways"]["dequantized"]["proof"]["native"]
+    assert part["figures"]["top1_agreement"] > 0.9
+    assert "layer by layer" in (made.folder / "README.md").read_text()
+
+
+def test_rows_that_count_nothing_are_no_proof():
+    silent = {"input_ids": torch.arange(4), "labels": torch.full((4,), NOT_COUNTED)}
+    with pytest.raises(UserError, match="nothing to compare: none of 2 rows"):
+        chosen_rows(ProofRequest([silent, silent]), 10)
+
+
+def test_rows_are_cut_to_the_positions_that_may_be_compared():
+    long = {"input_ids": torch.arange(50), "labels": torch.arange(50)}
+    chosen = chosen_rows(ProofRequest([long, long], max_positions=20), 10)
+    assert [len(row["labels"]) for row in chosen] == [20]
 
 
 def test_best_without_a_proof_is_refused(bench, tmp_path):
@@ -153,12 +204,19 @@ def test_base_that_does_not_tell_limits_apart_uses_the_tight_one():
     assert replace(limits, mean_kl=0.2).of("dequantized", quantized=True) == 0.2
 
 
-def test_comparison_that_does_not_fit_says_so_before_it_starts():
-    request = ProofRequest([], precisions=("native",))
-    both = replace(request, precisions=("native", "fp32"))
-    elements = 7 * 10**9
-    assert memory_fault(elements, request, quantized=True, available_bytes=6 * 10**9) is None
-    fault = memory_fault(elements, both, quantized=True, available_bytes=6 * 10**9)
-    assert fault is not None
-    assert "needs about 26.1 GiB" in fault
-    assert memory_fault(elements, request, quantized=False, available_bytes=6 * 10**9) is not None
+def test_layers_are_taken_one_by_one_where_the_model_does_not_fit_and_it_is_said():
+    said = []
+    request = ProofRequest([], say=said.append)
+    spec = BaseSpec("nf4")
+    held = {"weight": (7 * 10**9, True)}
+    native = private_bytes(held, spec, ("native",))
+    both = private_bytes(held, spec, ("native", "fp32"))
+    assert native == pytest.approx(7e9 * 0.516)
+    assert both == 28 * 10**9
+    assert choose_by(request, native, 6 * 10**9, by_layer_possible=True) == "model"
+    assert said == []
+    assert choose_by(request, both, 6 * 10**9, by_layer_possible=True) == "layer"
+    assert "needs about 26.1 GiB of memory" in said[0]
+    assert choose_by(replace(request, by="model"), both, 1, by_layer_possible=True) == "model"
+    with pytest.raises(UserError, match="packed in 4 bits"):
+        choose_by(request, both, 6 * 10**9, by_layer_possible=False)
