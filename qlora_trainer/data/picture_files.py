@@ -54,6 +54,6 @@ def named_picture(record: dict[str, Any], column: str, folder: Path) -> dict[str
     'data/a/b.png'
     """
     value = record.get(column)
-    if not isinstance(value, str) or Path(value).suffix.lower() not in SUFFIXES:
+    if not isinstance(value, str) or "://" in value or not is_picture(Path(value)):
         return record
-    return {**record, column: str(folder / value)}
+    return {**record, column: str(folder / Path(value).expanduser())}

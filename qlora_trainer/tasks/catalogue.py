@@ -3,6 +3,7 @@
 from qlora_trainer.errors import UserError
 from qlora_trainer.tasks import (
     causal_lm,
+    image_classification,
     question_answering,
     seq2seq_lm,
     sequence_classification,
@@ -18,6 +19,7 @@ TASKS: dict[str, TaskKind] = {
         sequence_classification.KIND,
         token_classification.KIND,
         question_answering.KIND,
+        image_classification.KIND,
     )
 }  # fmt: skip
 
