@@ -8,7 +8,7 @@ B rows of a batch.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -87,4 +87,15 @@ class RowEncoder(RecordEncoder, Protocol):
 
     def model_settings(self) -> dict[str, Any]:
         """What the model's configuration must say: `num_labels`, `id2label` ..."""
+        ...
+
+
+@runtime_checkable
+class Augmenting(Protocol):
+    """An encoder that shows a training row a little otherwise in every epoch."""
+
+    def collate_augmented(
+        self, dataset: "EncodedDataset", rows: Sequence[int], *, seed: int, epoch: int
+    ) -> dict[str, Tensor]:
+        """As `RowEncoder.collate`; a pure function of its arguments, so that resuming is exact."""
         ...

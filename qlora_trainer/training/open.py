@@ -148,7 +148,7 @@ def _read_processor(resolved: ResolvedModel, model: Any) -> Any:
             str(resolved.folder),
             local_files_only=True,
             trust_remote_code=model.trust_remote_code,
-            use_fast=False,  # the fast ones need torchvision
+            backend="pil",  # the other one is torchvision
         )
     except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError) as error:
         raise UserError(

@@ -206,12 +206,19 @@ def make_windows(run: RunConfig, data: RunData, attention: str | None) -> Window
         order="by_length" if run.data.group_by_length and not run.data.packing else "random",
     )
     layout = row_layout(attention)
+    augmenting = data.encoder if isinstance(data.encoder, Augmenting) else None
 
     def make(number: int) -> Batch:
         rows = plan.micro_batch(number)
         if run.data.packing:
             return collate(data.train, rows, pad_id=data.pad_id, packed=True, layout=layout)
-        return collate_rows(run, data, data.train, [index for row in rows for index in row])
+        single = [index for row in rows for index in row]
+        if augmenting is not None:
+            epoch = number // len(plan)
+            return augmenting.collate_augmented(
+                data.train, single, seed=run.train.seed, epoch=epoch
+            )
+        return collate_rows(run, data, data.train, single)
 
     return Windows.numbered(len(plan), make, run.train.gradient_accumulation_steps)
 
