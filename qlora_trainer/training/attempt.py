@@ -80,7 +80,7 @@ class StepRunner:
                 numbers[:] = torch.stack([result.loss, result.gradient_norm]).tolist()
                 return self._may_move(*numbers, step=step, window=window, verify=verify)
 
-            result = self._attempt(window, step, learning_rate, check)
+            result = self._attempt(window, step, learning_rate, check, f"step {step}")
             if result is None:
                 continue  # fewer rows at a time
             if not result.applied:
@@ -91,12 +91,23 @@ class StepRunner:
                 self._scaler.applied()
             return result, numbers[0], numbers[1]
 
+    def rehearse(self, window: Sequence[Batch]) -> None:
+        """Run one step as `run` would, only to see that it fits; the caller puts back what moved.
+
+        Raises:
+            UserError: One row does not fit.
+        """
+        self._model.train()
+        while self._attempt(window, 0, 0.0, None, "rehearsal of the longest batch") is None:
+            pass
+
     def _attempt(
         self,
         window: Sequence[Batch],
         step: int,
         learning_rate: float,
-        check: Callable[[StepResult], bool],
+        check: Callable[[StepResult], bool] | None,
+        when: str,
     ) -> StepResult | None:
         """Run the step once; None where it ran out of memory and smaller parts are to be tried."""
         batches = [part for batch in window for part in cut_rows(batch, self.micro_batch_parts)]
@@ -125,13 +136,13 @@ class StepRunner:
         if rows == 1:
             what = f"sequence of {longest} tokens" if longest else "image"
             raise UserError(
-                f"step {step}: out of memory with a single {what} "
+                f"{when}: out of memory with a single {what} "
                 f"({message}). Ways out: a smaller data.max_seq_len, train.activations: recompute, "
                 "train.optimizer: adamw_8bit, a lower adapter.rank"
             )
         self.micro_batch_parts *= 2
         self._say(
-            f"step {step}: out of memory with {rows} sequences at a time ({message}); going on "
+            f"{when}: out of memory with {rows} sequences at a time ({message}); going on "
             f"with {-(-rows // 2)} at a time and twice as many passes. The effective batch and "
             "the result stay the same; train.micro_batch_size can be lowered in the run file"
         )

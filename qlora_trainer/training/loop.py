@@ -14,6 +14,7 @@ from qlora_trainer.training.checks import LearningChecks
 from qlora_trainer.training.evaluate import evaluate
 from qlora_trainer.training.log import Phase
 from qlora_trainer.training.plan import Course, Run, TrainingOutcome, TrainingPlan
+from qlora_trainer.training.rehearse import rehearse
 from qlora_trainer.training.resume import require_same_things
 from qlora_trainer.training.saver import Saver
 from qlora_trainer.training.schedule import learning_rate_factor
@@ -62,6 +63,9 @@ class _Loop:
         run.log.begin(course.step, evaluated=evaluated)
         with stop_on_signals(run.log.say) as stop:
             try:
+                if run.rehearsal is not None and course.step < self._plan.total_steps:
+                    rehearse(run, run.rehearsal, self._steps, step=course.step)
+                    course.micro_batch_parts = self._steps.micro_batch_parts
                 if course.step == 0 and course.first_evaluation is None:
                     course.first_evaluation = self._measure()
                 self._train(stop)

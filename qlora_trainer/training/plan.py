@@ -1,6 +1,6 @@
 """What the loop is given, what it remembers, what it returns: plain values and callables."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,6 +98,19 @@ class TrainingOutcome:
 
 
 @dataclass(frozen=True)
+class Rehearsal:
+    """What is tried before the first step (`rehearse.py`).
+
+    Attributes:
+        window: The longest training micro-batch, collated; twice where gradients accumulate.
+        held_out: The longest evaluation batch, if there are held-out rows.
+    """
+
+    window: Sequence[Batch]
+    held_out: Batch | None
+
+
+@dataclass(frozen=True)
 class Run:
     """The parts the loop drives.
 
@@ -116,6 +129,7 @@ class Run:
             a task whose predictions are scored.
         scaler: For fp16.
         decode: Token ids to text, for a batch that failed.
+        rehearsal: What is tried before the first step of a process; None tries nothing.
     """
 
     model: nn.Module
@@ -131,3 +145,4 @@ class Run:
     references: Callable[[int], Any] | None = None
     scaler: LossScaler | None = None
     decode: Decode | None = None
+    rehearsal: Rehearsal | None = None
