@@ -18,7 +18,7 @@ from qlora_trainer.config.settings import LayerChoice, RunConfig
 from qlora_trainer.data.batches import BatchPlan, collate, row_layout
 from qlora_trainer.data.dataset import EncodedDataset
 from qlora_trainer.data.encode import Encoder
-from qlora_trainer.data.rows import RecordEncoder, RowEncoder
+from qlora_trainer.data.rows import Augmenting, RecordEncoder, RowEncoder
 from qlora_trainer.errors import UserError
 from qlora_trainer.lora.inject import adapter_parameters, inject_adapter
 from qlora_trainer.lora.spec import AdapterSpec
