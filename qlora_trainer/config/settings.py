@@ -168,6 +168,9 @@ class DataSettings(Settings):
     packing: bool = Field(
         False, description="several examples in one sequence; they never see each other"
     )
+    mask_free_packing: bool = Field(
+        True, description="packed examples attend one by one; false: a mask over the whole row"
+    )
     group_by_length: bool = Field(True, description="without packing, batch like lengths together")
     loss_on: Literal["assistant", "last", "completion", "all"] = Field(
         "assistant", description="which tokens are learned"

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from qlora_trainer.base.packed_attention import example_lengths, takes_example_lengths
 from qlora_trainer.errors import UserError
 
 _TOKENS = 8
@@ -37,7 +38,10 @@ def packing_leak(model: nn.Module, device: torch.device, vocab_size: int) -> flo
 
 
 def _second_half(model: Any, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    logits = model(input_ids=ids, position_ids=positions, use_cache=False).logits
+    inputs = {"input_ids": ids, "position_ids": positions}
+    if takes_example_lengths(model):
+        inputs["attention_mask"] = example_lengths(positions.cpu())
+    logits = model(**inputs, use_cache=False).logits
     half: torch.Tensor = logits[:, _TOKENS:].float()
     return half
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from qlora_trainer.base.packed_attention import example_lengths, takes_example_lengths
 from qlora_trainer.data.encode import Encoder
 from qlora_trainer.errors import UserError
 from qlora_trainer.tasks.kind import EncoderInputs, TaskInputs, TaskKind
@@ -112,18 +113,21 @@ class CausalLM:
         loss_path: From `choose_loss_path`.
         takes_positions: The decoder takes `position_ids`; needed for packing.
         chunk_tokens: Tokens whose logits exist at one time; None chooses by vocabulary.
+        packs_by_lengths: The model's attention takes packed rows by their examples' lengths.
     """
 
     loss_path: LossPath
     takes_positions: bool = True
     chunk_tokens: int | None = None
+    packs_by_lengths: bool = False
 
     @classmethod
     def for_model(cls, model: nn.Module, *, chunk_tokens: int | None = None) -> "CausalLM":
         """Look at the model once: its loss path and what its decoder takes."""
         decoder = getattr(model, "base_model", model)
         takes = "position_ids" in inspect.signature(decoder.forward).parameters
-        return cls(choose_loss_path(model), takes, chunk_tokens)
+        by_lengths = takes and takes_example_lengths(model)
+        return cls(choose_loss_path(model), takes, chunk_tokens, by_lengths)
 
     @property
     def metrics(self) -> Mapping[str, bool]:
@@ -156,6 +160,8 @@ class CausalLM:
         if order is not None and not bool((order == torch.arange(order.shape[1])).all()):
             if self.takes_positions:
                 prepared["position_ids"] = order
+                if self.packs_by_lengths and mask is None and order.shape[0] == 1:
+                    prepared["attention_mask"] = example_lengths(order)
             elif "attention_mask" not in prepared:
                 raise UserError(
                     "data.packing: this model takes no position_ids, so packed examples would "

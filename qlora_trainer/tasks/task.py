@@ -13,6 +13,8 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from qlora_trainer.base.packed_attention import is_example_lengths
+
 Batch = Mapping[str, Tensor]
 
 
@@ -93,5 +95,8 @@ def cut_rows(batch: Batch, parts: int) -> list[dict[str, Tensor]]:
 
 
 def to_device(batch: Batch, device: torch.device) -> dict[str, Tensor]:
-    """Move every tensor of a batch."""
-    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+    """Move every tensor of a batch; the lengths of packed examples are read on the host."""
+    return {
+        name: tensor if is_example_lengths(tensor) else tensor.to(device, non_blocking=True)
+        for name, tensor in batch.items()
+    }

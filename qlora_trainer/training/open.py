@@ -19,6 +19,7 @@ from qlora_trainer.base.dtype import choose_compute_dtype
 from qlora_trainer.base.hub import ResolvedModel, resolve_model
 from qlora_trainer.base.load import BaseSpec, load_base, load_config
 from qlora_trainer.base.machine import choose_device
+from qlora_trainer.base.packed_attention import use_packed_attention
 from qlora_trainer.config.settings import RunConfig, SourceSettings
 from qlora_trainer.data.dataset import EncodedDataset, build_dataset, split_eval
 from qlora_trainer.data.encode import choose_pad_id
@@ -302,5 +303,7 @@ def load_model(
         config_changes=dict(settings),
     )
     if run.data.packing:
+        if run.data.mask_free_packing:
+            use_packed_attention(model)  # another attention than it knows builds its own mask
         refuse_packing_leak(model, source.device, source.config.get_text_config().vocab_size)
     return model

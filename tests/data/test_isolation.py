@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, BloomConfig, LlamaConfig, MambaConfig
 
+from qlora_trainer.base.packed_attention import use_packed_attention
 from qlora_trainer.data.isolation import packing_leak, refuse_packing_leak
 from qlora_trainer.errors import UserError
 
@@ -26,6 +27,13 @@ def test_a_llama_keeps_packed_examples_apart(attention):
     assert packing_leak(model, CPU, 50) < 1e-6
     refuse_packing_leak(model, CPU, 50)
     assert model.training
+
+
+def test_a_llama_keeps_them_apart_without_a_mask() -> None:
+    model = AutoModelForCausalLM.from_config(LLAMA, attn_implementation="sdpa")
+    masked = packing_leak(model, CPU, 50)
+    assert use_packed_attention(model)
+    assert packing_leak(model, CPU, 50) == pytest.approx(masked, abs=1e-6)
 
 
 @pytest.mark.parametrize("config", [BLOOM, MAMBA], ids=["alibi", "state-space"])

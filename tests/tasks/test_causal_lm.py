@@ -7,8 +7,10 @@ import torch
 import transformers as tf
 from torch import Tensor, nn
 
+from qlora_trainer.base.packed_attention import use_packed_attention
 from qlora_trainer.errors import UserError
 from qlora_trainer.tasks.causal_lm import CausalLM, LossPath, choose_loss_path
+from qlora_trainer.tasks.task import to_device
 
 COMMON = {
     "vocab_size": 67,
@@ -162,9 +164,13 @@ def test_packing_is_refused_for_a_model_without_positions() -> None:
         CausalLM(LossPath(True, ""), takes_positions=False).prepare(packed)
 
 
-def test_packed_rows_have_the_loss_of_the_rows_apart() -> None:
+@pytest.mark.parametrize("by_lengths", [False, True])
+def test_packed_rows_have_the_loss_of_the_rows_apart(by_lengths: bool) -> None:
     model = build("llama")
+    if by_lengths:
+        assert use_packed_attention(model)
     task = CausalLM.for_model(model)
+    assert task.packs_by_lengths == by_lengths
     a = torch.tensor([[5, 9, 11, 7]])
     b = torch.tensor([[8, 3, 4]])
     apart = sum(
@@ -178,4 +184,6 @@ def test_packed_rows_have_the_loss_of_the_rows_apart() -> None:
             "position_ids": torch.tensor([[0, 1, 2, 3, 0, 1, 2]]),
         }
     )
-    torch.testing.assert_close(task.loss_sum(model, together), apart, rtol=1e-9, atol=1e-9)
+    assert ("attention_mask" in together) == by_lengths
+    on_device = to_device(together, torch.device("cpu"))
+    torch.testing.assert_close(task.loss_sum(model, on_device), apart, rtol=1e-9, atol=1e-9)

@@ -1,0 +1,106 @@
+"""Attention of packed examples one by one, with no mask over the whole row.
+
+Examples packed into one row must not see each other. transformers says so with a mask of T x T
+entries, which takes the fused causal kernels away and grows with the square of the row. Here the
+row's queries, keys and values are cut at the examples' ends and every example runs through the
+model's own attention as a causal sequence: memory grows with T, work with the sum of the squares.
+
+How the ends get there without a global: a 4-D `attention_mask` is handed through to every layer as
+it is (transformers' masking code returns "already prepared" masks untouched), so the lengths travel
+as a tensor (1, 1, 1, examples) of int32 *on the host*, which no real mask is; nobody has to ask the
+device for them. Both registries used are transformers' public ones; the attention is set on the
+model instance. Batches without packing pass through to the attention underneath, mask and all.
+
+Given up: a window of attention shorter than an example needs that example's own mask.
+
+    B = 1 rows, H heads, T tokens, D head size
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+PREFIX = "packed_"
+WRAPPED = ("sdpa",)
+
+
+def example_lengths(position_ids: Tensor) -> Tensor:
+    """Lengths of the examples of one row, in the form that travels as a mask.
+
+    Args:
+        position_ids: (1, T) on the host, restarting at 0 with each example.
+
+    Returns:
+        (1, 1, 1, examples) int32.
+
+    >>> example_lengths(torch.tensor([[0, 1, 2, 0, 1]])).flatten().tolist()
+    [3, 2]
+    """
+    starts = (position_ids[0] == 0).nonzero().squeeze(1)
+    ends = torch.cat((starts[1:], starts.new_tensor([position_ids.shape[1]])))
+    return (ends - starts).to(torch.int32)[None, None, None]
+
+
+def is_example_lengths(tensor: Tensor) -> bool:
+    """Whether a tensor is what `example_lengths` makes."""
+    return tensor.dtype == torch.int32 and tensor.dim() == 4 and tensor.shape[:3] == (1, 1, 1)
+
+
+def use_packed_attention(model: Any) -> bool:
+    """Let a model take packed rows without a mask, where its attention is one we can wrap.
+
+    Returns:
+        Whether it does now.
+    """
+    inner = model.config._attn_implementation
+    if takes_example_lengths(model):
+        return True
+    # The class says whether all its layers hand masks through to transformers' registry.
+    if inner not in WRAPPED or not getattr(model, "_supports_attention_backend", False):
+        return False
+    name = f"{PREFIX}{inner}"
+    AttentionInterface.register(name, _attend)
+    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[inner])
+    model.set_attn_implementation(name)
+    return takes_example_lengths(model)
+
+
+def takes_example_lengths(model: Any) -> bool:
+    """Whether `use_packed_attention` has been put on the model."""
+    name = getattr(model.config, "_attn_implementation", None)
+    return isinstance(name, str) and name.startswith(PREFIX)
+
+
+def _attend(
+    module: Any,
+    query: Tensor,  # (B, H, T, D)
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    inner = ALL_ATTENTION_FUNCTIONS[module.config._attn_implementation.removeprefix(PREFIX)]
+    if attention_mask is None or not is_example_lengths(attention_mask):
+        attended, _ = inner(module, query, key, value, attention_mask, **kwargs)
+        return attended, None
+    lengths = attention_mask.flatten().tolist()
+    window = kwargs.get("sliding_window")
+    outputs = []
+    # `split`, not slices: its gradient is one concatenation, a slice's is a row full of zeros
+    parts = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True)
+    for (q, k, v), length in zip(parts, lengths, strict=True):
+        mask = None if window is None or length <= window else _window_mask(length, window, q)
+        attended, _ = inner(module, q, k, v, mask, **kwargs)
+        outputs.append(attended)  # (B, length, H, D)
+    return torch.cat(outputs, dim=1), None
+
+
+def _window_mask(length: int, window: int, query: Tensor) -> Tensor:
+    """Causal, and at most `window` tokens back: (1, 1, length, length), True where visible."""
+    place = torch.arange(length, device=query.device)
+    back = place[:, None] - place[None]
+    return ((back >= 0) & (back < window))[None, None]
