@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from qlora_trainer.cli import ask, export, profile
+from qlora_trainer.cli import ask, evaluate, export, profile
 from qlora_trainer.cli.flags import SweepingCommand
 from qlora_trainer.cli.options import STOPPED, Overrides, RunFile
 from qlora_trainer.errors import UserError
@@ -118,6 +118,8 @@ def train(
 
 
 app.command()(ask.generate)
+app.command()(evaluate.evaluate)
+app.command()(evaluate.predict)
 app.command(cls=SweepingCommand)(profile.profile)
 app.command()(export.export)
 

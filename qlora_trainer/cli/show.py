@@ -9,6 +9,7 @@ from rich.text import Text
 from qlora_trainer.base.audit import BaseAudit
 from qlora_trainer.base.machine import Finding
 from qlora_trainer.data.gate import GateReport, PartReport, Sample
+from qlora_trainer.run.evaluate import Evaluated
 from qlora_trainer.run.report import Reporter
 from qlora_trainer.run.train import TrainResult
 from qlora_trainer.units import format_bytes
@@ -101,6 +102,17 @@ def show_answer(prompt: str, answer: str, adapter: bool | None) -> None:
     side = {None: "", True: " [green](adapter)[/]", False: " [yellow](base)[/]"}[adapter]
     out.print(f"[dim]> {escape(prompt)}[/]{side}")
     out.print(escape(answer) + "\n")
+
+
+def show_evaluation(found: Evaluated) -> None:
+    """The report where there is one, the figures, and where they were written."""
+    scores = found.evaluation.scores
+    if scores is not None and scores.report:
+        out.print(escape(scores.report) + "\n")
+    for name, value in found.evaluation.metrics.items():
+        shown = f"{value:,.0f}" if name in ("rows", "tokens") else f"{value:.4f}"
+        out.print(f"{escape(name):<20} {shown}")
+    out.print(f"written to           {escape(str(found.folder))}")
 
 
 def show_findings(findings: list[Finding]) -> bool:

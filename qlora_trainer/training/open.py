@@ -6,7 +6,7 @@ goes on from there. Reads the configuration; everything it calls takes plain val
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -194,29 +194,54 @@ def open_data(
     check_length(run, source.config)
     data = run.data
     encoder = make_encoder(run, source)
-
-    def build(sources: list[SourceSettings], name: str) -> EncodedDataset:
-        try:
-            return build_dataset(
-                [DataSource(**item.model_dump()) for item in sources],
-                encoder,
-                max_seq_len=data.max_seq_len,
-                over_length=data.over_length,
-                cache_dir=_cache_folder(data.cache_folder),
-                seed=run.train.seed,
-                progress=progress,
-            )
-        except UserError as error:
-            raise UserError(f"data.{name}: {error}") from None
-
-    train = build(data.train, "train")
-    held_out = build(data.eval, "eval") if data.eval else None
+    train = encode_sources(run, encoder, data.train, "data.train", progress)
+    held_out = None
+    if data.eval:
+        held_out = encode_sources(run, encoder, data.eval, "data.eval", progress)
     if data.eval_fraction:
         train, held_out = split_eval(train, data.eval_fraction, run.train.seed)
     if held_out is not None and run.evaluation.max_rows is not None:
         held_out = held_out.select(range(min(len(held_out), run.evaluation.max_rows)))
-    pad_id = 0 if source.tokenizer is None else choose_pad_id(source.tokenizer)
-    return RunData(train, held_out, encoder, pad_id)
+    return RunData(train, held_out, encoder, pad_id(source))
+
+
+def pad_id(source: ModelSource) -> int:
+    """Fills shorter rows of a causal model; images need none."""
+    return 0 if source.tokenizer is None else choose_pad_id(source.tokenizer)
+
+
+def encode_sources(
+    run: RunConfig,
+    encoder: RecordEncoder,
+    sources: Sequence[SourceSettings],
+    name: str,
+    progress: Callable[[int], None] | None = None,
+) -> EncodedDataset:
+    """Encode sources as the run says, or find them encoded.
+
+    Args:
+        run: The settings.
+        encoder: Makes examples of records.
+        sources: Where they are.
+        name: What named them, for errors.
+        progress: Told of rows read.
+
+    Raises:
+        UserError: With every faulty row, its file and line.
+    """
+    data = run.data
+    try:
+        return build_dataset(
+            [DataSource(**item.model_dump()) for item in sources],
+            encoder,
+            max_seq_len=data.max_seq_len,
+            over_length=data.over_length,
+            cache_dir=_cache_folder(data.cache_folder),
+            seed=run.train.seed,
+            progress=progress,
+        )
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from None
 
 
 def make_encoder(

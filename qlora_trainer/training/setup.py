@@ -32,10 +32,12 @@ from qlora_trainer.training.open import (
     RunData,
     base_spec,
     check_length,
+    encode_sources,
     load_model,
     make_encoder,
     open_data,
     open_model,
+    pad_id,
 )
 from qlora_trainer.training.optimizer import AdapterAdamW
 from qlora_trainer.training.plan import TrainingPlan
@@ -54,6 +56,7 @@ __all__ = [
     "add_adapter",
     "base_spec",
     "check_length",
+    "encode_sources",
     "eval_batches",
     "load_model",
     "make_encoder",
@@ -64,6 +67,7 @@ __all__ = [
     "notes",
     "open_data",
     "open_model",
+    "pad_id",
     "references",
     "set_activations",
     "techniques",

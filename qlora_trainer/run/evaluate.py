@@ -1,0 +1,179 @@
+"""A finished run scored and asked on a file: metrics, report and pictures; predictions as JSONL."""
+
+import json
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from qlora_trainer.base.files import write_atomically, write_text_atomically
+from qlora_trainer.config.settings import SourceSettings
+from qlora_trainer.data.batches import BatchPlan
+from qlora_trainer.data.dataset import EncodedDataset
+from qlora_trainer.data.rows import RowEncoder
+from qlora_trainer.errors import UserError
+from qlora_trainer.lora.inject import adapters_disabled
+from qlora_trainer.run.ask import Trained, load_trained
+from qlora_trainer.run.report import Reporter, rows_read
+from qlora_trainer.tasks.task import ScoredTask, to_device
+from qlora_trainer.training import setup
+from qlora_trainer.training.evaluate import Evaluation, examine
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What a file says of a run.
+
+    Attributes:
+        evaluation: Metrics, report, predictions.
+        folder: Where they were written.
+    """
+
+    evaluation: Evaluation
+    folder: Path
+
+
+def evaluate_run(
+    folder: str | Path,
+    data: str | None = None,
+    *,
+    out: str | Path | None = None,
+    adapter: bool = True,
+    reporter: Reporter | None = None,
+) -> Evaluated:
+    """Score a finished run and write `metrics.json`, `report.txt` and pictures.
+
+    Args:
+        folder: The run folder.
+        data: A file in the format of the training data; the run's own held-out rows unless given.
+        out: Where to write; `evaluation` in the run folder unless given.
+        adapter: False scores the base (with its head as it was before training).
+        reporter: Told what happens.
+
+    Raises:
+        UserError: The folder is no finished run, or the file cannot be scored.
+    """
+    told = reporter or Reporter()
+    trained = load_trained(folder, reporter=told)
+    evaluation = evaluate_trained(trained, data, adapter=adapter, reporter=told)
+    target = Path(out) if out is not None else Path(folder) / "evaluation"
+    write_evaluation(evaluation, target)
+    return Evaluated(evaluation, target)
+
+
+def evaluate_trained(
+    trained: Trained,
+    data: str | None = None,
+    *,
+    adapter: bool = True,
+    reporter: Reporter | None = None,
+) -> Evaluation:
+    """Score a loaded run; see `evaluate_run`."""
+    run, source = trained.run, trained.source
+    parts = run_data(trained, data, reporter or Reporter())
+    batches = setup.eval_batches(run, parts)
+    if batches is None:
+        raise UserError("the run has no held-out rows; name a file with --data")
+    task = setup.make_task(run, trained.model, source, None)
+    with nullcontext() if adapter else adapters_disabled(trained.model):
+        return examine(
+            trained.model,
+            batches(),
+            task=task,
+            device=source.device,
+            references=setup.references(run, parts),
+        )
+
+
+def run_data(trained: Trained, data: str | None, told: Reporter) -> setup.RunData:
+    """The run's own data, or a file's rows as held-out ones.
+
+    Raises:
+        UserError: With every faulty row, its file and line.
+    """
+    run, source = trained.run, trained.source
+    if data is None:
+        return setup.open_data(run, source, rows_read(told))
+    held_out = setup.encode_sources(
+        run, trained.encoder, [source_like(trained, data)], "--data", rows_read(told)
+    )
+    return setup.RunData(held_out, held_out, trained.encoder, setup.pad_id(source))
+
+
+def source_like(trained: Trained, path: str) -> SourceSettings:
+    """A file read as the training data was: its format, its columns."""
+    first = trained.run.data.train[0]
+    return SourceSettings(path=path, format=first.format, columns=first.columns)
+
+
+def write_evaluation(evaluation: Evaluation, folder: Path) -> None:
+    """Write the figures, and the report and the pictures where there are any."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(evaluation.metrics, indent=2)
+    write_text_atomically(folder / "metrics.json", text + "\n")
+    if evaluation.scores is None:
+        return
+    if evaluation.scores.report:
+        write_text_atomically(folder / "report.txt", evaluation.scores.report + "\n")
+    for name, draw in evaluation.scores.pictures.items():
+        draw(folder / name)
+
+
+def predict_file(
+    folder: str | Path, data: str, out: str | Path, *, reporter: Reporter | None = None
+) -> int:
+    """Write what a finished run says of every record of a file, one JSON object a line.
+
+    Args:
+        folder: The run folder.
+        data: Records as in training; what is asked for need not be there.
+        out: The JSONL file; whole, or not at all.
+        reporter: Told what happens.
+
+    Returns:
+        How many records.
+
+    Raises:
+        UserError: The folder is no finished run, or a record is faulty.
+    """
+    told = reporter or Reporter()
+    trained = load_trained(folder, reporter=told)
+    task = setup.make_task(trained.run, trained.model, trained.source, None)
+    if not isinstance(task, ScoredTask):
+        raise UserError(f"{folder}: its task is {trained.run.task}; ask it with qlora generate")
+    encoder = setup.make_encoder(trained.run, trained.source, labelled=False, known=trained.known)
+    rows = setup.encode_sources(
+        trained.run, encoder, [source_like(trained, data)], "--data", rows_read(told)
+    )
+    predictions = _predictions(trained, task, cast(RowEncoder, encoder), rows)
+    references = [cast(RowEncoder, encoder).reference(rows, index) for index in range(len(rows))]
+    records = task.tell(predictions, references)
+    places = list(dict.fromkeys(rows.where(index) for index in range(len(rows))))
+    lines = [
+        json.dumps({"where": place, **record}, ensure_ascii=False) + "\n"
+        for place, record in zip(places, records, strict=True)
+    ]
+    Path(out).parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(Path(out), lambda path: path.write_text("".join(lines), encoding="utf-8"))
+    return len(lines)
+
+
+def _predictions(
+    trained: Trained, task: ScoredTask, encoder: RowEncoder, rows: EncodedDataset
+) -> list[Any]:
+    """One per row, in order; like lengths are asked together."""
+    found: dict[int, Any] = {}
+    for numbers in _batches(trained, rows):
+        batch = task.prepare(encoder.collate(rows, numbers))
+        answers = task.predict(trained.model, to_device(batch, trained.source.device))
+        found.update(zip(numbers, answers, strict=True))
+    return [found[number] for number in range(len(rows))]
+
+
+def _batches(trained: Trained, rows: EncodedDataset) -> Iterator[list[int]]:
+    run = trained.run
+    size = run.evaluation.micro_batch_size or run.train.micro_batch_size
+    plan = BatchPlan(rows.lengths, micro_batch_size=size, order="by_length")
+    for number in range(len(plan)):
+        yield [index for row in plan.micro_batch(number) for index in row]
