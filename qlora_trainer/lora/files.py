@@ -68,7 +68,8 @@ def save_adapter(
         model: The model with its adapter.
         spec: What it was injected with.
         folder: Made if need be; other files in it are left alone.
-        base_source: The base, as PEFT shall load it: a hub name or a folder.
+        base_source: The base, as PEFT shall load it: a hub name, or a folder's absolute path, since
+            PEFT looks for it from wherever it is run.
         task_type: PEFT's name of the task (`CAUSAL_LM`, `SEQ_CLS`, ...). For classification and
             question answering PEFT looks for the head in the file, so it is written, trained or
             not.

@@ -11,6 +11,20 @@ from typing import Any
 import yaml
 
 
+# An adapter is to load at once where it was made, so its configuration tells the whole path there.
+_LOCAL_BASE = """\
+`adapter_config.json` names the base by its folder on the machine that trained the adapter. Elsewhere
+name it yourself; before publishing, put its hub name under `base_model_name_or_path`:
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+base = AutoModelForCausalLM.from_pretrained("path/to/{base}")
+model = PeftModel.from_pretrained(base, "path/to/this/folder")
+```
+"""
+
+
 def model_card(
     *,
     base_source: str,
@@ -30,7 +44,8 @@ def model_card(
         rows: Rows per split.
         versions: Package versions.
     """
-    base = Path(base_source).name if Path(base_source).is_dir() else base_source
+    is_local = Path(base_source).is_dir()
+    base = Path(base_source).name if is_local else base_source
     header = yaml.safe_dump(
         {
             "base_model": base,
@@ -61,6 +76,7 @@ def model_card(
         "from peft import AutoPeftModelForCausalLM",
         'model = AutoPeftModelForCausalLM.from_pretrained("path/to/this/folder")',
         "```\n",
+        *(_LOCAL_BASE.format(base=base) if is_local else "",),
         "## Made with\n",
         *_table(("package", "version"), versions),
     ]

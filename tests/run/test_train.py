@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from peft import PeftModel
+from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -32,7 +32,8 @@ class Listener(qlora_trainer.Reporter):
 
 
 def test_a_run_learns_and_its_folder_explains_itself(make_run: Make, tmp_path: Path) -> None:
-    result = train(make_run())
+    made = make_run()
+    result = train(made)
     assert result.outcome.complete
     assert result.metrics["loss"] < result.metrics["loss_before"]
     names = {entry.name for entry in result.folder.iterdir()}
@@ -44,6 +45,7 @@ def test_a_run_learns_and_its_folder_explains_itself(make_run: Make, tmp_path: P
     card = (result.folder / "adapter" / "README.md").read_text()
     assert str(tmp_path) not in card, "the card tells the user's paths"
     assert "loss_before" in card
+    assert f'AutoModelForCausalLM.from_pretrained("path/to/{Path(made.model.source).name}")' in card
     assert load_run(result.folder / "run.yaml") == RunConfig.model_validate(
         yaml.safe_load((result.folder / "run.yaml").read_text())
     )
@@ -58,9 +60,16 @@ def test_the_saved_adapter_scores_what_training_measured(make_run: Make) -> None
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")  # PEFT's
-def test_plain_peft_loads_what_a_run_leaves(make_run: Make, tiny_model: Path) -> None:
-    run = make_run(model={"quantization": "none", "compute_dtype": "fp32"})
+def test_plain_peft_loads_what_a_run_leaves_from_anywhere(
+    make_run: Make, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tiny_model.parent)  # the run file names the base from here, PEFT runs there
+    run = make_run(
+        model={"source": tiny_model.name, "quantization": "none", "compute_dtype": "fp32"}
+    )
     result = train(run)
+    monkeypatch.chdir(tmp_path)
+    assert AutoPeftModelForCausalLM.from_pretrained(str(result.adapter)).active_adapter == "default"
     trained = load_trained(result.folder)
     base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     peft = PeftModel.from_pretrained(base, str(result.adapter), autocast_adapter_dtype=False)
