@@ -75,7 +75,8 @@ def evaluate_trained(
     batches = setup.eval_batches(run, parts)
     if batches is None:
         raise UserError("the run has no held-out rows; name a file with --data")
-    task = setup.make_task(run, trained.model, source, None)
+    # Class weights are of the training rows: with a file of its own there are none.
+    task = setup.make_task(run, trained.model, source, parts if data is None else None)
     with nullcontext() if adapter else adapters_disabled(trained.model):
         return examine(
             trained.model,

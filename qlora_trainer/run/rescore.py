@@ -72,6 +72,22 @@ def require_same_metrics(
     return max(differences.values(), default=0.0)
 
 
+def prove_saved(folder: Path, trained: Mapping[str, float], device: torch.device) -> str:
+    """Score a finished run again in a fresh process; -> what to say of it.
+
+    Args:
+        folder: The run folder, with its adapter.
+        trained: Metrics of that adapter while it was trained.
+        device: Where both run.
+
+    Raises:
+        UserError: What was saved is not what was trained.
+    """
+    difference = require_same_metrics(trained, rescore_in_fresh_process(folder), device)
+    said = "the same figures" if not difference else f"the same figures within {difference:.2g}"
+    return f"saved adapter and head, scored again by a fresh process: {said}"
+
+
 def _main(folder: str, result: str, threads: str) -> None:
     from qlora_trainer.run.ask import load_trained
     from qlora_trainer.run.evaluate import evaluate_trained
