@@ -155,7 +155,10 @@ def build_dataset(
         encode_into(folder, opened, encoder, LengthPolicy(max_seq_len, over_length), progress)
         meta = read_meta(folder)
     if meta is None:
-        raise UserError(f"the encoded data could not be kept in {folder}; mend or empty cache_dir")
+        raise UserError(
+            f"the encoded data could not be kept in {folder}: delete it, or name another folder: "
+            "data.cache_folder"
+        )
     store = Store(folder, meta)
     weights = [source.weight for source in sources]
     paths = tuple(source.path for source in sources)

@@ -11,7 +11,6 @@ trained ranges stand in for labels: two numbers per turn instead of one per toke
 """
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
@@ -53,7 +52,11 @@ def schema_with(columns: Mapping[str, str]) -> pa.Schema:
 
 
 class StoreWriter:
-    """Writes a store into `folder`; leaving the `with` block by an exception leaves nothing."""
+    """Writes a store into `folder`; leaving the `with` block by an exception leaves nothing.
+
+    Raises:
+        UserError: On entering and adding: the folder cannot be written, or the disk is full.
+    """
 
     def __init__(self, folder: Path, columns: Mapping[str, str] | None = None) -> None:
         self.folder = folder
@@ -64,13 +67,14 @@ class StoreWriter:
         self._columns: dict[str, list[Any]] = {name: [] for name in self._schema.names}
 
     def __enter__(self) -> "StoreWriter":
-        self.folder.parent.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(self.folder.parent, self.folder.name)
-        self._work = Path(
-            tempfile.mkdtemp(prefix=f".{self.folder.name[:16]}.", dir=self.folder.parent)
-        )
-        self._file = pa.OSFile(str(self._work / "rows.arrow"), "wb")
-        self._stream = pa.ipc.new_stream(self._file, self._schema)
+        with _writing(self.folder):
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+            _remove_abandoned(self.folder.parent, self.folder.name)
+            self._work = Path(
+                tempfile.mkdtemp(prefix=f".{self.folder.name[:16]}.", dir=self.folder.parent)
+            )
+            self._file = pa.OSFile(str(self._work / "rows.arrow"), "wb")
+            self._stream = pa.ipc.new_stream(self._file, self._schema)
         return self
 
     def add(self, example: Example, where: str, source: int) -> None:
@@ -97,15 +101,21 @@ class StoreWriter:
 
     def _flush(self) -> None:
         if self._columns["where"]:
-            try:
+            with _writing(self.folder):
                 self._stream.write_batch(pa.record_batch(self._columns, schema=self._schema))
-            except OSError as error:
-                raise _no_space(self.folder, error) from error
         self._columns = {name: [] for name in self._schema.names}
 
     def finish(self, counts: dict[str, Any]) -> None:
-        """Write what is left and `meta.json`, and put the store in its place."""
+        """Write what is left and `meta.json`, and put the store in its place.
+
+        Raises:
+            UserError: The disk is full, or the folder cannot be written.
+        """
         self._flush()
+        with _writing(self.folder):
+            self._finish(counts)
+
+    def _finish(self, counts: dict[str, Any]) -> None:
         self._stream.close()
         self._file.close()
         rows = self._work / "rows.arrow"
@@ -145,10 +155,17 @@ def _remove_abandoned(parent: Path, name: str) -> None:
             shutil.rmtree(work, ignore_errors=True)
 
 
-def _no_space(folder: Path, error: OSError) -> Exception:
-    if error.errno == errno.ENOSPC:
-        return UserError(f"no space left for the encoded data in {folder.parent}; free some")
-    return error
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Tell what the system refuses while a store is written as the user's to mend."""
+    try:
+        yield
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise UserError(
+            f"the encoded data cannot be kept in {folder.parent} ({reason}); make room, or name "
+            "another folder: data.cache_folder"
+        ) from error
 
 
 def read_meta(folder: Path) -> dict[str, Any] | None:

@@ -178,7 +178,9 @@ def _unknown_layers(layers: tuple[int, ...], matched: list[str]) -> list[str]:
     if not missing or not matched:
         return []
     has = f"{min(known)} to {max(known)}" if known else "none"
-    return [f"layers = {missing}: no targeted module stands there; the model's layers: {has}"]
+    return [
+        f"adapter.layers = {missing}: no targeted module stands there; the model's layers: {has}"
+    ]
 
 
 def _why_not(name: str, module: nn.Module) -> str | None:
@@ -213,7 +215,7 @@ def _unused_patterns(spec: AdapterSpec, matched: list[str]) -> list[str]:
     ):
         used = {match_pattern(patterns, name) for name in matched}
         faults += [
-            f"{setting}: {key!r} matches no adapted module; {nearest(key, matched)}"
+            f"adapter.{setting}: {key!r} matches no adapted module; {nearest(key, matched)}"
             for key in patterns
             if key not in used and matched
         ]

@@ -149,10 +149,12 @@ class _Loop:
 
         done, total = self._course.step, self._plan.total_steps
         held_out = self._run.eval_batches is not None
+        seconds = self._run.log.remaining.seconds({"step": total - done}) or 0.0
+        by_the_clock = min(int(seconds / self._plan.save_every_seconds), total - done)
         return {
             "step": total - done,
             "evaluate": events(self._plan.evaluate_every_steps) + 1 if held_out else 0,
-            "save": events(self._plan.save_every_steps) + 1,
+            "save": max(events(self._plan.save_every_steps), by_the_clock) + 1,
         }
 
     def _measure(self) -> dict[str, float] | None:

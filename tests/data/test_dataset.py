@@ -15,6 +15,7 @@ from qlora_trainer.data.encode import Encoder, Example
 from qlora_trainer.data.order import hash_order, mix
 from qlora_trainer.data.read import DataSource
 from qlora_trainer.data.store import Store, StoreWriter, read_meta
+from qlora_trainer.errors import UserError
 
 
 def write_rows(path, count, word="row"):
@@ -124,6 +125,40 @@ def test_a_killed_writer_leaves_no_store_and_its_rest_is_removed_later(tmp_path)
     os.utime(rest / "rows.arrow", (0, 0))
     write_store(folder, [Example([1, 2], ((1, 2),))])
     assert [path.name for path in folder.parent.iterdir()] == ["store"]
+
+
+def test_a_cache_folder_that_cannot_be_made_names_its_setting(tmp_path, build):
+    (tmp_path / "file").write_text("in the way")
+    message = r"kept in .*file/cache \(Not a directory\).*another folder: data\.cache_folder"
+    with pytest.raises(UserError, match=message):
+        build(write_rows(tmp_path / "a.jsonl", 3), cache_dir=tmp_path / "file" / "cache")
+
+
+FILL = """
+import resource, sys
+from pathlib import Path
+from qlora_trainer.data.encode import Example
+from qlora_trainer.data.store import StoreWriter
+from qlora_trainer.errors import UserError
+
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+try:
+    with StoreWriter(Path(sys.argv[1])) as writer:
+        for number in range(int(sys.argv[2])):
+            writer.add(Example([1, 2], ((1, 2),)), f"a:{number}", 0)
+        writer.finish({})
+except UserError as error:
+    print(error)
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no limit on the size of files")
+@pytest.mark.parametrize("rows", [1000, 3000], ids=["while finishing", "on the way"])
+def test_a_disk_that_takes_no_more_is_told_and_leaves_nothing(tmp_path, rows):
+    command = [sys.executable, "-c", FILL, str(tmp_path / "cache" / "store"), str(rows)]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert f"cannot be kept in {tmp_path / 'cache'} (File too large); make room" in said
+    assert list((tmp_path / "cache").iterdir()) == []
 
 
 def test_two_writers_of_the_same_store_do_not_disturb_each_other(tmp_path):

@@ -359,6 +359,25 @@ def test_an_adapter_that_cannot_be_written_is_the_users_to_mend(tmp_path: Path) 
     assert (tmp_path / "adapter" / "adapter.pt").is_file()
 
 
+@pytest.mark.parametrize(
+    ("save_every_seconds", "saves"), [(1e-9, [4, 3, 2, 1]), (1e9, [2, 2, 1, 1])]
+)
+def test_the_remaining_time_counts_saves_by_steps_and_by_the_clock(
+    tmp_path: Path, save_every_seconds: float, saves: list[int]
+) -> None:
+    run = make_run(tmp_path, adapted_llama(), total_steps=4)
+    counted: list[int] = []
+    step = run.log.step
+
+    def count(values: Any, counts_left: Any) -> None:
+        counted.append(counts_left["save"])
+        step(values, counts_left)
+
+    run.log.step = count  # type: ignore[method-assign]
+    run_training(run, plan(4, save_every_steps=3, save_every_seconds=save_every_seconds))
+    assert counted == saves
+
+
 def test_however_few_steps_it_takes_the_state_is_saved_in_time(tmp_path: Path) -> None:
     class Killed(BaseException):
         pass
