@@ -48,6 +48,12 @@ def show_foresight(foresight: Foresight, *, as_json: bool, notes: Sequence[str] 
         f"{'which count on the card' if foresight.paged_on_card else 'in host RAM'}\n"
         f"  host RAM        {format_bytes(foresight.host_bytes)}"
     )
+    if foresight.pinned_bytes:
+        out.print(
+            f"  pinned host     {format_bytes(foresight.pinned_bytes)} of layer inputs; "
+            f"{format_bytes(foresight.moved_bytes)} over PCIe a step, "
+            f"{foresight.moving_seconds:.1f} s at 12 GB/s, beside the computing"
+        )
     if not foresight.fits_without_retry and foresight.fits:
         out.print("  it fits only because the allocator gives cached memory back, which costs time")
     _show_sizes("by component, at the peak", foresight.by_component)

@@ -23,6 +23,8 @@ from qlora_trainer.memory.simulate import LiveTensor, Peaks, Trace, simulate
 
 __all__ = ["Foresight", "RunShape", "SimulatedRun", "foresee", "simulate_run"]
 
+PCIE_BYTES_PER_SECOND = 12e9  # PCIe 3.0 x16, or 4.0 x8, as copies of pinned memory reach it
+
 
 @dataclass(frozen=True)
 class Foresight:
@@ -46,6 +48,8 @@ class Foresight:
         trained_parameters: How many numbers are trained.
         large_unquantized: Path -> bytes of large weights outside NF4.
         paged_on_card: What is paged counts on the card (it does on Windows).
+        pinned_bytes: Pinned host memory of offloaded layer inputs.
+        moved_bytes: Over PCIe, both ways together, in one optimizer step.
     """
 
     gpu: str
@@ -67,6 +71,8 @@ class Foresight:
     trained_parameters: int
     large_unquantized: dict[str, int]
     paged_on_card: bool = False
+    pinned_bytes: int = 0
+    moved_bytes: int = 0
     timeline: tuple[tuple[int, int, str], ...] = field(default=(), repr=False)
 
     @property
@@ -74,6 +80,11 @@ class Foresight:
         """What the process takes of the card."""
         paged = self.paged_bytes if self.paged_on_card else 0
         return self.reserved_bytes + self.context_bytes + paged
+
+    @property
+    def moving_seconds(self) -> float:
+        """What the copies of a step take, were nothing computed meanwhile."""
+        return self.moved_bytes / PCIE_BYTES_PER_SECOND
 
     @property
     def verdict(self) -> str:
@@ -142,12 +153,16 @@ class SimulatedRun:
             disk_bytes=self._disk_bytes(),
             trained_parameters=self.accounts.trained_parameters,
             large_unquantized=self.accounts.large_unquantized,
+            pinned_bytes=self.accounts.pinned_bytes,
+            moved_bytes=self.accounts.moved_bytes * self.shape.accumulation,
             timeline=tuple(free.timeline),
         )
 
     def _host_bytes(self) -> int:
         # weights are memory-mapped; one tensor at a time is private, the page-outs come on top
-        return _PROCESS_BYTES + 2 * self.accounts.largest_tensor_bytes + self.accounts.paged_bytes
+        accounts = self.accounts
+        host = accounts.paged_bytes + accounts.pinned_bytes + accounts.host_table_bytes
+        return _PROCESS_BYTES + 2 * accounts.largest_tensor_bytes + host
 
     def _disk_bytes(self) -> dict[str, int]:
         adapter = self.accounts.trained_bytes

@@ -89,3 +89,14 @@ def test_each_technique_alone_takes_less_than_the_plain_step(gpu) -> None:
     for change in changes:
         changed = dataclasses.replace(PLAIN, **change)
         assert simulate_run(CONFIG, changed, gpu).on(gpu).allocated_bytes < plain, change
+
+
+def test_the_prediction_says_what_is_pinned_and_how_long_the_copies_take(long_run, gpu) -> None:
+    found = long_run.on(gpu)
+    inputs = (LAYERS - 1) * RESIDUAL_BYTES
+    assert found.pinned_bytes == inputs
+    assert found.moved_bytes == 2 * inputs
+    assert found.moving_seconds == pytest.approx(2 * inputs / 12e9)
+    plain = simulate_run(CONFIG, dataclasses.replace(LONG, activations="recompute"), gpu).on(gpu)
+    assert plain.moved_bytes == plain.pinned_bytes == 0
+    assert found.host_bytes - plain.host_bytes == inputs
