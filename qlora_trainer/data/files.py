@@ -141,14 +141,18 @@ def read_json(path: Path, faults: FaultLog) -> Iterator[Row]:
 def read_csv(path: Path, faults: FaultLog) -> Iterator[Row]:
     """Comma, semicolon or tab separated values under one header line."""
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-    lines = (line for _, line in read_lines(path, faults))
-    header_line = next(lines, "")
+    lines = read_lines(path, faults)
+    at, header_line = next(lines, (1, ""))
+    if at != 1:
+        return  # the header is not UTF-8, which is told
     counts = {mark: header_line.count(mark) for mark in (",", "\t", ";")}
     delimiter = max(counts, key=lambda mark: counts[mark])
 
     def again() -> Iterator[str]:
+        nonlocal at  # counted here: lines that are not UTF-8 never reach the CSV reader
         yield header_line
-        yield from lines
+        for at, line in lines:  # noqa: B007
+            yield line
 
     reader = csv.reader(again(), delimiter=delimiter, strict=True)
     header: list[str] | None = None
@@ -159,7 +163,7 @@ def read_csv(path: Path, faults: FaultLog) -> Iterator[Row]:
                 continue
             if not cells:
                 continue
-            where = f"{path}:{reader.line_num}"
+            where = f"{path}:{at}"
             if len(cells) != len(header):
                 problem = f"{len(cells)} cells under a header of {len(header)}"
                 remedy = "put cells that hold a comma or a line break in double quotes"
@@ -168,7 +172,7 @@ def read_csv(path: Path, faults: FaultLog) -> Iterator[Row]:
             yield Row(dict(zip(header, cells, strict=True)), where)
     except csv.Error as error:
         remedy = 'close every double quote, and write a quote inside a cell as ""'
-        faults.add(Fault(f"{path}:{reader.line_num}", f"broken CSV: {error}", remedy, "broken CSV"))
+        faults.add(Fault(f"{path}:{at}", f"broken CSV: {error}", remedy, "broken CSV"))
 
 
 def read_text(path: Path, faults: FaultLog) -> Iterator[Row]:

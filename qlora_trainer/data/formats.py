@@ -142,9 +142,10 @@ def _alpaca(record: Mapping[str, Any], as_chat: bool) -> Shape:
     output = _filled(record, "output", "write the answer or drop the row: it would train nothing")
     history = record.get("history") or []
     if not as_chat:
-        if history:
-            remedy = "name one under `model.chat_template`"
-            raise RowError("`history` needs a chat template", remedy)
+        for name in ("history", "system"):
+            if record.get(name):  # the standard prompt has no place for it
+                remedy = "name one under `model.chat_template`"
+                raise RowError(f"`{name}` needs a chat template", remedy)
         prompt = _ALPACA_INPUT if extra.strip() else _ALPACA
         return Prompted(prompt.format_map({"instruction": instruction, "input": extra}), output)
     messages: list[dict[str, Any]] = []

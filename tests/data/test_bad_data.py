@@ -90,6 +90,16 @@ BAD = {
     "empty file": ("a.jsonl", b"", r"a\.jsonl: holds no rows"),
     "blank lines only": ("a.jsonl", b"\n\n  \n", r"a\.jsonl: holds no rows"),
     "empty list": ("a.json", b"[]", r"a\.json: holds no rows"),
+    "CSV faults after a line that is not UTF-8": (
+        "a.csv",
+        b"prompt,completion\ncaf\xe9,x\na,b,c\n",
+        r"a\.csv:2: not UTF-8.*a\.csv:3: 3 cells",
+    ),
+    "CSV header that is not UTF-8": (
+        "a.csv",
+        b"prompt,caf\xe9\na,b,c\n",
+        r"\(1 fault\):\n.*a\.csv:1: not UTF-8",
+    ),
     "CSV with a header only": ("a.csv", b"prompt,completion\n", r"a\.csv: holds no rows"),
     "unknown fields": (
         "a.jsonl",

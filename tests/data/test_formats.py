@@ -140,6 +140,13 @@ def test_the_record_itself_is_left_as_it_was():
     assert json.dumps(record) == before
 
 
+def test_a_system_message_no_prompt_has_a_place_for_is_not_left_out_in_silence():
+    record = {"instruction": "q", "output": "a", "system": "Be brief."}
+    with pytest.raises(RowError, match="`system` needs a chat template"):
+        to_shape(record, "alpaca", as_chat=False)
+    assert to_shape(record | {"system": ""}, "alpaca", as_chat=False).completion == "a"
+
+
 def test_history_needs_pairs_and_a_template():
     record = {"instruction": "q", "output": "a", "history": [["only one"]]}
     with pytest.raises(RowError, match="pairs"):
