@@ -151,7 +151,8 @@ def read_csv(path: Path, faults: FaultLog) -> Iterator[Row]:
     def again() -> Iterator[str]:
         nonlocal at  # counted here: lines that are not UTF-8 never reach the CSV reader
         yield header_line
-        for at, line in lines:  # noqa: B007
+        for number, line in lines:
+            at = number
             yield line
 
     reader = csv.reader(again(), delimiter=delimiter, strict=True)
