@@ -20,6 +20,7 @@ from qlora_trainer.memory.attention import ANSWERS, attention_for
 from qlora_trainer.memory.gpus import GpuProfile
 from qlora_trainer.memory.program import Accounts, Program, RunShape
 from qlora_trainer.memory.simulate import LiveTensor, Peaks, Trace, simulate
+from qlora_trainer.tasks.task import Batch
 
 __all__ = ["Foresight", "RunShape", "SimulatedRun", "foresee", "simulate_run"]
 
@@ -182,7 +183,12 @@ def _merge_phases(phases: dict[str, int]) -> dict[str, int]:
 
 
 def simulate_run(
-    config: Any, shape: RunShape, gpu: GpuProfile | None, *, model_class: Any = AutoModelForCausalLM
+    config: Any,
+    shape: RunShape,
+    gpu: GpuProfile | None,
+    *,
+    model_class: Any = AutoModelForCausalLM,
+    batch: Batch | None = None,
 ) -> SimulatedRun:
     """Run a configuration's step on weightless tensors, with this card's kernels.
 
@@ -191,6 +197,7 @@ def simulate_run(
         shape: The run's settings.
         gpu: Whose compute capability decides the kernels; None for the CPU's own choices.
         model_class: Of the task.
+        batch: A collated micro-batch at hand, in place of the largest one of this shape.
 
     Raises:
         UserError: The model cannot have these settings, or branches on values.
@@ -200,7 +207,9 @@ def simulate_run(
         model.set_attn_implementation(attention_for(gpu.card if gpu is not None else None))
     accounts = Accounts()
     trace = simulate(
-        Program(model, shape, accounts), gpu.card if gpu is not None else None, answers=ANSWERS
+        Program(model, shape, accounts, batch),
+        gpu.card if gpu is not None else None,
+        answers=ANSWERS,
     )
     return SimulatedRun(trace, shape, accounts)
 

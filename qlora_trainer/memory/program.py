@@ -111,8 +111,10 @@ class Accounts:
 class Program:
     """Load, adapt, two steps, one evaluation: what the tracker watches."""
 
-    def __init__(self, model: Any, shape: RunShape, accounts: Accounts) -> None:
-        self.model, self.shape, self.accounts = model, shape, accounts
+    def __init__(
+        self, model: Any, shape: RunShape, accounts: Accounts, batch: Batch | None = None
+    ) -> None:
+        self.model, self.shape, self.accounts, self.batch = model, shape, accounts, batch
 
     def __call__(self, tracker: AllocationTracker) -> None:
         """Run under the tracker."""
@@ -132,7 +134,7 @@ class Program:
         with tracker.component("optimizer states"):
             optimizer = AdapterAdamW(parameters, kind=shape.optimizer)
         self._account(tracker, parameters, optimizer)
-        batch = task.prepare(full_batch(shape, model.config))
+        batch = task.prepare(self.batch or full_batch(shape, model.config))
         model.train()
         tracker.mark(RESET_PEAK)
         for step in range(2):

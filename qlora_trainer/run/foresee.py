@@ -1,10 +1,11 @@
 """Memory foreseen for a run file on a card, from the model's `config.json` alone."""
 
+import copy
 import itertools
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from qlora_trainer.config.settings import RunConfig
 from qlora_trainer.errors import UserError
 from qlora_trainer.memory.foresight import Foresight, RunShape, simulate_run
 from qlora_trainer.memory.gpus import GpuProfile
+from qlora_trainer.tasks.catalogue import task_kind
 from qlora_trainer.training import setup
 
 # A comma that parts two values, and not the items of one such as [q_proj, v_proj].
@@ -83,7 +85,10 @@ def foresee_run(
     """
     config = read_model_config(run)
     setup.check_length(run, config)
-    return simulate_run(config, run_shape(run, config, gpu), gpu).on(
+    kind = task_kind(run.task)
+    return simulate_run(
+        task_config(run, config), run_shape(run, config, gpu), gpu, model_class=kind.auto_class
+    ).on(
         gpu,
         budget_bytes=budget_bytes,
         expandable_segments=expandable_segments,
@@ -114,6 +119,22 @@ def read_model_config(run: RunConfig) -> Any:
     return load_config(resolved.folder, trust_remote_code=trusted)
 
 
+def task_config(run: RunConfig, config: Any, found: Mapping[str, Any] | None = None) -> Any:
+    """The model's configuration with what the task changes of it, such as its labels.
+
+    Args:
+        run: The settings.
+        config: As the checkpoint has it; not changed.
+        found: What the data says; without, what the run file alone says.
+    """
+    if found is None:
+        found = task_kind(run.task).weightless_settings(run.task_settings.model_dump())
+    changed = copy.deepcopy(config)
+    for name, value in found.items():
+        setattr(changed, name, value)
+    return changed
+
+
 def run_shape(run: RunConfig, config: Any, gpu: GpuProfile | None) -> RunShape:
     """The settings of a run that decide its memory, on a card or (None) on a CPU."""
     compute_dtype = compute_dtype_for(
@@ -135,5 +156,7 @@ def run_shape(run: RunConfig, config: Any, gpu: GpuProfile | None) -> RunShape:
         activations=run.train.activations,
         loss_chunk_tokens=run.train.loss_chunk_tokens,
         techniques=setup.techniques(run),
+        task=run.task,
+        task_settings=run.task_settings.model_dump(),
         padded=run.train.micro_batch_size > 1 and not run.data.packing,
     )

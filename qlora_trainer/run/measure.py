@@ -15,12 +15,11 @@ from qlora_trainer.config.settings import RunConfig
 from qlora_trainer.errors import UserError
 from qlora_trainer.memory.foresight import Foresight, simulate_run
 from qlora_trainer.memory.gpus import gpu_of_this_machine
-from qlora_trainer.memory.measure import Measured, ResidentMemory, measure_steps, predict_cpu
+from qlora_trainer.memory.measure import Measured, ResidentMemory, measure_steps
 from qlora_trainer.memory.program import full_batch
 from qlora_trainer.memory.simulate import Live
-from qlora_trainer.run.foresee import run_shape
+from qlora_trainer.run.foresee import run_shape, task_config
 from qlora_trainer.run.report import Reporter, tensors_loaded
-from qlora_trainer.tasks.causal_lm import CausalLM
 from qlora_trainer.training import setup
 
 
@@ -86,18 +85,17 @@ def measure_run(run: RunConfig, *, reporter: Reporter | None = None) -> Comparis
     setup.check_length(run, source.config)
     gpu = gpu_of_this_machine(source.device)
     shape = run_shape(run, source.config, gpu[0] if gpu else None)
+    config = task_config(run, source.config)
     told.say("foreseeing these steps, then running them")
-    predicted: Foresight | Live
-    if gpu is None:
-        predicted = predict_cpu(source.config, shape)
-    else:
-        predicted = simulate_run(source.config, shape, gpu[0]).on(gpu[0], budget_bytes=gpu[1])
+    auto_class = source.kind.auto_class
+    simulated = simulate_run(config, shape, gpu[0] if gpu else None, model_class=auto_class)
+    predicted = simulated.on(gpu[0], budget_bytes=gpu[1]) if gpu else simulated.trace.live()
     resident = ResidentMemory()
     model = setup.load_model(run, source, tensors_loaded(told))
-    setup.add_adapter(run, model, source.base_spec.compute_dtype)
+    setup.add_adapter(run, model, source.base_spec.compute_dtype, source.kind)
     setup.set_activations(run, model)
-    task = CausalLM.for_model(model, chunk_tokens=run.train.loss_chunk_tokens)
-    batch = task.prepare(full_batch(shape))
+    task = setup.make_task(run, model, source, None)
+    batch = task.prepare(full_batch(shape, config))
     measured = measure_steps(
         model,
         [batch] * min(shape.accumulation, 2),

@@ -19,8 +19,9 @@ from qlora_trainer.run.check import inspect
 from qlora_trainer.run.forecast import Forecast, forecast_run
 from qlora_trainer.run.rehearsal import rehearsal_of
 from qlora_trainer.run.report import Reporter, rows_read, tensors_loaded
+from qlora_trainer.run.rescore import prove_saved
 from qlora_trainer.run.resolve import at_the_same_commit, resolved_settings, with_todays_defaults
-from qlora_trainer.tasks.task import Task
+from qlora_trainer.tasks.task import ScoredTask, Task
 from qlora_trainer.training import setup
 from qlora_trainer.training.card import model_card
 from qlora_trainer.training.curve import draw_losses
@@ -95,7 +96,10 @@ def train(
         outcome = _run_loop(folder, settings, parts, told.console())
         memory = parts.forecast.compare(told)
         folder.write_json("memory.json", memory)
-        return _finished(folder, settings, environment, parts, outcome, memory)
+        result = _finished(folder, settings, environment, parts, outcome, memory)
+        if outcome.best_evaluation is not None and isinstance(parts.task, ScoredTask):
+            told.say(prove_saved(folder.path, outcome.best_evaluation, source.device))
+        return result
 
 
 def _resumed(
@@ -155,6 +159,7 @@ def _prepare(run: RunConfig, source: setup.ModelSource, base: str, told: Reporte
     data = setup.open_data(run, source, rows_read(told))
     gate = inspect(run, source, data)
     told.gate(gate)
+    forecast = forecast_run(run, source, data, told)
     settings = setup.model_settings(data.encoder)
     model = setup.load_model(run, source, tensors_loaded(told), settings=settings)
     account = audit_base(model)

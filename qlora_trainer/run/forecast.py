@@ -1,0 +1,217 @@
+"""What stands before step 1 of a training run: will it fit, and has it been tried.
+
+Foresees the run on the device at hand, with the longest row of its data in place of
+`data.max_seq_len`; refuses what cannot fit the device, host memory or the disk, with the mildest
+change that does. After the run it lays what was measured
+beside what was foreseen: `memory.json`.
+
+Like is compared with like: on CUDA `torch.cuda`'s peaks; on a CPU, where nothing counts storages
+while a run trains, the growth of resident memory since before the base was loaded (imports and data
+are in neither number; what the C library keeps is in the measured one only).
+"""
+
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from qlora_trainer.base.machine import free_disk_bytes, host_memory_bytes
+from qlora_trainer.config.settings import RunConfig
+from qlora_trainer.errors import UserError
+from qlora_trainer.memory.fit import Fitter
+from qlora_trainer.memory.foresight import SimulatedRun, simulate_run
+from qlora_trainer.memory.gpus import GpuProfile, gpu_of_this_machine
+from qlora_trainer.memory.measure import ResidentMemory
+from qlora_trainer.memory.program import RunShape
+from qlora_trainer.memory.tracker import UnforeseeableOperator
+from qlora_trainer.run.foresee import run_shape, task_config
+from qlora_trainer.run.report import Reporter
+from qlora_trainer.training import setup
+from qlora_trainer.units import format_bytes
+
+_STEP_ROOM_BYTES = 64 * 2**20  # tokenizer, metrics, pictures and logs beside adapters and states
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What was foreseen for a run, and what is needed to compare it.
+
+    Attributes:
+        device: The card's name, or `cpu`.
+        predicted: For `memory.json`; None where the model cannot be foreseen.
+        key: Of `predicted` and `measured`: what is compared.
+        resident: Resident memory since before the base was loaded.
+        torch_device: Where the run is.
+    """
+
+    device: str
+    predicted: dict[str, Any] | None
+    key: str
+    resident: ResidentMemory
+    torch_device: torch.device
+
+    def compare(self, told: Reporter) -> dict[str, Any]:
+        """The content of `memory.json` once the run has ended; says it in one line."""
+        measured: dict[str, Any] = {"resident_growth_bytes": self.resident.highest_bytes()}
+        if self.torch_device.type == "cuda":
+            measured["allocated_bytes"] = torch.cuda.max_memory_allocated(self.torch_device)
+            measured["reserved_bytes"] = torch.cuda.max_memory_reserved(self.torch_device)
+        content = {"device": self.device, "predicted": self.predicted, "measured": measured}
+        size = measured[self.key] if self.predicted else None
+        if self.predicted is None or not size:
+            return content
+        predicted = int(self.predicted["compared_bytes"])
+        error = predicted / size - 1
+        told.say(
+            f"memory: {format_bytes(predicted)} foreseen, {format_bytes(size)} measured "
+            f"({self.key.removesuffix('_bytes').replace('_', ' ')}; {error:+.1%})"
+        )
+        return content | {"compared": self.key, "error": error}
+
+
+def forecast_run(
+    run: RunConfig, source: setup.ModelSource, data: setup.RunData, told: Reporter
+) -> Forecast:
+    """Say what a run will need, before its base is loaded.
+
+    Raises:
+        UserError: It cannot fit, and `memory.must_fit` is on; with every lack and the way out.
+    """
+    here = gpu_of_this_machine(source.device)
+    gpu = here[0] if here else None
+    name = gpu.name if gpu else "cpu"
+    key = "reserved_bytes" if gpu else "resident_growth_bytes"
+    config = task_config(run, source.config, setup.model_settings(data.encoder))
+    shape = _shape_of_data(run, run_shape(run, source.config, gpu), data)
+    try:
+        simulated = simulate_run(config, shape, gpu, model_class=source.kind.auto_class)
+    except (UnforeseeableOperator, RuntimeError) as error:
+        told.say(f"memory: this model cannot be foreseen, so nothing is promised: {error}")
+        return Forecast(name, None, key, ResidentMemory(), source.device)
+    if here is None:
+        predicted, faults = _on_cpu(simulated, config, shape, told)
+    else:
+        predicted, faults = _on_card(simulated, config, shape, here, told)
+    faults += _disk(run, simulated, told)
+    if faults and run.memory.must_fit:
+        raise UserError.from_faults(
+            "this run would not fit here; to try all the same: --set memory.must_fit=false", faults
+        )
+    for fault in faults:
+        told.say(f"does not fit, and goes on as memory.must_fit is off: {fault}")
+    if source.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(source.device)
+    return Forecast(name, predicted, key, ResidentMemory(), source.device)
+
+
+def _shape_of_data(run: RunConfig, shape: RunShape, data: setup.RunData) -> RunShape:
+    """The largest batch that the rows at hand can make."""
+    rows = min(run.train.micro_batch_size, len(data.train))
+    if run.task == "seq2seq-lm" or run.data.packing:
+        return replace(shape, micro_batch_size=rows)
+    longest = int(data.train.lengths.max())
+    if data.held_out is not None and len(data.held_out):
+        longest = max(longest, int(data.held_out.lengths.max()))
+    return replace(shape, micro_batch_size=rows, seq_len=min(shape.seq_len, longest))
+
+
+def _on_card(
+    simulated: SimulatedRun,
+    config: Any,
+    shape: RunShape,
+    here: tuple[GpuProfile, int],
+    told: Reporter,
+) -> tuple[dict[str, Any], list[str]]:
+    gpu, free = here
+    windows = sys.platform == "win32"
+    found = simulated.on(gpu, budget_bytes=free, paged_on_card=windows)
+    told.say(
+        f"memory: {format_bytes(found.total_bytes)} foreseen of {format_bytes(free)} free on "
+        f"{gpu.name}, most in {found.peak_phase}: {found.verdict}"
+    )
+    faults = []
+    if not found.fits:
+        fitter = Fitter(config, shape, gpu, budget_bytes=free, paged_on_card=windows)
+        faults.append(
+            f"the card: {format_bytes(found.total_bytes)} needed, {format_bytes(free)} free; "
+            + _way_out(fitter)
+        )
+    free_ram = host_memory_bytes()[1]
+    more = found.host_bytes - psutil.Process().memory_info().rss
+    if more > free_ram:
+        faults.append(
+            f"host memory: {format_bytes(more)} more needed, {format_bytes(free_ram)} available; "
+            "close other programs, or take train.optimizer=adamw_8bit"
+        )
+    return {
+        "compared_bytes": found.reserved_bytes,
+        "allocated_bytes": found.allocated_bytes,
+        "reserved_bytes": found.reserved_bytes,
+        "paged_bytes": found.paged_bytes,
+        "host_bytes": found.host_bytes,
+        "peak_phase": found.peak_phase,
+        "by_component": found.by_component,
+        "allocated_by_phase": found.allocated_by_phase,
+    }, faults
+
+
+def _on_cpu(
+    simulated: SimulatedRun, config: Any, shape: RunShape, told: Reporter
+) -> tuple[dict[str, Any], list[str]]:
+    total, free = host_memory_bytes()
+    live = simulated.trace.live()
+    peak = max(live.peak_bytes, *live.by_phase.values())
+    told.say(
+        f"memory: {format_bytes(peak)} foreseen for base, adapters and batches, of "
+        f"{format_bytes(free)} available RAM"
+    )
+    faults = []
+    if peak > free:
+        host = GpuProfile("cpu", "this machine's RAM", total, free, 0, (0, 0), 0)
+        fitter = Fitter(config, shape, host, budget_bytes=free, paged_on_card=True, on_cpu=True)
+        faults.append(
+            f"host memory: {format_bytes(peak)} needed, {format_bytes(free)} available; "
+            + _way_out(fitter)
+        )
+    return {
+        "compared_bytes": peak,
+        "live_bytes": peak,
+        "by_component": live.by_component,
+        "live_by_phase": live.by_phase,
+    }, faults
+
+
+def _way_out(fitter: Fitter) -> str:
+    """The mildest change that fits, simulated, as flags; or that there is none."""
+    try:
+        change = fitter.smallest_change()
+    except UserError as error:
+        return str(error)
+    if change is None:
+        return "close other programs"
+    flags = " ".join(f"--set {setting}" for setting in change.overrides)
+    return f"{change.what} would fit ({format_bytes(change.foresight.total_bytes)}): {flags}"
+
+
+def _disk(run: RunConfig, simulated: SimulatedRun, told: Reporter) -> list[str]:
+    """States kept and the one being written, adapters and the one being written."""
+    accounts = simulated.accounts
+    state = accounts.trained_bytes + accounts.optimizer_bytes
+    folder = Path(run.output.folder).expanduser()
+    standing = sum(f.stat().st_size for f in folder.glob("states/*/*") if f.is_file())
+    adapters = 3 * accounts.trained_bytes
+    needed = (run.output.keep_last + 1) * state + adapters + _STEP_ROOM_BYTES - standing
+    free = free_disk_bytes(folder)
+    told.say(
+        f"disk: up to {format_bytes(max(needed, 0))} more for {run.output.keep_last} saved states "
+        f"and the adapter, of {format_bytes(free)} free"
+    )
+    if needed <= free:
+        return []
+    return [
+        f"the disk of {folder}: {format_bytes(needed)} needed, {format_bytes(free)} free; make "
+        "room, name another output.folder, or --set output.keep_last=1"
+    ]
