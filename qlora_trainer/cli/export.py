@@ -33,6 +33,28 @@ class Onto(StrEnum):
     best = "best"
 
 
+class ProofBy(StrEnum):
+    """How much of a model the proof holds in memory."""
+
+    auto = "auto"
+    model = "model"
+    layer = "layer"
+
+
+class Quantization(StrEnum):
+    """How training held a base."""
+
+    nf4 = "nf4"
+    none = "none"
+
+
+class JoinedFormat(StrEnum):
+    """What `qlora merge-adapters` writes."""
+
+    merged = "merged"
+    adapter = "adapter"
+
+
 class GgufType(StrEnum):
     """Types of GGUF files."""
 
@@ -41,16 +63,30 @@ class GgufType(StrEnum):
     q4_0 = "q4_0"
 
 
+Out = Annotated[Path, typer.Option(help="folder to write")]
+Dtype = Annotated[ExportDtype, typer.Option(help="of the merged weights")]
+MergeOnto = Annotated[Onto, typer.Option(help="weights to merge onto; best tries both")]
+Base = Annotated[str | None, typer.Option(help="the base, where the adapter's note does not hold")]
+HeldIn = Annotated[
+    Quantization, typer.Option(help="how a bare adapter's base was held in training")
+]
+Proof = Annotated[bool, typer.Option(help="compare the export in a fresh process")]
+By = Annotated[ProofBy, typer.Option(help="compare the model whole, or layer by layer")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace a folder")]
+
+
 def export(
     folder: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="run or PEFT adapter folder")],
-    out: Annotated[Path, typer.Option(help="folder to write")],
+    out: Out,
     format: Annotated[ExportFormat, typer.Option(help="what to write")] = ExportFormat.merged,
-    dtype: Annotated[ExportDtype, typer.Option(help="of the merged weights")] = ExportDtype.fp16,
-    onto: Annotated[Onto, typer.Option(help="weights to merge onto; best tries both")] = Onto.best,
+    dtype: Dtype = ExportDtype.fp16,
+    onto: MergeOnto = Onto.best,
     gguf_type: Annotated[GgufType, typer.Option(help="of a GGUF file")] = GgufType.f16,
-    base: Annotated[str | None, typer.Option(help="base of a bare adapter folder")] = None,
-    proof: Annotated[bool, typer.Option(help="compare the export in a fresh process")] = True,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace a folder")] = False,
+    base: Base = None,
+    quantization: HeldIn = Quantization.nf4,
+    proof: Proof = True,
+    proof_by: By = ProofBy.auto,
+    overwrite: Overwrite = False,
 ) -> None:
     """Export a merged checkpoint, the adapter or a GGUF file, proven against base + adapter."""
     if not folder.is_dir():
@@ -68,8 +104,65 @@ def export(
             onto=onto.value,
             gguf_type=gguf_type.value,
             base=base,
+            quantization=quantization.value,
             prove=proof,
+            proof_by=proof_by.value,
             overwrite=overwrite,
             reporter=reporter,
         )
     show_export(exported)
+
+
+def merge_adapters(
+    adapters: Annotated[
+        list[str],
+        typer.Argument(metavar="ADAPTER[=WEIGHT]...", help="run or PEFT adapter folders"),
+    ],
+    out: Out,
+    format: Annotated[JoinedFormat, typer.Option(help="what to write")] = JoinedFormat.merged,
+    dtype: Dtype = ExportDtype.fp16,
+    onto: MergeOnto = Onto.best,
+    base: Base = None,
+    quantization: HeldIn = Quantization.nf4,
+    proof: Proof = True,
+    proof_by: By = ProofBy.auto,
+    overwrite: Overwrite = False,
+) -> None:
+    """Merge several adapters of one base: the sum of WEIGHT (default 1) x scale x B A, exactly."""
+    named = [weighted(text) for text in adapters]
+    from qlora_trainer.cli.show import ConsoleReporter
+    from qlora_trainer.cli.show_export import show_export
+    from qlora_trainer.run.export import merge_adapter_folders
+
+    with ConsoleReporter() as reporter:
+        exported = merge_adapter_folders(
+            named,
+            out,
+            format=format.value,
+            dtype=dtype.value,
+            onto=onto.value,
+            base=base,
+            quantization=quantization.value,
+            prove=proof,
+            proof_by=proof_by.value,
+            overwrite=overwrite,
+            reporter=reporter,
+        )
+    show_export(exported)
+
+
+def weighted(text: str) -> tuple[Path, float]:
+    """Folder and weight of `ADAPTER[=WEIGHT]`.
+
+    Raises:
+        UserError: No such folder, or the weight is no number.
+    """
+    name, sign, number = text.rpartition("=")
+    if not sign or Path(text).is_dir():
+        name, number = text, "1"
+    if not Path(name).is_dir():
+        raise UserError(f"{name}: no such folder")
+    try:
+        return Path(name), float(number)
+    except ValueError:
+        raise UserError(f"{text}: the weight {number!r} is not a number") from None

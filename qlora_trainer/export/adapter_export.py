@@ -76,20 +76,24 @@ def export_adapter(source: ExportSource, out: Path, *, overwrite: bool = False) 
             "kept": "adapter",
             "base": {"name": base, "revision": source.revision},
             "serving": [str(note) for note in notes],
+            "notes": list(source.notes),
         }
         (folder / REPORT_NAME).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         if not (folder / "README.md").is_file():
-            (folder / "README.md").write_text(_card(base, notes), encoding="utf-8")
+            card = _card(base, source.model_class.__name__, notes)
+            (folder / "README.md").write_text(card, encoding="utf-8")
     return Exported(out, report)
 
 
-def _card(base: str, notes: Sequence[ServingNote]) -> str:
+def _card(base: str, auto: str, notes: Sequence[ServingNote]) -> str:
     lines = [
         f"---\nbase_model: {base}\nlibrary_name: peft\ntags: [qlora, lora, qlora_trainer]\n---\n",
         f"# Adapter for {base}\n",
         "```python",
-        "from peft import AutoPeftModelForCausalLM",
-        'model = AutoPeftModelForCausalLM.from_pretrained("path/to/this/folder")',
+        "from peft import PeftModel",
+        f"from transformers import {auto}",
+        f'base = {auto}.from_pretrained("{base}")',
+        'model = PeftModel.from_pretrained(base, "path/to/this/folder")',
         "```\n",
         *(["## Serving\n", *(f"- {note}" for note in notes), ""] if notes else []),
     ]
@@ -101,18 +105,20 @@ def merge_adapters(
     adapters: Sequence[tuple[Path, float]],
     out: Path,
     *,
+    format: str = "merged",
     dtype: str = "fp16",
     onto: str = "best",
     proof: ProofRequest | None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Exported:
-    """Merge several adapters, weighted, into one model, proven like any export.
+    """Merge several adapters, weighted, into one model, proven like any export, or one adapter.
 
     Args:
         source: The base; its own `adapter_folder` is not used.
         adapters: Folder and weight of each.
         out: The folder that shall appear.
+        format: "merged" or "adapter".
         dtype: As for `export_merged`, and so are the rest.
         onto: "original", "dequantized" or "best".
         proof: Compared with base + all adapters.
@@ -122,13 +128,23 @@ def merge_adapters(
     Raises:
         UserError: As `combine_adapters` and `export_merged`.
     """
+    folders = [folder for folder, _ in adapters]
+    check_target(out, overwrite=overwrite, sources=(source.base_folder, *folders))
     with tempfile.TemporaryDirectory(prefix="qlora-joined-") as place:
         joined = Path(place, "adapter")
         combine_adapters(
-            source.base_folder, adapters, joined, model_class=source.model_class, spec=source.spec
-        )
-        copy_tokenizer(None, adapters[0][0], joined)
+            source.base_folder, adapters, joined, model_class=source.model_class,
+            spec=source.spec, config_changes=source.config_changes,
+        )  # fmt: skip
+        copy_tokenizer(None, folders[0], joined)
+        said = " + ".join(f"{weight:g} x {folder.name}" for folder, weight in adapters)
+        together = dataclasses.replace(
+            source, adapter_folder=joined,
+            notes=(*source.notes, f"joined adapters: {said}, tokenizer of the first"),
+        )  # fmt: skip
+        if format == "adapter":
+            return export_adapter(together, out, overwrite=overwrite)
         return export_merged(
-            dataclasses.replace(source, adapter_folder=joined), out, dtype=dtype, onto=onto,
-            proof=proof, overwrite=overwrite, progress=progress,
+            together, out, dtype=dtype, onto=onto, proof=proof, overwrite=overwrite,
+            progress=progress,
         )  # fmt: skip

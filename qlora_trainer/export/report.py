@@ -76,6 +76,9 @@ def model_card(report: Mapping[str, Any]) -> str:
         "original": "added to the base's own weights",
         "dequantized": "added to the base's weights as 4-bit training saw them (NF4 and back)",
     }[kept]
+    auto = report["auto_class"]
+    reader = "AutoImageProcessor" if "Image" in auto else "AutoTokenizer"
+    name = "processor" if "Image" in auto else "tokenizer"
     lines = [
         f"---\n{header}---\n",
         f"# {base} with its adapter merged\n",
@@ -85,9 +88,9 @@ def model_card(report: Mapping[str, Any]) -> str:
         *_proof_words(report),
         "## Use\n",
         "```python",
-        f"from transformers import {report['auto_class']}, AutoTokenizer",
-        f'model = {report["auto_class"]}.from_pretrained("path/to/this/folder", dtype="auto")',
-        'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")',
+        f"from transformers import {auto}, {reader}",
+        f'model = {auto}.from_pretrained("path/to/this/folder", dtype="auto")',
+        f'{name} = {reader}.from_pretrained("path/to/this/folder")',
         "```\n",
     ]
     return "\n".join(lines)
@@ -146,7 +149,8 @@ def make_report(
     """The content of `export_report.json`."""
     parts, kept = merged.parts, merged.kept
     spec = prepared.adapter.spec
-    notes = [
+    notes = [*source.notes]
+    notes += [
         f"{len(part['merge']['unchanged'])} adapted weights came out as the base's ({way}): their "
         f"update is smaller than {dtype} can tell"
         for way, part in parts.items()

@@ -20,6 +20,7 @@ class ExportSource:
         base_source: What the user calls the base: a hub name or a folder.
         revision: Commit of a hub model.
         config_changes: Settings of the model configuration the task decided.
+        notes: What the report shall say of how the adapter came to be.
     """
 
     base_folder: Path
@@ -29,6 +30,7 @@ class ExportSource:
     base_source: str
     revision: str | None = None
     config_changes: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @property
     def folders(self) -> tuple[Path, Path]:

@@ -34,8 +34,9 @@ def test_smollm2_merged_onto_dequantized_weights_is_base_and_adapter(smollm2, tm
     spec = BaseSpec("nf4", compute_dtype=torch.float32)
     trained = load_base(smollm2, AutoModelForCausalLM, spec, CPU)
     load_adapter(trained, tmp_path / "adapter", dtype=torch.float32, trainable=False)
-    rows, _ = builtin_rows(smollm2, trained.config, trust_remote_code=False)
-    rows = [{name: value[:64] for name, value in row.items()} for row in rows[:3]]
+    built_in = builtin_rows(smollm2, trained, causal=True, trust_remote_code=False)
+    assert built_in is not None
+    rows = [{name: value[:64] for name, value in row.items()} for row in built_in.rows[:3]]
     expected = torch.cat([compared_logits(trained, row, shift=True, device=CPU)[0] for row in rows])
     del trained
     for dtype, most in (("fp32", 1e-5), ("fp16", 1e-3)):

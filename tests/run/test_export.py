@@ -1,18 +1,48 @@
 """A run's export is the model that was trained, whole or not there at all."""
 
+import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
+import peft
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+import transformers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BertConfig,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    ResNetConfig,
+    ResNetForImageClassification,
+    T5Config,
+    T5ForConditionalGeneration,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 from qlora_trainer import load_trained, train
 from qlora_trainer.config.settings import RunConfig
 from qlora_trainer.errors import UserError
 from qlora_trainer.run.export import export_run
+from qlora_trainer.run.report import Reporter
 
 Make = Callable[..., RunConfig]
+_LAYERS = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+           "num_attention_heads": 4}  # fmt: skip
+BERT = partial(BertConfig, vocab_size=96, max_position_embeddings=64, pad_token_id=0, **_LAYERS)
+VIT = partial(ViTConfig, image_size=32, patch_size=8, **_LAYERS)
+T5 = partial(T5Config, vocab_size=96, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4,
+             decoder_start_token_id=0, eos_token_id=2, pad_token_id=0)  # fmt: skip
+GPT2 = partial(GPT2Config, vocab_size=96, n_embd=64, n_layer=2, n_head=4, n_positions=64,
+               pad_token_id=0, bos_token_id=1, eos_token_id=2)  # fmt: skip
+RESNET = partial(ResNetConfig, embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1],
+                 layer_type="basic")  # fmt: skip
 
 
 def test_a_merged_run_answers_as_base_and_adapter(make_run: Make, tmp_path: Path) -> None:
@@ -41,3 +71,101 @@ def test_a_bare_adapter_needs_its_base(make_run: Make, tiny_model: Path, tmp_pat
     with pytest.raises(UserError, match="no such folder"):
         export_run(adapter, tmp_path / "none", base="/not/there")
     assert not (tmp_path / "none").exists()
+
+
+def test_another_base_than_was_trained_on_is_refused_and_one_asked_for_is_said(
+    make_run: Make, tiny_model: Path, tmp_path: Path
+) -> None:
+    folder = train(make_run()).folder
+    told = Told()
+    environment = folder / "environment.json"
+    content = json.loads(environment.read_text())
+    environment.write_text(json.dumps({**content, "base_fingerprint": "of another"}))
+    with pytest.raises(UserError, match="not the base this adapter was trained on any more"):
+        export_run(folder, tmp_path / "merged", prove=False, onto="original")
+    assert not (tmp_path / "merged").exists()
+    export_run(
+        folder, tmp_path / "merged", prove=False, onto="original", base=str(tiny_model),
+        reporter=told,
+    )  # fmt: skip
+    assert any("has not the same files" in line for line in told.lines)
+
+
+def test_a_run_is_not_overwritten_by_its_own_export(make_run: Make) -> None:
+    folder = train(make_run()).folder
+    with pytest.raises(UserError, match="replacing it would delete"):
+        export_run(folder, folder, overwrite=True)
+    assert (folder / "adapter").is_dir()
+
+
+class Told(Reporter):
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def say(self, line: str) -> None:
+        self.lines.append(line)
+
+
+HEADS = {
+    "SEQ_CLS": (BertForSequenceClassification, BERT, ["query", "value"]),
+    "TOKEN_CLS": (BertForTokenClassification, BERT, ["query", "value"]),
+    "QUESTION_ANS": (BertForQuestionAnswering, BERT, ["query", "value"]),
+    "SEQ_2_SEQ_LM": (T5ForConditionalGeneration, T5, ["q", "v"]),
+    "vit": (ViTForImageClassification, VIT, ["q_proj", "v_proj", "query", "value"]),
+    "resnet": (ResNetForImageClassification, RESNET, ["convolution"]),
+    "gpt2": (GPT2ForSequenceClassification, GPT2, ["c_attn"]),
+}
+
+
+@pytest.mark.filterwarnings(
+    "ignore::FutureWarning"
+)  # PEFT asks transformers in a way that is to go
+@pytest.mark.parametrize("task", HEADS)
+def test_every_task_head_of_a_peft_adapter_is_merged_whole_and_proven(
+    task: str, tmp_path: Path
+) -> None:
+    model_class, config, names = HEADS[task]
+    torch.manual_seed(0)
+    # A checkpoint with a head of two labels, and an adapter that brings one of five.
+    model_class(config(num_labels=2)).to(torch.bfloat16).save_pretrained(tmp_path / "base")
+    labels = 2 if task in ("QUESTION_ANS", "SEQ_2_SEQ_LM") else 5
+    model = model_class.from_pretrained(
+        tmp_path / "base", num_labels=labels, ignore_mismatched_sizes=True, dtype=torch.float32
+    )
+    named = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    heads = {"vit": ["classifier"], "resnet": ["classifier.1"]}.get(task)
+    settings = peft.LoraConfig(
+        r=4, target_modules=[name for name in names if name in named], modules_to_save=heads,
+        task_type={"gpt2": "SEQ_CLS"}.get(task, None if heads else task),
+        fan_in_fan_out=task == "gpt2",
+    )  # fmt: skip
+    adapted = peft.get_peft_model(model, settings)
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+    adapted.save_pretrained(tmp_path / "adapter")
+    exported = export_run(
+        tmp_path / "adapter", tmp_path / "out", base=str(tmp_path / "base"), dtype="fp32",
+        onto="original", quantization="none",
+    )  # fmt: skip
+    figures = exported.report["ways"]["original"]["proof"]["native"]["figures"]
+    assert figures["positions"] >= 8
+    assert figures["top1_agreement"] > 0.8  # one side computes in bf16
+    expected_from = "random pixels" if task in ("vit", "resnet") else "random token ids"
+    assert exported.report["rows"]["from"] == expected_from
+    # Plain transformers, in fp32, gives what PEFT gives.
+    merged = getattr(transformers, exported.report["auto_class"]).from_pretrained(
+        tmp_path / "out", dtype=torch.float32
+    )
+    assert merged.config.num_labels == labels
+    if task in ("vit", "resnet"):
+        inputs = {"pixel_values": torch.randn(2, 3, 32, 32)}
+    else:
+        inputs = {"input_ids": torch.randint(3, 90, (1, 9))}
+        if task == "SEQ_2_SEQ_LM":
+            inputs["decoder_input_ids"] = torch.randint(3, 90, (1, 4))
+    with torch.no_grad():
+        ours, theirs = merged.eval()(**inputs)[0], adapted.eval()(**inputs)[0]
+    assert ours.shape == theirs.shape
+    assert (ours - theirs).norm() / theirs.norm() < 1e-5
