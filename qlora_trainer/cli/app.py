@@ -122,6 +122,7 @@ app.command()(evaluate.evaluate)
 app.command()(evaluate.predict)
 app.command(cls=SweepingCommand)(profile.profile)
 app.command()(export.export)
+app.command()(export.merge_adapters)
 
 
 @app.command()

@@ -2,7 +2,14 @@
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -61,7 +68,10 @@ class ConsoleReporter(Reporter):
             return
         if what != self._what:
             self.close()
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+            columns = (
+                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+                TimeRemainingColumn(),
+            )  # fmt: skip
             self._bar = Progress(*columns, console=err, transient=True)
             self._what, self._task = what, self._bar.add_task(what, total=total)
             self._bar.start()
