@@ -17,7 +17,8 @@ from typer.core import TyperCommand
 from qlora_trainer.config.settings import RunConfig
 
 _NO_SAY = {
-    "model.source", "model.revision", "model.chat_template", "adapter.alpha", "adapter.rslora",
+    "model.source", "model.revision", "model.chat_template", "model.chat_template_kwargs",
+    "adapter.alpha", "adapter.rslora",
     "adapter.alpha_pattern", "data.train", "data.eval", "data.eval_fraction", "data.over_length",
     "data.group_by_length", "data.loss_on", "data.cache_folder", "train.epochs", "train.max_steps",
     "train.learning_rate", "train.schedule", "train.warmup_ratio", "train.warmup_steps",

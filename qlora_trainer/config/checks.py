@@ -119,7 +119,8 @@ def _task(config: RunConfig) -> Iterator[Contradiction]:
     if config.task == "causal-lm":
         return
     only = "only causal-lm knows it"
-    for section, name in (("data", "packing"), ("data", "loss_on"), ("model", "chat_template")):
+    of_chats = (("model", "chat_template"), ("model", "chat_template_kwargs"))
+    for section, name in (("data", "packing"), ("data", "loss_on"), *of_chats):
         if _is_given(getattr(config, section), name):
             yield Contradiction(
                 ((section, name), task),

@@ -53,6 +53,9 @@ class ModelSettings(Settings):
     chat_template: Text | None = Field(
         None, description="'chatml' or a Jinja file, for a model that has no template of its own"
     )
+    chat_template_kwargs: dict[Text, bool | int | float | str] = Field(
+        {}, description="variables of the chat template, such as {enable_thinking: false}"
+    )
     keep_unquantized: Names = Field([], description="names of further modules to hold in 16 bit")
     device: Device = Field("auto", description="auto takes the first GPU")
     embeddings_on_host: bool = Field(

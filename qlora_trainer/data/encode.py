@@ -78,7 +78,7 @@ class Encoder:
         chat_template: A built-in name or a file; None takes the tokenizer's own.
         loss_on: One of `LOSS_ON`. `assistant`: every assistant turn; `last` and `completion`: the
             last turn, or the completion; `all`: every token. Plain text is always trained whole.
-        template_variables: Further variables of the chat template.
+        chat_template_kwargs: Further variables of the chat template.
 
     Raises:
         UserError: `loss_on` or the template is unknown, or the tokenizer has no EOS.
@@ -90,7 +90,7 @@ class Encoder:
         *,
         chat_template: str | None = None,
         loss_on: str = "assistant",
-        template_variables: Mapping[str, Any] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         if loss_on not in LOSS_ON:
             raise UserError(f"data.loss_on = {loss_on!r}: must be one of {', '.join(LOSS_ON)}")
@@ -102,7 +102,7 @@ class Encoder:
         self.tokenizer = tokenizer
         self.loss_on = loss_on
         text = choose_template(tokenizer, chat_template)
-        self.template = ChatTemplate(tokenizer, text, template_variables) if text else None
+        self.template = ChatTemplate(tokenizer, text, chat_template_kwargs) if text else None
         self.eos_id: int = tokenizer.eos_token_id
         self.bos_ids = _bos_ids(tokenizer)
         self._spans = SpanTokenizer(tokenizer)

@@ -230,7 +230,12 @@ def _inputs(batch: Batch) -> dict[str, Any]:
 
 
 def _encoder(inputs: EncoderInputs) -> Encoder:
-    return Encoder(inputs.tokenizer, chat_template=inputs.chat_template, loss_on=inputs.loss_on)
+    return Encoder(
+        inputs.tokenizer,
+        chat_template=inputs.chat_template,
+        chat_template_kwargs=inputs.chat_template_kwargs,
+        loss_on=inputs.loss_on,
+    )
 
 
 def _task(inputs: TaskInputs) -> CausalLM:

@@ -6,7 +6,7 @@ values are plain; the run file is read above.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from torch import Tensor, nn
@@ -32,6 +32,7 @@ class EncoderInputs:
             when they are encoded.
         labelled: False where predictions are asked for: records need not say the answer.
         chat_template: As in the run file.
+        chat_template_kwargs: As in the run file.
         loss_on: As in the run file.
     """
 
@@ -44,6 +45,7 @@ class EncoderInputs:
     training_rows: Callable[[], Iterator[Mapping[str, Any]]]
     labelled: bool = True
     chat_template: str | None = None
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     loss_on: str = "assistant"
 
 

@@ -274,6 +274,7 @@ def make_encoder(
             training_rows=lambda: _training_records(run),
             labelled=labelled,
             chat_template=run.model.chat_template,
+            chat_template_kwargs=run.model.chat_template_kwargs,
             loss_on=run.data.loss_on,
         )
     )

@@ -120,7 +120,7 @@ def test_the_identity_follows_everything_that_changes_tokens(chatml_tokenizer):
     others = [
         Encoder(chatml_tokenizer, loss_on="all"),
         Encoder(chatml_tokenizer, chat_template="alpaca"),
-        Encoder(chatml_tokenizer, template_variables={"enable_thinking": False}),
+        Encoder(chatml_tokenizer, chat_template_kwargs={"enable_thinking": False}),
         Encoder(BYTE_LEVEL, chat_template="chatml"),
     ]
     assert len({same, *(other.identity for other in others)}) == 5

@@ -161,7 +161,7 @@ def test_qwen3_drops_earlier_thinking_so_the_chat_is_split_one_example_per_answe
 
 def test_qwen3_without_thinking_trains_the_words_after_its_generation_prompt():
     tokenizer = qwen3()
-    encoder = Encoder(tokenizer, template_variables={"enable_thinking": False})
+    encoder = Encoder(tokenizer, chat_template_kwargs={"enable_thinking": False})
     (example,) = encode(encoder, [USER, YES])
     assert trained_texts(tokenizer, example) == ["yes<|im_end|>"]
 

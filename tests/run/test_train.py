@@ -119,6 +119,29 @@ def test_a_tilde_in_the_output_folder_is_the_users_home(
     assert list(here.iterdir()) == []
 
 
+def test_variables_of_the_chat_template_are_there_in_training_and_in_asking(
+    make_run: Make, tmp_path: Path
+) -> None:
+    template = tmp_path / "mine.jinja"
+    template.write_text(
+        "{{ mood }}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+
+    def model(mood: str) -> dict[str, Any]:
+        return {"chat_template": str(template), "chat_template_kwargs": {"mood": mood}}
+
+    folder = train(make_run(model=model("calm"), train={"max_steps": 1})).folder
+    sample = json.loads((folder / "data.json").read_text())["samples"][0]
+    assert "".join(text for text, _ in sample["pieces"]).startswith("calm<|im_start|>user")
+    trained = load_trained(folder)
+    asked = trained.encoder.encode_prompt([{"role": "user", "content": "Hi"}])
+    assert trained.source.tokenizer.decode(asked).startswith("calm<|im_start|>user\nHi<|im_end|>")
+    unfinish(folder)
+    with pytest.raises(UserError, match=r"chat_template_kwargs\.mood: was 'calm', now 'wild'"):
+        train(make_run(model=model("wild"), train={"max_steps": 1}))
+
+
 def test_a_run_of_another_machine_answers_here(make_run: Make) -> None:
     folder = train(make_run()).folder
     expected = generate(load_trained(folder), ["What is 1 plus 1?"], max_new_tokens=4)
