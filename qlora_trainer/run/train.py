@@ -96,7 +96,8 @@ def train(
         outcome = _run_loop(folder, settings, parts, told.console())
         memory = parts.forecast.compare(told)
         folder.write_json("memory.json", memory)
-        result = _finished(folder, settings, environment, parts, outcome, memory)
+        with folder.writing():
+            result = _finished(folder, settings, environment, parts, outcome, memory)
         if outcome.best_evaluation is not None and isinstance(parts.task, ScoredTask):
             told.say(prove_saved(folder.path, outcome.best_evaluation, source.device))
         return result

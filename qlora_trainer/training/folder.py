@@ -16,7 +16,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -119,11 +120,25 @@ class RunFolder:
         self._write(name, json.dumps(content, indent=2, ensure_ascii=False))
 
     def _write(self, name: str, text: str) -> None:
-        try:
+        with self.writing(name):
             write_text_atomically(self.path / name, text)
+
+    @contextmanager
+    def writing(self, name: str = "") -> Iterator[None]:
+        """Within, what the system refuses is the user's to mend.
+
+        Args:
+            name: Of what is written; without one, what the system names.
+
+        Raises:
+            UserError: Something could not be written.
+        """
+        try:
+            yield
         except OSError as error:
+            place = self.path / name if name else error.filename or self.path
             raise UserError(
-                f"{self.path / name}: cannot be written ({error.strerror}); what was saved so far "
+                f"{place}: cannot be written ({error.strerror or error}); what was saved so far "
                 "stands. Make room or mend the folder, then run the same command again"
             ) from error
 

@@ -142,6 +142,24 @@ def test_variables_of_the_chat_template_are_there_in_training_and_in_asking(
         train(make_run(model=model("wild"), train={"max_steps": 1}))
 
 
+def test_what_cannot_be_written_at_the_very_end_is_made_up_for(
+    make_run: Make, tmp_path: Path
+) -> None:
+    expected = train(make_run(output={"folder": str(tmp_path / "whole")}))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".qlora-run").write_text("")
+    (tmp_path / "run" / "loss.png").mkdir()
+    with pytest.raises(UserError, match=r"loss\.png: cannot be written \(Is a directory\); what"):
+        train(make_run())
+    (tmp_path / "run" / "loss.png").rmdir()
+    listener = Listener()
+    again = train(make_run(), reporter=listener)
+    assert again.metrics == expected.metrics
+    assert (again.folder / "result.json").is_file()
+    metrics = (again.folder / "metrics.jsonl").read_text().splitlines()
+    assert len(metrics) == len((expected.folder / "metrics.jsonl").read_text().splitlines())
+
+
 def test_a_run_of_another_machine_answers_here(make_run: Make) -> None:
     folder = train(make_run()).folder
     expected = generate(load_trained(folder), ["What is 1 plus 1?"], max_new_tokens=4)
