@@ -119,6 +119,9 @@ class AdapterSettings(Settings):
     layers: Layers = Field(
         "all", description="all, a list of layer numbers, {last: 8}, {first: 8} or {range: [8, 16]}"
     )
+    init_from: Text | None = Field(
+        None, description="run folder or adapter folder to go on from, with new data"
+    )
     modules_to_save: Names = Field([], description="modules trained in full and saved")
     rank_pattern: dict[Ending, Rank] = Field({}, description="rank by module name or expression")
     alpha_pattern: dict[Ending, Alpha] = Field({}, description="alpha by module name or expression")

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from qlora_trainer.base.fingerprint import base_fingerprint
-from qlora_trainer.base.load import load_config
 from qlora_trainer.base.machine import choose_device
 from qlora_trainer.config.read import read_run_file
 from qlora_trainer.config.settings import RunConfig
@@ -71,7 +70,7 @@ def load_trained(folder: str | Path, *, reporter: Reporter | None = None) -> Tra
             f"{folder}: {run.model.source} is not the base this adapter was trained on any more; "
             "put the same release back"
         )
-    known = head_settings(folder / "adapter") if source.kind.new_head else {}
+    known = setup.head_settings(folder / "adapter") if source.kind.new_head else {}
     encoder = setup.make_encoder(run, source, known=known)
     settings = setup.model_settings(encoder)
     told = tensors_loaded(listener)
@@ -81,22 +80,6 @@ def load_trained(folder: str | Path, *, reporter: Reporter | None = None) -> Tra
     dtype = torch.bfloat16 if computes_in_bf16 and run.adapter.dtype != "fp32" else torch.float32
     load_adapter(model, folder / "adapter", dtype=dtype, trainable=False)
     return Trained(run, model.eval(), source, encoder, folder, known)
-
-
-def head_settings(adapter: Path) -> dict[str, Any]:
-    """Task settings that the configuration beside an adapter settles: labels, kind of problem.
-
-    Raises:
-        UserError: It is not there.
-    """
-    config = load_config(adapter)
-    problem = (config.problem_type or "single").split("_")[0]
-    if problem == "regression":
-        return {"problem": problem, "labels": None}
-    return {
-        "problem": problem,
-        "labels": [config.id2label[index] for index in sorted(config.id2label)],
-    }
 
 
 def _with_attention_of_here(run: RunConfig, listener: Reporter) -> RunConfig:
@@ -174,7 +157,7 @@ def held_out_metrics(trained: Trained, *, adapter: bool = True) -> dict[str, flo
     Raises:
         UserError: The run has no held-out rows.
     """
-    data = setup.open_data(trained.run, trained.source)
+    data = setup.open_data(trained.run, trained.source, known=trained.known)
     batches = setup.eval_batches(trained.run, data)
     if batches is None:
         raise UserError("the run has no held-out rows; set data.eval or data.eval_fraction")

@@ -95,7 +95,7 @@ def run_data(trained: Trained, data: str | None, told: Reporter) -> setup.RunDat
     """
     run, source = trained.run, trained.source
     if data is None:
-        return setup.open_data(run, source, rows_read(told))
+        return setup.open_data(run, source, rows_read(told), known=trained.known)
     held_out = setup.encode_sources(
         run, trained.encoder, [source_like(trained, data)], "--data", rows_read(told)
     )

@@ -40,6 +40,8 @@ def resolved_settings(run: RunConfig, revision: str | None) -> dict[str, Any]:
         cache_folder = Path(run.data.cache_folder).expanduser().absolute()
         settings["data"]["cache_folder"] = str(cache_folder)
     settings["model"]["source"] = _absolute(settings["model"]["source"])
+    if run.adapter.init_from is not None:
+        settings["adapter"]["init_from"] = _absolute(run.adapter.init_from)
     for source in (*settings["data"]["train"], *settings["data"]["eval"]):
         source["path"] = _absolute(source["path"])
     settings["output"]["folder"] = str(Path(run.output.folder).expanduser().absolute())

@@ -16,6 +16,7 @@ from qlora_trainer.data.gate import GateReport
 from qlora_trainer.lora.files import save_adapter
 from qlora_trainer.lora.spec import AdapterSpec
 from qlora_trainer.run.check import inspect
+from qlora_trainer.run.continued import open_earlier, read_into, score_after, score_before
 from qlora_trainer.run.forecast import Forecast, forecast_run
 from qlora_trainer.run.rehearsal import rehearsal_of
 from qlora_trainer.run.report import Reporter, rows_read, tensors_loaded
@@ -93,13 +94,18 @@ def train(
         folder.write_json("environment.json", environment)
         folder.write_json("data.json", parts.gate.to_json())
         folder.write_json("audit.json", parts.account.to_json())
+        old_rows = open_earlier(run, told)
+        score_before(old_rows, folder, parts.model, parts.task)
         outcome = _run_loop(folder, settings, parts, told.console())
         memory = parts.forecast.compare(told)
         folder.write_json("memory.json", memory)
         with folder.writing():
             result = _finished(folder, settings, environment, parts, outcome, memory)
+        if not outcome.complete:
+            return result
         if outcome.best_evaluation is not None and isinstance(parts.task, ScoredTask):
             told.say(prove_saved(folder.path, outcome.best_evaluation, source.device))
+        score_after(old_rows, folder, parts.model, parts.task, told)
         return result
 
 
@@ -166,7 +172,8 @@ def _prepare(run: RunConfig, source: setup.ModelSource, base: str, told: Reporte
     account = audit_base(model)
     told.audit(account)
     spec = setup.add_adapter(run, model, source.base_spec.compute_dtype, source.kind)
-    setup.set_activations(run, model)
+    read_into(run, model, spec, base)
+    setup.set_activations(run, model, forecast.activations)
     task = setup.make_task(run, model, source, data)
     optimizer = setup.make_optimizer(run, model)
     for line in setup.notes(task, optimizer):
@@ -237,6 +244,7 @@ def _run_loop(
                 references=setup.references(run, data),
                 decode=None if source.tokenizer is None else source.tokenizer.decode,
                 rehearsal=rehearsal_of(run, data, parts.model, source.device),
+                watch=parts.forecast.watch(parts.model, parts.optimizer),
             ),
             parts.plan,
         )

@@ -184,16 +184,27 @@ def check_length(run: RunConfig, config: Any) -> None:
 
 
 def open_data(
-    run: RunConfig, source: ModelSource, progress: Callable[[int], None] | None = None
+    run: RunConfig,
+    source: ModelSource,
+    progress: Callable[[int], None] | None = None,
+    *,
+    known: Mapping[str, Any] | None = None,
 ) -> RunData:
     """Read and encode all rows, or find them encoded.
+
+    Args:
+        run: The settings.
+        source: The model.
+        progress: Told of rows read.
+        known: Task settings that a trained adapter has settled, where there is one.
 
     Raises:
         UserError: With every faulty row, its file and line.
     """
     check_length(run, source.config)
     data = run.data
-    encoder = make_encoder(run, source)
+    known = _settled(run, source.kind) if known is None else known
+    encoder = make_encoder(run, source, known=known)
     train = encode_sources(run, encoder, data.train, "data.train", progress)
     held_out = None
     if data.eval:
@@ -242,6 +253,59 @@ def encode_sources(
         )
     except UserError as error:
         raise UserError(f"{name}: {error}") from None
+
+
+def earlier_adapter(run: RunConfig) -> Path | None:
+    """The adapter's folder that `adapter.init_from` means.
+
+    Raises:
+        UserError: It is not there.
+    """
+    if run.adapter.init_from is None:
+        return None
+    named = Path(run.adapter.init_from).expanduser()
+    for folder in (named / "adapter", named):
+        if (folder / "adapter_config.json").is_file():
+            return folder.absolute()
+    raise UserError(
+        f"adapter.init_from = {run.adapter.init_from!r}: is neither a finished run nor an adapter "
+        "(adapter_config.json)"
+    )
+
+
+def _settled(run: RunConfig, kind: TaskKind) -> dict[str, Any]:
+    """What the adapter that is gone on from has settled: its labels, in its order.
+
+    Raises:
+        UserError: The run file says other labels.
+    """
+    folder = earlier_adapter(run)
+    if folder is None or not kind.new_head:
+        return {}
+    known = head_settings(folder)
+    given = run.task_settings.labels
+    if given is not None and given != known["labels"]:
+        raise UserError(
+            f"task_settings.labels = {given}: the adapter of adapter.init_from has "
+            f"{known['labels']}; leave them out"
+        )
+    return known
+
+
+def head_settings(adapter: Path) -> dict[str, Any]:
+    """Task settings that the configuration beside an adapter settles: labels, kind of problem.
+
+    Raises:
+        UserError: It is not there.
+    """
+    config = load_config(adapter)
+    problem = (config.problem_type or "single").split("_")[0]
+    if problem == "regression":
+        return {"problem": problem, "labels": None}
+    return {
+        "problem": problem,
+        "labels": [config.id2label[index] for index in sorted(config.id2label)],
+    }
 
 
 def make_encoder(

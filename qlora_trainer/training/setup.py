@@ -25,14 +25,16 @@ from qlora_trainer.lora.spec import AdapterSpec
 from qlora_trainer.tasks.causal_lm import CausalLM
 from qlora_trainer.tasks.kind import TaskInputs, TaskKind
 from qlora_trainer.tasks.task import Batch, Task
-from qlora_trainer.training.activations import ActivationPlan, plan_activations
+from qlora_trainer.training.activations import Activation, ActivationPlan, plan_activations
 from qlora_trainer.training.open import (
     ModelSource,
     Progress,
     RunData,
     base_spec,
     check_length,
+    earlier_adapter,
     encode_sources,
+    head_settings,
     load_model,
     make_encoder,
     open_data,
@@ -56,8 +58,10 @@ __all__ = [
     "add_adapter",
     "base_spec",
     "check_length",
+    "earlier_adapter",
     "encode_sources",
     "eval_batches",
+    "head_settings",
     "load_model",
     "make_encoder",
     "make_optimizer",
@@ -150,11 +154,22 @@ def techniques(run: RunConfig) -> Techniques:
     return Techniques(train.fused_mlp, train.mlp_tile_tokens, train.tiled_norms)
 
 
-def set_activations(run: RunConfig, model: Any) -> ActivationPlan:
-    """Put the step's techniques on the model; keep, recompute or offload, layer by layer."""
+def set_activations(
+    run: RunConfig, model: Any, solved: Activation | Sequence[Activation] | None = None
+) -> ActivationPlan:
+    """Put the step's techniques on the model; keep, recompute or offload, layer by layer.
+
+    Args:
+        run: The settings.
+        model: Adapters already on it.
+        solved: What `train.activations: auto` came to; not looked at otherwise.
+    """
+    wanted: Any = run.train.activations
+    if wanted == "auto":
+        wanted = "recompute" if solved is None else solved
     for note in apply_techniques(model, techniques(run)):
         logger.warning(note)
-    return plan_activations(model, decoder_layers(model), run.train.activations)
+    return plan_activations(model, decoder_layers(model), wanted)
 
 
 def model_settings(encoder: RecordEncoder) -> dict[str, Any]:
