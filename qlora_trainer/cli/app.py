@@ -71,15 +71,18 @@ def schema() -> None:
 
 @app.command()
 def check(run_file: RunFile, overrides: Overrides = None) -> None:
-    """Check a run file and its data: what is trained, what is cut, what is wrong."""
+    """Check a run file and its data: what is trained, what is cut, what servers cannot do."""
     from qlora_trainer.cli.show import ConsoleReporter
     from qlora_trainer.config.read import read_run_file
 
     config = read_run_file(run_file, overrides or ())
+    from qlora_trainer.cli.show_export import show_serving
     from qlora_trainer.run.check import check as check_data
+    from qlora_trainer.run.check import serving
 
     with ConsoleReporter() as reporter:
         reporter.gate(check_data(config, reporter=reporter))
+    show_serving(serving(config))
 
 
 @app.command()

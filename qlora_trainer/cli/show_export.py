@@ -1,6 +1,6 @@
 """How a finished export looks on a terminal: what was kept, why, and the proof."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.markup import escape
@@ -8,6 +8,7 @@ from rich.table import Table
 
 from qlora_trainer.cli.show import out
 from qlora_trainer.export.export import Exported
+from qlora_trainer.export.serving import ServingNote
 from qlora_trainer.units import format_bytes, format_seconds
 
 _FIGURES = (
@@ -53,8 +54,16 @@ def show_export(exported: Exported) -> None:
         )
     if report.get("reason"):
         out.print(escape(report["reason"]))
+    for note in report.get("serving") or ():
+        out.print(f"[yellow]serving:[/] {escape(note)}")
     for note in report.get("notes") or ():
         out.print(f"note: {escape(note)}")
     if ways and not compared:
         out.print("[yellow]not proven:[/] the comparison was left out")
     out.print(f"export        {escape(str(exported.folder))}")
+
+
+def show_serving(notes: Sequence[ServingNote]) -> None:
+    """What servers cannot do with the adapter as planned; nothing where there is nothing."""
+    for note in notes:
+        out.print(f"[yellow]serving:[/] {escape(str(note))}")

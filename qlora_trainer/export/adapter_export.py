@@ -10,6 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from qlora_trainer.export.adapter import fit_adapter
 from qlora_trainer.export.combine import combine_adapters
@@ -23,7 +24,10 @@ from qlora_trainer.export.report import REPORT_NAME, base_name
 from qlora_trainer.export.serving import ServingNote, serving_notes
 from qlora_trainer.export.source import ExportSource
 from qlora_trainer.lora.files import WEIGHTS_NAME
+from qlora_trainer.lora.kind import kind_of
 from qlora_trainer.lora.peft_config import CONFIG_NAME
+from qlora_trainer.lora.select import select_modules
+from qlora_trainer.lora.spec import AdapterSpec
 
 HEADS = ("lm_head.weight", "embed_out.weight")
 
@@ -35,14 +39,27 @@ def notes_for(source: ExportSource) -> list[ServingNote]:
         UserError: The adapter is broken or of another base.
     """
     plain = plain_model(source.base_folder, source.model_class, source.spec, source.config_changes)
-    adapter = fit_adapter(source.adapter_folder, plain.model)
-    tied: dict[str, str] = dict(plain.model.all_tied_weights_keys)
+    spec = fit_adapter(source.adapter_folder, plain.model).spec
+    return planned_notes(plain.model, spec)
+
+
+def planned_notes(model: Any, spec: AdapterSpec) -> list[ServingNote]:
+    """What servers cannot do with such an adapter on such a model.
+
+    Args:
+        model: The base, with or without weights; no adapter on it.
+        spec: The adapter.
+    """
+    adapted = select_modules(model, spec, strict=False)
+    tied: dict[str, str] = dict(model.all_tied_weights_keys)
     return serving_notes(
-        rank=adapter.spec.rank,
-        kinds=sorted({update.kind for update in adapter.updates.values()}),
-        modules_to_save=adapter.spec.modules_to_save,
-        rank_pattern=tuple(adapter.spec.rank_pattern.values()),
-        adapts_head=any(name.endswith(HEADS) for name in adapter.updates),
+        rank=spec.rank,
+        kinds=sorted({k.name for name in adapted if (k := kind_of(model.get_submodule(name)))}),
+        modules_to_save=spec.modules_to_save,
+        rank_pattern=[spec.rank_of(name) for name in adapted],
+        alpha_pattern=bool(spec.alpha_pattern),
+        rslora=spec.rslora,
+        adapts_head=any(f"{name}.weight".endswith(HEADS) for name in adapted),
         tied_head=any(name.endswith(HEADS) for name in (*tied, *tied.values())),
     )
 

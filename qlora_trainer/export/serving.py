@@ -2,10 +2,11 @@
 
 One small table, each line with where it is known from. It is about serving the *adapter* beside
 its base; a merged export has none of these limits. Versions move: the lines are what those
-projects' trackers and documents said by the end of 2025.
+projects' sources, trackers and documents said by the end of 2025. Ollama and LM Studio load
+adapters through llama.cpp's format and share its lines.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 VLLM_DEFAULT_MAX_RANK = 16
@@ -35,6 +36,8 @@ class ServingNote:
 
 
 _MERGE = "serve a merged export instead (qlora export --format merged)"
+_PEFT_HELPER = "vLLM, lora/peft_helper.py"
+_CONVERTER = "llama.cpp, convert_lora_to_gguf.py"
 
 
 def serving_notes(
@@ -43,6 +46,8 @@ def serving_notes(
     kinds: Sequence[str],
     modules_to_save: Sequence[str] = (),
     rank_pattern: Sequence[int] = (),
+    alpha_pattern: bool = False,
+    rslora: bool = False,
     adapts_head: bool = False,
     tied_head: bool = False,
 ) -> list[ServingNote]:
@@ -53,35 +58,68 @@ def serving_notes(
         kinds: Kinds of its modules: "linear", "conv1d", "conv2d", "embedding".
         modules_to_save: Modules trained in full.
         rank_pattern: Further ranks.
+        alpha_pattern: Whether some modules have an alpha of their own.
+        rslora: Whether updates are scaled by alpha / sqrt(rank).
         adapts_head: Whether the output head has a low-rank update.
         tied_head: Whether the head's weight is the token embedding's.
 
     >>> [note.setting for note in serving_notes(rank=8, kinds=["linear"])]
     []
     """
-    notes: list[ServingNote] = []
+    largest = max([rank, *rank_pattern])
+    notes = [
+        *_of_vllm(largest, kinds, modules_to_save),
+        *_of_llama_cpp(kinds, modules_to_save, rslora, adapts_head and tied_head),
+    ]
+    patterns = [name for name, given in
+                (("rank_pattern", any(r != rank for r in rank_pattern)),
+                 ("alpha_pattern", alpha_pattern)) if given]  # fmt: skip
+    if patterns:
+        reason = "it reads one rank and one alpha, so these modules get a wrong scale"
+        notes.append(ServingNote("vLLM", ", ".join(patterns), reason, _MERGE, _PEFT_HELPER))
+    if alpha_pattern:
+        reason = "its converter reads one alpha, so these modules get a wrong scale"
+        notes.append(ServingNote("llama.cpp", "alpha_pattern", reason, _MERGE, _CONVERTER))
+    return notes
 
-    def note(server: str, setting: str, reason: str, way_out: str, source: str) -> None:
-        notes.append(ServingNote(server, setting, reason, way_out, source))
 
+def _of_vllm(
+    largest: int, kinds: Sequence[str], modules_to_save: Sequence[str]
+) -> Iterator[ServingNote]:
     if modules_to_save:
         setting = f"modules_to_save = {', '.join(modules_to_save)}"
-        note("vLLM", setting, "refused", _MERGE, "vllm-project/vllm#9280")
-        reason = "its converter takes low-rank factors only"
-        note("llama.cpp", setting, reason, _MERGE, "ggml-org/llama.cpp#11554")
-    largest = max([rank, *rank_pattern])
+        yield ServingNote("vLLM", setting, "refused", _MERGE, "vllm-project/vllm#9280")
     if largest > VLLM_RANKS[-1]:
-        reason = f"more than {VLLM_RANKS[-1]} is not possible"
-        note("vLLM", f"rank = {largest}", reason, f"lower it, or {_MERGE}", "vLLM LoRAConfig")
+        reason, way_out = f"more than {VLLM_RANKS[-1]} is not possible", f"lower it, or {_MERGE}"
+        yield ServingNote("vLLM", f"rank = {largest}", reason, way_out, "vLLM LoRAConfig")
     elif largest > VLLM_DEFAULT_MAX_RANK:
         needed = next(size for size in VLLM_RANKS if size >= largest)
         reason = f"refused at its default of {VLLM_DEFAULT_MAX_RANK}"
         way_out = f"start it with --max-lora-rank {needed}"
-        note("vLLM", f"rank = {largest}", reason, way_out, "vllm-project/vllm#2847")
+        yield ServingNote("vLLM", f"rank = {largest}", reason, way_out, "vllm-project/vllm#2847")
     if "conv1d" in kinds:
-        reason = "its GPT-2 takes no adapters"
-        note("vLLM", "target_modules of GPT-2", reason, _MERGE, "vLLM's list of supported models")
-    if adapts_head and tied_head:
-        reason = "the update of a head tied to the embedding has been dropped in converting"
-        note("llama.cpp", "target_modules with lm_head", reason, _MERGE, "ggml-org/llama.cpp#9065")
-    return notes
+        reason, known = "its GPT-2 takes no adapters", "vLLM's list of supported models"
+        yield ServingNote("vLLM", "target_modules of GPT-2", reason, _MERGE, known)
+    if "conv2d" in kinds:
+        reason, known = "it adapts linear layers and embeddings only", "vllm/lora/layers"
+        yield ServingNote("vLLM", "target_modules with convolutions", reason, _MERGE, known)
+
+
+def _of_llama_cpp(
+    kinds: Sequence[str], modules_to_save: Sequence[str], rslora: bool, tied_head: bool
+) -> Iterator[ServingNote]:
+    if modules_to_save:
+        setting = f"modules_to_save = {', '.join(modules_to_save)}"
+        reason = "its converter takes low-rank factors only"
+        yield ServingNote("llama.cpp", setting, reason, _MERGE, "ggml-org/llama.cpp#11554")
+    if rslora:
+        reason = "its converter passes on alpha alone, so the scale is too small by sqrt(rank)"
+        yield ServingNote("llama.cpp", "rslora = true", reason, _MERGE, _CONVERTER)
+    if tied_head:
+        reason = "the update of a head tied to the embedding is refused in converting"
+        known = "ggml-org/llama.cpp#9065"
+        yield ServingNote("llama.cpp", "target_modules with lm_head", reason, _MERGE, known)
+    if "conv2d" in kinds:
+        reason = "its converter takes matrices only"
+        setting = "target_modules with convolutions"
+        yield ServingNote("llama.cpp", setting, reason, _MERGE, _CONVERTER)

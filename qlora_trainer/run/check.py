@@ -1,16 +1,22 @@
 """Looking before leaping: the machine, the data, the base."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
 from qlora_trainer.base.audit import BaseAudit, audit_base
+from qlora_trainer.base.layers import layer_count
 from qlora_trainer.base.machine import Finding, diagnose
+from qlora_trainer.base.select import trained_heads
 from qlora_trainer.config.read import read_run_file
 from qlora_trainer.config.settings import RunConfig
 from qlora_trainer.data.encode import Encoder
 from qlora_trainer.data.gate import GateReport, inspect_data, inspect_rows
 from qlora_trainer.data.rows import RowEncoder
+from qlora_trainer.export.adapter_export import planned_notes
+from qlora_trainer.export.merged import plain_model
+from qlora_trainer.export.serving import ServingNote
 from qlora_trainer.run.report import Reporter, rows_read, tensors_loaded
 from qlora_trainer.training import setup
 
@@ -54,6 +60,21 @@ def inspect(run: RunConfig, source: setup.ModelSource, data: setup.RunData) -> G
         packing_capacity=run.data.max_seq_len if run.data.packing else None,
         stop_ids=source.stop_ids,
     )
+
+
+def serving(run: RunConfig) -> list[ServingNote]:
+    """What vLLM, llama.cpp and those that build on them cannot do with the adapter as planned.
+
+    Raises:
+        UserError: The model is not there, or has not the layers the settings name.
+    """
+    source = setup.open_model(run)
+    model = plain_model(source.resolved.folder, source.kind.auto_class, source.base_spec, {}).model
+    spec = setup.adapter_spec(run, layer_count(model))
+    if source.kind.new_head:
+        saved = dict.fromkeys((*spec.modules_to_save, *trained_heads(model)))
+        spec = replace(spec, modules_to_save=tuple(saved))
+    return planned_notes(model, spec)
 
 
 def audit(run: RunConfig, *, reporter: Reporter | None = None) -> BaseAudit:

@@ -121,7 +121,20 @@ def test_joined_configuration_speaks_of_scale_one(bench, tmp_path):
 def test_serving_notes_name_setting_reason_and_way_out():
     notes = serving_notes(rank=48, kinds=["linear"], modules_to_save=["lm_head"])
     said = [str(note) for note in notes]
-    assert [note.server for note in notes] == ["vLLM", "llama.cpp", "vLLM"]
+    assert [note.server for note in notes] == ["vLLM", "vLLM", "llama.cpp"]
     assert "modules_to_save = lm_head" in said[0]
-    assert "--max-lora-rank 64" in said[2]
+    assert "--max-lora-rank 64" in said[1]
     assert serving_notes(rank=16, kinds=["linear"]) == []
+
+
+def test_serving_notes_tell_of_scales_that_servers_get_wrong():
+    said = [
+        str(note)
+        for note in serving_notes(
+            rank=16, kinds=["linear"], rank_pattern=[16, 8], alpha_pattern=True, rslora=True
+        )
+    ]
+    assert any("vLLM: rank_pattern, alpha_pattern" in line for line in said)
+    assert any("llama.cpp: rslora = true" in line and "sqrt(rank)" in line for line in said)
+    assert any("llama.cpp: alpha_pattern" in line for line in said)
+    assert serving_notes(rank=16, kinds=["linear"], rank_pattern=[16, 16]) == []

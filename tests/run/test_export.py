@@ -18,6 +18,7 @@ from transformers import (
     BertForTokenClassification,
     GPT2Config,
     GPT2ForSequenceClassification,
+    GPT2LMHeadModel,
     ResNetConfig,
     ResNetForImageClassification,
     T5Config,
@@ -27,8 +28,10 @@ from transformers import (
 )
 
 from qlora_trainer import load_trained, train
+from qlora_trainer.cli.app import app
 from qlora_trainer.config.settings import RunConfig
 from qlora_trainer.errors import UserError
+from qlora_trainer.run.check import serving
 from qlora_trainer.run.export import export_run
 from qlora_trainer.run.report import Reporter
 
@@ -169,3 +172,55 @@ def test_every_task_head_of_a_peft_adapter_is_merged_whole_and_proven(
         ours, theirs = merged.eval()(**inputs)[0], adapted.eval()(**inputs)[0]
     assert ours.shape == theirs.shape
     assert (ours - theirs).norm() / theirs.norm() < 1e-5
+
+
+def test_check_says_before_training_what_servers_will_not_do(make_run: Make) -> None:
+    assert serving(make_run(adapter={"rank": 16})) == []
+    planned = make_run(adapter={"rank": 32, "rslora": True, "modules_to_save": ["norm"]})
+    said = [str(note) for note in serving(planned)]
+    assert any("vLLM: rank = 32" in line and "--max-lora-rank 32" in line for line in said)
+    assert any("llama.cpp: rslora = true" in line for line in said)
+    assert sum("modules_to_save = norm" in line for line in said) == 2
+
+
+@pytest.mark.filterwarnings(
+    "ignore::FutureWarning"
+)  # PEFT asks transformers in a way that is to go
+def test_adapters_named_on_the_command_line_are_merged_by_their_weights(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.manual_seed(0)
+    base = tmp_path / "base"
+    GPT2LMHeadModel(GPT2()).save_pretrained(base)
+    own = GPT2LMHeadModel.from_pretrained(base).transformer.h[0].attn.c_attn.weight.detach()
+    expected = own.clone()
+    for number, weight in enumerate((0.5, -2)):
+        settings = peft.LoraConfig(
+            r=2 + number, target_modules=["c_attn"], fan_in_fan_out=True, task_type="CAUSAL_LM",
+            init_lora_weights=False,
+        )  # fmt: skip
+        adapted = peft.get_peft_model(GPT2LMHeadModel.from_pretrained(base), settings)
+        adapted.save_pretrained(tmp_path / f"a{number}")
+        merged = adapted.merge_and_unload().transformer.h[0].attn.c_attn.weight.detach()
+        expected += weight * (merged - own)
+    named = [f"{tmp_path / 'a0'}=0.5", f"{tmp_path / 'a1'}=-2"]
+    out = tmp_path / "out"
+    settings = ["--dtype", "fp32", "--onto", "original", "--quantization", "none"]
+    arguments = ["merge-adapters", *named, "--out", str(out), *settings]
+    app(arguments, standalone_mode=False)
+    found = AutoModelForCausalLM.from_pretrained(out).transformer.h[0].attn.c_attn.weight
+    assert (found - expected).norm() / expected.norm() < 1e-6
+    report = json.loads((out / "export_report.json").read_text())
+    assert report["ways"]["original"]["proof"]["native"]["figures"]["positions"] > 100
+    assert "0.5 x a0 + -2 x a1" in capsys.readouterr().out
+    together = tmp_path / "together"
+    app([*arguments[:3], "--out", str(together), "--format", "adapter"], standalone_mode=False)
+    again = peft.PeftModel.from_pretrained(GPT2LMHeadModel.from_pretrained(base), together)
+    found = again.merge_and_unload().transformer.h[0].attn.c_attn.weight
+    assert (found - expected).norm() / expected.norm() < 1e-6
+    config = tmp_path / "a1" / "adapter_config.json"
+    config.write_text(config.read_text().replace('/base"', '/other"'))
+    with pytest.raises(UserError, match="trained on different bases"):
+        app([*arguments[:3], "--out", str(tmp_path / "none")], standalone_mode=False)
+    with pytest.raises(UserError, match="'much' is not a number"):
+        app(["merge-adapters", f"{tmp_path / 'a0'}=much", "--out", str(out)], standalone_mode=False)
