@@ -164,7 +164,7 @@ def _role(path: str, name: str, module: nn.Module, tensor: Tensor, heads: set[st
         role = "bias"
     elif is_router(module) and tensor.dim() > 1:
         role = "router"
-    elif tensor.dim() == 3:
+    elif tensor.dim() == 3 and tensor.shape[0] > 1:
         role = "experts"
     elif is_linear(module) or (isinstance(module, nn.Linear) and tensor.dim() == 2):
         role = "linear weights"

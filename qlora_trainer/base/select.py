@@ -163,7 +163,7 @@ def _reason_by_kind(module: nn.Module) -> str | None:
         return f"{kind} is not a plain linear layer"
     if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         return "convolution: NF4 kernels only multiply matrices"
-    if any(parameter.dim() == 3 for parameter in module.parameters(recurse=False)):
+    if any(p.dim() == 3 and p.shape[0] > 1 for p in module.parameters(recurse=False)):
         return f"{kind} holds all experts fused in 3-D weights, which NF4 layers do not cover"
     return f"{kind} is not a linear layer"
 

@@ -5,7 +5,16 @@ import pytest
 
 
 @pytest.mark.parametrize(
-    "name", ["environment", "exact_resume", "film_reviews", "intervals", "repin", "steps"]
+    "name",
+    [
+        "assets_translation",
+        "environment",
+        "exact_resume",
+        "film_reviews",
+        "intervals",
+        "repin",
+        "steps",
+    ],
 )
 def test_the_examples_in_a_script_hold(name):
     results = doctest.testmod(importlib.import_module(name))
