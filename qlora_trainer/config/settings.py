@@ -51,7 +51,8 @@ class ModelSettings(Settings):
         "auto", description="attention kernel; auto is the model's best without extra packages"
     )
     chat_template: Text | None = Field(
-        None, description="'chatml' or a Jinja file, for a model that has no template of its own"
+        None,
+        description="chatml, alpaca or a Jinja file, for a model that has no template of its own",
     )
     chat_template_kwargs: dict[Text, bool | int | float | str] = Field(
         {}, description="variables of the chat template, such as {enable_thinking: false}"

@@ -233,6 +233,14 @@ class ChatTemplate:
                 add_generation_prompt=add_generation_prompt,
                 **self._values,
             )
+        except jinja2.TemplateSyntaxError as error:
+            raise RowError(
+                f"the chat template is no valid Jinja (its line {error.lineno}: {error.message}), "
+                "here and for every other chat",
+                "mend it, or name another under `model.chat_template`",
+                "broken template",
+                everywhere=True,
+            ) from error
         except (jinja2.TemplateError, TypeError, KeyError, ValueError, AttributeError) as error:
             raise RowError(
                 f"the chat template refuses the row ({error})",

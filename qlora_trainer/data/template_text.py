@@ -48,7 +48,7 @@ def choose_template(tokenizer: Any, template: str | None) -> str | None:
     """The template's text: a built-in name, a file, or else the tokenizer's own (None without).
 
     Raises:
-        UserError: The name is neither built in nor a file.
+        UserError: The name is neither built in nor a file that can be read.
     """
     if template is None:
         own = tokenizer.chat_template
@@ -59,7 +59,12 @@ def choose_template(tokenizer: Any, template: str | None) -> str | None:
         return BUILT_IN[template]
     path = Path(template).expanduser()
     if path.is_file():
-        return path.read_text(encoding="utf-8")
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(
+                f"model.chat_template = {template!r}: cannot be read as UTF-8 text ({error})"
+            ) from error
     raise UserError(
         f"model.chat_template = {template!r}: neither a built-in name ({', '.join(BUILT_IN)}) "
         "nor a file"

@@ -334,6 +334,20 @@ def test_chats_without_template_are_refused_once_beside_the_faults_of_rows(
     refused(message, tmp_path, plain_tokenizer, source)
 
 
+def test_a_template_that_is_no_jinja_is_refused_once_with_its_line(tmp_path, chatml_tokenizer):
+    (tmp_path / "a.jsonl").write_bytes(lines(*[chat(*CHAT)] * 300))
+    template = tmp_path / "mine.jinja"
+    template.write_text("{% for m in messages %}\n{{ m.content }\n{% endfor %}")
+    encoder = Encoder(chatml_tokenizer, chat_template=str(template))
+    with pytest.raises(UserError, match=r"\(1 fault\)(?s:.*)no valid Jinja \(its line 2: "):
+        build_dataset(
+            [DataSource(str(tmp_path / "a.jsonl"))], encoder, max_seq_len=9, cache_dir=tmp_path
+        )
+    template.write_bytes(b"caf\xe9 {{ messages }}")
+    with pytest.raises(UserError, match=r"model\.chat_template = .*cannot be read as UTF-8 text"):
+        Encoder(chatml_tokenizer, chat_template=str(template))
+
+
 def test_faults_of_all_sources_and_kinds_come_in_one_message(tmp_path, chatml_tokenizer):
     rows = [{"prompt": "a"}] * 60 + [{**GOOD, "completion": ""}]
     (tmp_path / "a.jsonl").write_bytes(lines(GOOD, *rows))
