@@ -7,7 +7,8 @@ process: beside storages, what the C library keeps for itself and what is mapped
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -92,15 +93,7 @@ def track_steps(
     steps: int = 2,
 ) -> Trace:
     """Run real steps under the tracker and keep the log."""
-    tracker = AllocationTracker(device.type)
-    tracker.set_phase("load")
-    trained = {id(p) for p in optimizer.parameters.values()}
-    roles = {item.name: item.role for item in audit_base(model).tensors}
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        role = _ROLE_COMPONENTS.get(roles.get(name, "other"), "norms and other")
-        tracker.adopt(tensor, "load", "adapters" if id(tensor) in trained else role)
-    for _name, tensor, _pageable in optimizer.state_tensors():
-        tracker.adopt(tensor, "load", "optimizer states")
+    tracker = _started(model, optimizer, device)
     for batch in micro_batches:
         for tensor in batch.values():
             tracker.adopt(tensor, "load", "batch")
@@ -120,6 +113,36 @@ def track_steps(
             )
     tracker.close()
     return Trace(tracker.log)
+
+
+def _started(model: Any, optimizer: AdapterAdamW, device: torch.device) -> AllocationTracker:
+    """A tracker that knows what stands before a step, by component."""
+    tracker = AllocationTracker(device.type)
+    tracker.set_phase("load")
+    trained = {id(p) for p in optimizer.parameters.values()}
+    roles = {item.name: item.role for item in audit_base(model).tensors}
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        role = _ROLE_COMPONENTS.get(roles.get(name, "other"), "norms and other")
+        tracker.adopt(tensor, "load", "adapters" if id(tensor) in trained else role)
+    for _name, tensor, _pageable in optimizer.state_tensors():
+        tracker.adopt(tensor, "load", "optimizer states")
+    return tracker
+
+
+@contextmanager
+def watched_step(
+    model: Any, optimizer: AdapterAdamW, device: torch.device, found: list[Live]
+) -> Iterator[None]:
+    """Track what a training step does inside, whoever runs it; its peaks are added to `found`."""
+    tracker = _started(model, optimizer, device)
+    tracker.mark(RESET_PEAK)
+    tracker.follow_engine(("forward", "backward"))
+    try:
+        with tracker:
+            yield
+    finally:
+        tracker.close()
+    found.append(Trace(tracker.log).live())
 
 
 def predict_cpu(config: Any, shape: RunShape) -> Live:

@@ -5,13 +5,17 @@ Foresees the run on the device at hand, with the longest row of its data in plac
 change that does. After the run it lays what was measured
 beside what was foreseen: `memory.json`.
 
-Like is compared with like: on CUDA `torch.cuda`'s peaks; on a CPU, where nothing counts storages
-while a run trains, the growth of resident memory since before the base was loaded (imports and data
-are in neither number; what the C library keeps is in the measured one only).
+Like is compared with like. On CUDA `torch.cuda`'s peaks of the whole run stand beside the largest
+batch foreseen. On a CPU nobody counts storages while a run trains, and resident memory also holds
+imports, mapped files and what the C library keeps; so the first step is tracked, storage by
+storage, and that very step is foreseen once more, with its own batch.
 """
 
 import sys
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,52 +28,97 @@ from qlora_trainer.errors import UserError
 from qlora_trainer.memory.fit import Fitter
 from qlora_trainer.memory.foresight import SimulatedRun, simulate_run
 from qlora_trainer.memory.gpus import GpuProfile, gpu_of_this_machine
-from qlora_trainer.memory.measure import ResidentMemory
+from qlora_trainer.memory.measure import watched_step
 from qlora_trainer.memory.program import RunShape
+from qlora_trainer.memory.simulate import Live
 from qlora_trainer.memory.tracker import UnforeseeableOperator
-from qlora_trainer.run.foresee import run_shape, task_config
+from qlora_trainer.run.foresee import run_shape, task_config, with_auto
 from qlora_trainer.run.report import Reporter
+from qlora_trainer.tasks.task import Batch
 from qlora_trainer.training import setup
+from qlora_trainer.training.activations import Activation
+from qlora_trainer.training.optimizer import AdapterAdamW
 from qlora_trainer.units import format_bytes
 
+_STEP_PHASES = ("forward", "backward", "optimizer step")
 _STEP_ROOM_BYTES = 64 * 2**20  # tokenizer, metrics, pictures and logs beside adapters and states
 
 
-@dataclass(frozen=True)
+@dataclass
 class Forecast:
     """What was foreseen for a run, and what is needed to compare it.
 
     Attributes:
         device: The card's name, or `cpu`.
-        predicted: For `memory.json`; None where the model cannot be foreseen.
-        key: Of `predicted` and `measured`: what is compared.
-        resident: Resident memory since before the base was loaded.
         torch_device: Where the run is.
+        predicted: The largest batch, for `memory.json`; None where the model cannot be foreseen.
+        foresee_batch: Peak of live storages of a step of so many batches like the one at hand.
+        first_window: Micro-batches of the first step, once it has been watched.
+        first_step: What it took, likewise.
+        activations: What was foreseen for the layers; `auto` is solved.
     """
 
     device: str
-    predicted: dict[str, Any] | None
-    key: str
-    resident: ResidentMemory
     torch_device: torch.device
+    predicted: dict[str, Any] | None
+    foresee_batch: Callable[[Batch, int], int]
+    first_window: Sequence[Batch] = ()
+    first_step: list[Live] = field(default_factory=list)
+    activations: Activation | Sequence[Activation] = "recompute"
+
+    def watch(
+        self, model: Any, optimizer: AdapterAdamW
+    ) -> Callable[[Sequence[Batch]], AbstractContextManager[None]] | None:
+        """What measures the first step on a CPU; CUDA counts for itself."""
+        if self.predicted is None or self.torch_device.type != "cpu":
+            return None
+
+        def begin(window: Sequence[Batch]) -> AbstractContextManager[None]:
+            self.first_window = window
+            return watched_step(model, optimizer, self.torch_device, self.first_step)
+
+        return begin
 
     def compare(self, told: Reporter) -> dict[str, Any]:
         """The content of `memory.json` once the run has ended; says it in one line."""
-        measured: dict[str, Any] = {"resident_growth_bytes": self.resident.highest_bytes()}
+        content: dict[str, Any] = {"device": self.device, "predicted": self.predicted}
+        content["measured"] = content["compared"] = None
         if self.torch_device.type == "cuda":
-            measured["allocated_bytes"] = torch.cuda.max_memory_allocated(self.torch_device)
-            measured["reserved_bytes"] = torch.cuda.max_memory_reserved(self.torch_device)
-        content = {"device": self.device, "predicted": self.predicted, "measured": measured}
-        size = measured[self.key] if self.predicted else None
-        if self.predicted is None or not size:
-            return content
-        predicted = int(self.predicted["compared_bytes"])
-        error = predicted / size - 1
-        told.say(
-            f"memory: {format_bytes(predicted)} foreseen, {format_bytes(size)} measured "
-            f"({self.key.removesuffix('_bytes').replace('_', ' ')}; {error:+.1%})"
-        )
-        return content | {"compared": self.key, "error": error}
+            reserved = torch.cuda.max_memory_reserved(self.torch_device)
+            allocated = torch.cuda.max_memory_allocated(self.torch_device)
+            content["measured"] = {"allocated_bytes": allocated, "reserved_bytes": reserved}
+            if self.predicted is not None:
+                foreseen = self.predicted["reserved_bytes"]
+                content["compared"] = _pair("reserved, whole run", foreseen, reserved)
+        elif self.first_step:
+            live = self.first_step[0].peak_bytes
+            content["measured"] = {"first_step_live_bytes": live}
+            content["compared"] = _pair("live storages, step 1", self._foresee_first(), live)
+        pair = content["compared"]
+        if pair is not None:
+            told.say(
+                f"memory: {format_bytes(pair['predicted_bytes'])} foreseen, "
+                f"{format_bytes(pair['measured_bytes'])} measured ({pair['what']}; "
+                f"{pair['error']:+.2%})"
+            )
+        return content
+
+    def _foresee_first(self) -> int:
+        """The first micro-batch has no gradients beside it; the largest of the others has."""
+
+        def size(batch: Batch) -> int:
+            return max(tensor.numel() for tensor in batch.values())
+
+        first, *others = self.first_window
+        found = self.foresee_batch(first, 1)
+        return max(found, self.foresee_batch(max(others, key=size), 2)) if others else found
+
+
+def _pair(what: str, predicted: int, measured: int) -> dict[str, Any]:
+    error = predicted / measured - 1 if measured else 0.0
+    return {
+        "what": what, "predicted_bytes": predicted, "measured_bytes": measured, "error": error,
+    }  # fmt: skip
 
 
 def forecast_run(
@@ -83,14 +132,32 @@ def forecast_run(
     here = gpu_of_this_machine(source.device)
     gpu = here[0] if here else None
     name = gpu.name if gpu else "cpu"
-    key = "reserved_bytes" if gpu else "resident_growth_bytes"
+
+    def foresee_batch(batch: Batch, count: int) -> int:
+        size = batch.get("input_ids", next(iter(batch.values()))).shape
+        exact = replace(shape, micro_batch_size=size[0], seq_len=size[-1], accumulation=count)
+        live = simulate_run(
+            config, exact, gpu, model_class=source.kind.auto_class, batch=batch
+        ).trace.live()
+        return max(live.by_phase.get(phase, 0) for phase in _STEP_PHASES)
+
     config = task_config(run, source.config, setup.model_settings(data.encoder))
     shape = _shape_of_data(run, run_shape(run, source.config, gpu), data)
     try:
+        shape = with_auto(
+            run,
+            config,
+            shape,
+            gpu,
+            here[1] if here else int(0.9 * host_memory_bytes()[1]),
+            paged_on_card=sys.platform == "win32",
+        )
+        if run.train.activations == "auto":
+            told.say(f"train.activations: auto came to {_counted(shape.activations)}")
         simulated = simulate_run(config, shape, gpu, model_class=source.kind.auto_class)
     except (UnforeseeableOperator, RuntimeError) as error:
         told.say(f"memory: this model cannot be foreseen, so nothing is promised: {error}")
-        return Forecast(name, None, key, ResidentMemory(), source.device)
+        return Forecast(name, source.device, None, foresee_batch)
     if here is None:
         predicted, faults = _on_cpu(simulated, config, shape, told)
     else:
@@ -104,7 +171,14 @@ def forecast_run(
         told.say(f"does not fit, and goes on as memory.must_fit is off: {fault}")
     if source.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(source.device)
-    return Forecast(name, predicted, key, ResidentMemory(), source.device)
+    return Forecast(name, source.device, predicted, foresee_batch, activations=shape.activations)
+
+
+def _counted(plan: str | Sequence[str]) -> str:
+    """A plan in words: `12 recompute, 4 keep`."""
+    if isinstance(plan, str):
+        return plan
+    return ", ".join(f"{count} {choice}" for choice, count in Counter(plan).items())
 
 
 def _shape_of_data(run: RunConfig, shape: RunShape, data: setup.RunData) -> RunShape:
@@ -147,7 +221,6 @@ def _on_card(
             "close other programs, or take train.optimizer=adamw_8bit"
         )
     return {
-        "compared_bytes": found.reserved_bytes,
         "allocated_bytes": found.allocated_bytes,
         "reserved_bytes": found.reserved_bytes,
         "paged_bytes": found.paged_bytes,
@@ -177,7 +250,6 @@ def _on_cpu(
             + _way_out(fitter)
         )
     return {
-        "compared_bytes": peak,
         "live_bytes": peak,
         "by_component": live.by_component,
         "live_by_phase": live.by_phase,

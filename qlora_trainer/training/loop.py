@@ -6,6 +6,8 @@ of the step, so a resumed run cannot tell that it was interrupted.
 """
 
 import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 from qlora_trainer.errors import UserError
 from qlora_trainer.tasks.task import Batch
@@ -54,6 +56,7 @@ class _Loop:
             say=run.log.say,
         )
         self._course = Course()
+        self._watch = run.watch
 
     def run(self) -> TrainingOutcome:
         run, course = self._run, self._resume()
@@ -121,9 +124,10 @@ class _Loop:
         start = time.perf_counter()
         with run.log.timed("step"):
             window = run.windows.window(step)
-            result, loss, norm = self._steps.run(
-                window, step=step, learning_rate=plan.learning_rate * share, verify=verify
-            )
+            with self._watched(window):
+                result, loss, norm = self._steps.run(
+                    window, step=step, learning_rate=plan.learning_rate * share, verify=verify
+                )
         seconds = time.perf_counter() - start
         tokens = sum(_tokens(batch) for batch in window)
         self._course.step = step + 1
@@ -142,6 +146,11 @@ class _Loop:
         if run.scaler is not None:
             values["loss_scale"] = run.scaler.scale
         run.log.step(values, self._counts_left())
+
+    def _watched(self, window: Sequence[Batch]) -> AbstractContextManager[None]:
+        """Measure the first step of this process, where somebody wants to know."""
+        watch, self._watch = self._watch, None
+        return nullcontext() if watch is None else watch(window)
 
     def _counts_left(self) -> dict[Phase, int]:
         def events(every: int | None) -> int:

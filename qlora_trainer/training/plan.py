@@ -1,6 +1,7 @@
 """What the loop is given, what it remembers, what it returns: plain values and callables."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -130,6 +131,7 @@ class Run:
         scaler: For fp16.
         decode: Token ids to text, for a batch that failed.
         rehearsal: What is tried before the first step of a process; None tries nothing.
+        watch: Entered around the first step of a process, with its window, to measure it.
     """
 
     model: nn.Module
@@ -146,3 +148,4 @@ class Run:
     scaler: LossScaler | None = None
     decode: Decode | None = None
     rehearsal: Rehearsal | None = None
+    watch: Callable[[Sequence[Batch]], AbstractContextManager[None]] | None = None
