@@ -216,10 +216,10 @@ class TrainSettings(Settings):
     beta1: float = Field(0.9, ge=0, lt=1, description="decay of the first moment")
     beta2: float = Field(0.999, ge=0, lt=1, description="decay of the second moment")
     epsilon: float = Field(1e-8, gt=0, description="added to the root of the second moment")
-    activations: Literal["recompute", "keep", "offload"] = Field(
+    activations: Literal["recompute", "keep", "offload", "auto"] = Field(
         "recompute",
         description="of decoder layers; recompute: gradient checkpointing; offload: their inputs "
-        "wait in host memory besides",
+        "wait in host memory besides; auto: as little of both as memory asks for",
     )
     fused_mlp: bool = Field(
         False, description="gate, up, activation and down as one function that keeps its input only"

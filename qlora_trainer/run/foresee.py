@@ -6,6 +6,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from qlora_trainer.base.load import load_config
 from qlora_trainer.config.read import check_values, read_run_file
 from qlora_trainer.config.settings import RunConfig
 from qlora_trainer.errors import UserError
+from qlora_trainer.memory.auto import choose_activations
 from qlora_trainer.memory.foresight import Foresight, RunShape, simulate_run
 from qlora_trainer.memory.gpus import GpuProfile
 from qlora_trainer.tasks.catalogue import task_kind
@@ -86,15 +88,40 @@ def foresee_run(
     config = read_model_config(run)
     setup.check_length(run, config)
     kind = task_kind(run.task)
-    return simulate_run(
-        task_config(run, config), run_shape(run, config, gpu), gpu, model_class=kind.auto_class
-    ).on(
+    changed = task_config(run, config)
+    shape = with_auto(
+        run, changed, run_shape(run, config, gpu), gpu, budget_bytes, paged_on_card=paged_on_card
+    )
+    return simulate_run(changed, shape, gpu, model_class=kind.auto_class).on(
         gpu,
         budget_bytes=budget_bytes,
         expandable_segments=expandable_segments,
         paged_on_card=paged_on_card,
         with_timeline=with_timeline,
     )
+
+
+def with_auto(
+    run: RunConfig,
+    config: Any,
+    shape: RunShape,
+    gpu: GpuProfile | None,
+    budget_bytes: int | None,
+    *,
+    paged_on_card: bool = False,
+) -> RunShape:
+    """The shape with `train.activations: auto` solved; as it is where that is not asked for."""
+    if run.train.activations != "auto":
+        return shape
+    found = choose_activations(
+        config,
+        shape,
+        gpu,
+        budget_bytes,
+        paged_on_card=paged_on_card,
+        model_class=task_kind(run.task).auto_class,
+    )
+    return replace(shape, activations=found)
 
 
 def read_model_config(run: RunConfig) -> Any:
@@ -153,7 +180,8 @@ def run_shape(run: RunConfig, config: Any, gpu: GpuProfile | None) -> RunShape:
         seq_len=run.data.max_seq_len,
         accumulation=run.train.gradient_accumulation_steps,
         optimizer=run.train.optimizer,
-        activations=run.train.activations,
+        # what `auto` can come down to; `with_auto` finds what it needs to be
+        activations="offload" if run.train.activations == "auto" else run.train.activations,
         loss_chunk_tokens=run.train.loss_chunk_tokens,
         techniques=setup.techniques(run),
         task=run.task,

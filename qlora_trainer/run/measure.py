@@ -93,7 +93,7 @@ def measure_run(run: RunConfig, *, reporter: Reporter | None = None) -> Comparis
     resident = ResidentMemory()
     model = setup.load_model(run, source, tensors_loaded(told))
     setup.add_adapter(run, model, source.base_spec.compute_dtype, source.kind)
-    setup.set_activations(run, model)
+    setup.set_activations(run, model, shape.activations)
     task = setup.make_task(run, model, source, None)
     batch = task.prepare(full_batch(shape, config))
     measured = measure_steps(

@@ -91,6 +91,8 @@ def test_plain_peft_loads_what_a_run_leaves_from_anywhere(
          "model": {"compute_dtype": "fp16"}},
         {"adapter": {"layers": {"last": 1}, "rslora": True, "target_modules": ["q_proj"]}},
         {"train": {"optimizer": "paged_adamw_8bit", "activations": "keep"}},
+        {"train": {"activations": "auto", "fused_mlp": True, "tiled_norms": True}},
+        {"train": {"activations": "offload", "fused_mlp": True, "mlp_tile_tokens": 16}},
         {"train": {"optimizer": "adamw_8bit", "gradient_accumulation_steps": 3}},
         {"train": {"optimizer": "adamw", "max_grad_norm": 0.0, "schedule": "linear"}},
         {"output": {"trackers": ["tensorboard"], "save_every_steps": 1, "keep_last": 1}},

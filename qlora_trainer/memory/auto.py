@@ -1,0 +1,85 @@
+"""As little recomputed and offloaded as the budget asks for, found by simulation.
+
+The plans of a model of L layers stand in one order, each a little faster and a little larger than
+the one before:
+
+    the first L - 1 offloaded, ..., the first one offloaded, all recomputed,
+    the last one kept, ..., all kept
+
+What is kept is kept at the end, where the backward begins: its memory is free again before the
+layers below are recomputed. The largest plan that fits is found by halving; every plan tried is
+simulated and replayed at the budget, none is guessed.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+from transformers import AutoModelForCausalLM
+
+from qlora_trainer.base.layers import decoder_layers
+from qlora_trainer.base.load import build_weightless_base
+from qlora_trainer.memory.foresight import RunShape, simulate_run
+from qlora_trainer.memory.gpus import GpuProfile
+from qlora_trainer.training.activations import Activation
+
+Plan = tuple[Activation, ...]
+
+
+def plans(layers: int) -> list[Plan]:
+    """All plans for so many layers, least memory first.
+
+    >>> [" ".join(plan) for plan in plans(2)]
+    ['offload recompute', 'recompute recompute', 'recompute keep', 'keep keep']
+    """
+    offload: Plan = ("offload",)
+    recompute: Plan = ("recompute",)
+    keep: Plan = ("keep",)
+    offloading = [offload * n + recompute * (layers - n) for n in range(layers - 1, 0, -1)]
+    return offloading + [recompute * (layers - n) + keep * n for n in range(layers + 1)]
+
+
+def choose_activations(
+    config: Any,
+    shape: RunShape,
+    gpu: GpuProfile | None,
+    budget_bytes: int | None,
+    *,
+    paged_on_card: bool = False,
+    model_class: Any = AutoModelForCausalLM,
+) -> Plan:
+    """The fastest plan that fits without the allocator giving memory back.
+
+    Args:
+        config: The model's transformers configuration.
+        shape: The run's settings; its own plan is not looked at.
+        gpu: The card; None for a CPU.
+        budget_bytes: What is free for the run; of a card, None takes its usable memory.
+        paged_on_card: Managed memory counts on the card.
+        model_class: Of the task.
+
+    Returns:
+        One choice per layer; the smallest plan where none fits (whoever starts the run refuses it).
+
+    Raises:
+        UserError: The model cannot have these settings, or branches on values.
+    """
+    count = len(decoder_layers(build_weightless_base(config, model_class, shape.base)))
+    if count == 0:
+        return ()
+    ordered = plans(count)
+
+    def fits(index: int) -> bool:
+        changed = replace(shape, activations=ordered[index])
+        run = simulate_run(config, changed, gpu, model_class=model_class)
+        if gpu is None:
+            return budget_bytes is None or run.trace.live().peak_bytes <= budget_bytes
+        found = run.on(gpu, budget_bytes=budget_bytes, paged_on_card=paged_on_card)
+        return found.fits_without_retry
+
+    if fits(len(ordered) - 1):
+        return ordered[-1]
+    good, bad = 0, len(ordered) - 1
+    while bad - good > 1:
+        middle = (good + bad) // 2
+        good, bad = (middle, bad) if fits(middle) else (good, middle)
+    return ordered[good]

@@ -1,0 +1,57 @@
+"""The plan found fits, and the next faster one does not."""
+
+import dataclasses
+
+import pytest
+from transformers import LlamaConfig
+
+from qlora_trainer.base.spec import BaseSpec
+from qlora_trainer.lora.spec import AdapterSpec
+from qlora_trainer.memory.auto import choose_activations, plans
+from qlora_trainer.memory.foresight import simulate_run
+from qlora_trainer.memory.gpus import read_gpu
+from qlora_trainer.memory.program import RunShape
+
+LAYERS = 3
+CONFIG = LlamaConfig(
+    vocab_size=512, hidden_size=256, intermediate_size=512, num_hidden_layers=LAYERS,
+    num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=8192,
+)  # fmt: skip
+SHAPE = RunShape(
+    base=BaseSpec("nf4"), adapter=AdapterSpec(rank=8, alpha=16), seq_len=8192, loss_chunk_tokens=64
+)
+
+
+@pytest.fixture(scope="module")
+def gpu():
+    return read_gpu("rtx-3090-24gb")
+
+
+@pytest.fixture(scope="module")
+def needed(gpu):
+    """Bytes of the card that each plan takes."""
+    shapes = [dataclasses.replace(SHAPE, activations=plan) for plan in plans(LAYERS)]
+    return [simulate_run(CONFIG, shape, gpu).on(gpu).total_bytes for shape in shapes]
+
+
+def test_plans_stand_in_the_order_of_their_memory(needed) -> None:
+    assert len(needed) == 2 * LAYERS
+    assert needed == sorted(needed)
+    assert needed[-1] > 1.2 * needed[0]
+
+
+@pytest.mark.parametrize("index", [LAYERS + 1])
+def test_the_fastest_plan_that_fits_is_chosen(needed, gpu, index: int) -> None:
+    last = max(i for i, size in enumerate(needed) if size <= needed[index])
+    assert choose_activations(CONFIG, SHAPE, gpu, needed[index]) == plans(LAYERS)[last]
+
+
+def test_where_nothing_fits_the_smallest_plan_is_named(gpu) -> None:
+    assert choose_activations(CONFIG, SHAPE, gpu, gpu.context_bytes + 2**20) == plans(LAYERS)[0]
+
+
+def test_a_cpu_has_a_budget_too() -> None:
+    kept = dataclasses.replace(SHAPE, activations="keep")
+    size = simulate_run(CONFIG, kept, None).trace.live().peak_bytes
+    assert choose_activations(CONFIG, SHAPE, None, size) == ("keep",) * LAYERS
+    assert choose_activations(CONFIG, SHAPE, None, size - 1) != ("keep",) * LAYERS
