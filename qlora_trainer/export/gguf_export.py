@@ -57,6 +57,7 @@ def export_gguf(
     check_target(out, overwrite=overwrite, sources=source.folders)
     try:
         from qlora_trainer.export.gguf_file import check_covered, write_gguf
+        from qlora_trainer.export.gguf_tokenizer import check_tokenizer
     except ModuleNotFoundError as error:
         if error.name != "gguf":
             raise
@@ -64,6 +65,8 @@ def export_gguf(
             "--format gguf: needs the gguf package; pip install 'qlora-trainer[gguf]'"
         ) from None
     check_covered(source.base_folder, kind, trust_remote_code=source.spec.trust_remote_code)
+    own = (source.adapter_folder / "tokenizer.json").is_file()
+    check_tokenizer(source.adapter_folder if own else source.base_folder)
     prepared = prepare(
         source.base_folder, source.adapter_folder, source.model_class, source.spec,
         dtype="fp16", config_changes=source.config_changes,

@@ -57,6 +57,26 @@ def splitter_id(pre_tokenizer: Any) -> str:
     )
 
 
+def check_tokenizer(folder: Path) -> None:
+    """Refuse a folder without the one file a GGUF tokenizer is made from.
+
+    Raises:
+        UserError: There is no `tokenizer.json`; the message says what there is instead.
+    """
+    if (folder / "tokenizer.json").is_file():
+        return
+    for name in ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model"):
+        if (folder / name).is_file():
+            raise UserError(
+                f"--format gguf: {folder} holds its tokenizer as SentencePiece only ({name}), "
+                "which is not covered; write tokenizer.json with AutoTokenizer.from_pretrained(FOLDER)"
+                f".save_pretrained(FOLDER), or export --format merged and {CONVERTER}"
+            )
+    raise UserError(
+        f"--format gguf: {folder / 'tokenizer.json'} is missing; a GGUF file carries its tokenizer"
+    )
+
+
 def add_tokenizer(writer: Any, folder: Path, vocabulary: int) -> str:
     """Write the tokenizer of a model folder; -> its splitter's id.
 
@@ -68,10 +88,8 @@ def add_tokenizer(writer: Any, folder: Path, vocabulary: int) -> str:
     Raises:
         UserError: There is no tokenizer, or one llama.cpp cannot run.
     """
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        raise UserError(f"--format gguf: {path} is missing; a GGUF file carries its tokenizer")
-    content = json.loads(path.read_text(encoding="utf-8"))
+    check_tokenizer(folder)
+    content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     model = content["model"]
     if model.get("type", "BPE") != "BPE":
         raise UserError(

@@ -26,7 +26,7 @@ from qlora_trainer.export.builtin import TEXTS
 from qlora_trainer.export.export import ExportSource, builtin_proof
 from qlora_trainer.export.gguf_export import export_gguf
 from qlora_trainer.export.gguf_file import check_covered, write_gguf
-from qlora_trainer.export.gguf_tokenizer import SPLITTERS, splitter_id
+from qlora_trainer.export.gguf_tokenizer import SPLITTERS, check_tokenizer, splitter_id
 from qlora_trainer.export.ollama import modelfile
 
 ROWS = 320
@@ -183,3 +183,13 @@ def test_modelfile_speaks_the_chat_format_of_the_model():
     assert "{{ .Role }}\n{{ .Content }}<|im_end|>" in text
     assert 'PARAMETER stop "<|im_end|>"' in text
     assert "TEMPLATE here if answers look wrong" in modelfile("m.gguf", "{{ odd }}")
+
+
+def test_sentencepiece_alone_is_refused_by_name_before_any_merging(bench, tmp_path):
+    source = bench.source()
+    with pytest.raises(UserError, match=r"tokenizer.json is missing; a GGUF file carries"):
+        export_gguf(source, tmp_path / "out", proof=None)
+    (tmp_path / "tokenizer.model").write_bytes(b"pieces")
+    with pytest.raises(UserError, match=r"as SentencePiece only \(tokenizer.model\).*convert_hf"):
+        check_tokenizer(tmp_path)
+    assert not (tmp_path / "out").exists()
