@@ -143,7 +143,7 @@ class CudaRules:
         Source: getCurrentCUDABlasHandle, aten/src/ATen/cuda/CublasHandlePool.cpp. The output is
         allocated before (structured kernels), so it is recorded first.
         """
-        result = func(*args, **kwargs)
+        result = tracker.run(func, args, kwargs)
         tracker.adopt(result, func.__name__)
         self.use_cublas(tracker)
         return result
@@ -197,7 +197,7 @@ class CudaRules:
 
         Source: softmax_backward_cuda_out, aten/src/ATen/native/cuda/SoftMax.cu.
         """
-        result = func(*args, **kwargs)
+        result = tracker.run(func, args, kwargs)
         tracker.adopt(result, func.__name__)
         grad, output = args[0], args[1]
         wide = torch.promote_types(grad.dtype, output.dtype)

@@ -141,6 +141,12 @@ class AllocationTracker(TorchDispatchMode):
         finally:
             self.free(index)
 
+    def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run an operator from inside a rule; on weightless tensors its answer is remembered."""
+        if self.device_type == "meta":
+            return self._shapes.run(func, args, kwargs)
+        return func(*args, **kwargs)
+
     def count_kernel(self, name: str) -> None:
         """Remember that a kernel was chosen, to be printed with the prediction."""
         self.log.kernels[name] = self.log.kernels.get(name, 0) + 1
@@ -201,6 +207,11 @@ class AllocationTracker(TorchDispatchMode):
         self._refs.clear()
         self._known.clear()
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing is compiled here; torch's guard against it would wrap every single operator."""
+        return False
+
     # ---- the mode itself -------------------------------------------------------------------
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -222,10 +233,8 @@ class AllocationTracker(TorchDispatchMode):
             # InputBuffer::accumulate (torch/csrc/autograd/input_buffer.cpp) adds in place when it
             # holds the last reference, but never while a mode is active
             result = torch.ops.aten.add_.Tensor(*args)
-        elif self.device_type == "meta":
-            result = self._shapes.run(func, args, kwargs)
         else:
-            result = func(*args, **kwargs)
+            result = self.run(func, args, kwargs)
         if _returns_alias(func):
             return result  # a view, or the argument itself: its storage was born elsewhere
         if isinstance(result, torch.Tensor):

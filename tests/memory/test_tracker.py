@@ -97,3 +97,16 @@ def test_views_that_do_not_say_so_are_no_births_the_second_time_either():
             torch.ops.aten._unsafe_view(torch.zeros(4, 4, device="meta"), [16])
 
     assert len(simulate(program, None).log.allocations) == 2
+
+
+def test_a_remembered_in_place_operator_still_refuses_what_cannot_be():
+    with AllocationTracker("meta"):
+        kept = torch.zeros(4, 8, device="meta")
+        for _ in range(3):
+            assert kept.add_(torch.zeros(8, device="meta")) is kept
+        with pytest.raises(RuntimeError, match="size"):
+            kept.add_(torch.zeros(3, device="meta"))
+        kept.t_()
+        kept.t_()
+        kept.t_()
+        assert kept.shape == (8, 4)
