@@ -66,3 +66,12 @@ def _layer_counts(model: nn.Module) -> set[int]:
     parts = [config, *(getattr(config, name, None) for name in ("text_config", "vision_config"))]
     counts = {getattr(part, "num_hidden_layers", None) for part in parts}
     return {count for count in counts if isinstance(count, int) and count > 1}
+
+
+def input_embeddings(model: nn.Module) -> nn.Module | None:
+    """What transformers calls the model's input embeddings; a convolutional network has none."""
+    getter = getattr(model, "get_input_embeddings", None)
+    try:
+        return cast("nn.Module | None", getter()) if callable(getter) else None
+    except NotImplementedError:
+        return None

@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from qlora_trainer.base.layers import input_embeddings
 from qlora_trainer.base.select import trained_heads
 from qlora_trainer.training.offload import Offload, Transfers
 
@@ -85,7 +86,7 @@ def plan_activations(
 def _trained_before(model: nn.Module, layers: Sequence[nn.Module]) -> bool:
     """Whether something outside layers and head is trained (embeddings): all layers then matter."""
     later = {id(p) for layer in layers for p in layer.parameters()}
-    inputs = getattr(model, "get_input_embeddings", lambda: None)()
+    inputs = input_embeddings(model)
     head = getattr(model, "get_output_embeddings", lambda: None)()
     tied = set() if inputs is None else {id(p) for p in inputs.parameters()}
     heads = [] if head is None else [head]

@@ -147,3 +147,9 @@ def test_a_plan_of_another_length_is_refused() -> None:
     model = adapted_llama(layers=2)
     with pytest.raises(ValueError, match="3 choices for 2 layers"):
         plan_activations(model, decoder_layers(model), ["keep"] * 3)
+
+
+def test_a_convolutional_network_without_layers_to_recompute_trains_as_it_is():
+    config = tf.ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1], layer_type="basic")
+    model = tf.ResNetForImageClassification(config)
+    assert plan_activations(model, decoder_layers(model), "recompute").layers == {}
