@@ -159,8 +159,10 @@ class TaggedWordsEncoder:
             if not piece:
                 pieces[place] = [self._unknown(row.words[place], place)]
         lost = sum(max(0, len(piece) - self._capacity) for piece in pieces)
-        if lost and self.over_length == "truncate":
-            pieces = [piece[: self._capacity] for piece in pieces]  # its first token is what counts
+        if lost and self.over_length != "truncate":
+            whole, _ = self._frame.join([token for piece in pieces for token in piece])
+            return [Example(whole, columns={"first": [], "tags": []}, too_long=True)]
+        pieces = [piece[: self._capacity] for piece in pieces]  # its first token is what counts
         sizes = [len(piece) for piece in pieces]
         windows = cut_windows(sizes, self._capacity, min(self.stride, self._capacity // 2))
         digest = hashlib.sha256(json.dumps(row.words).encode()).hexdigest()[:12]
@@ -176,7 +178,7 @@ class TaggedWordsEncoder:
                 "tags": [self._ids[tag] for tag in tags or []],
             }
             examples.append(Example(ids, columns=columns, reference=reference))
-        if lost and self.over_length == "truncate":
+        if lost:
             examples[0] = replace(examples[0], lost_tokens=lost)
         return examples
 

@@ -117,7 +117,7 @@ def test_a_word_no_window_holds_follows_the_policy(tmp_path, tokenizer, policy):
     row = {"tokens": ["Paris", "x" * 50], "tags": ["B-LOC", "O"]}
     maker = encoder(tokenizer, max_seq_len=16, over_length=policy)
     if policy == "raise":
-        with pytest.raises(UserError, match=r"(?s)data\.max_seq_len = 16: .*a\.jsonl:2: 52 tokens"):
+        with pytest.raises(UserError, match=r"(?s)data\.max_seq_len = 16: .*a\.jsonl:2: 53 tokens"):
             build(tmp_path, [ROW, row], maker)
         return
     data = build(tmp_path, [ROW, row], maker)
