@@ -13,13 +13,12 @@ the most logits chunks); rows are not padded and not packed unless `padded` says
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from transformers import AutoModelForCausalLM
-
 from qlora_trainer.base.load import build_weightless_base
 from qlora_trainer.memory.attention import ANSWERS, attention_for
 from qlora_trainer.memory.gpus import GpuProfile
 from qlora_trainer.memory.program import Accounts, Program, RunShape
 from qlora_trainer.memory.simulate import LiveTensor, Peaks, Trace, simulate
+from qlora_trainer.tasks.catalogue import task_kind
 from qlora_trainer.tasks.task import Batch
 
 __all__ = ["Foresight", "RunShape", "SimulatedRun", "foresee", "simulate_run"]
@@ -187,7 +186,7 @@ def simulate_run(
     shape: RunShape,
     gpu: GpuProfile | None,
     *,
-    model_class: Any = AutoModelForCausalLM,
+    model_class: Any = None,
     batch: Batch | None = None,
 ) -> SimulatedRun:
     """Run a configuration's step on weightless tensors, with this card's kernels.
@@ -196,13 +195,15 @@ def simulate_run(
         config: The model's transformers configuration.
         shape: The run's settings.
         gpu: Whose compute capability decides the kernels; None for the CPU's own choices.
-        model_class: Of the task.
+        model_class: In place of the task's auto class.
         batch: A collated micro-batch at hand, in place of the largest one of this shape.
 
     Raises:
         UserError: The model cannot have these settings, or branches on values.
     """
-    model = build_weightless_base(config, model_class, shape.base)
+    model = build_weightless_base(
+        config, model_class or task_kind(shape.task).auto_class, shape.base
+    )
     if model.config._attn_implementation == "sdpa":
         model.set_attn_implementation(attention_for(gpu.card if gpu is not None else None))
     accounts = Accounts()
@@ -222,7 +223,7 @@ def foresee(
     budget_bytes: int | None = None,
     expandable_segments: bool = False,
     with_timeline: bool = False,
-    model_class: Any = AutoModelForCausalLM,
+    model_class: Any = None,
 ) -> Foresight:
     """Say what one configuration will need on one card.
 
@@ -233,7 +234,7 @@ def foresee(
         budget_bytes: What of the card is free for this process.
         expandable_segments: Of the allocator's configuration.
         with_timeline: Keep the course of allocated and reserved memory.
-        model_class: Of the task.
+        model_class: In place of the task's auto class.
 
     Raises:
         UserError: The model cannot have these settings, or branches on values.

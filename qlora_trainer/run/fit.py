@@ -12,7 +12,7 @@ from qlora_trainer.errors import UserError
 from qlora_trainer.memory.fit import FitAnswer, Fitter
 from qlora_trainer.memory.foresight import Foresight
 from qlora_trainer.run.budget import Budget
-from qlora_trainer.run.foresee import foresee_run, read_model_config, run_shape
+from qlora_trainer.run.foresee import foresee_run, read_model_config, run_shape, task_config
 from qlora_trainer.run.report import Reporter
 from qlora_trainer.training import setup
 
@@ -67,9 +67,10 @@ def solve(
     if unknown:
         raise UserError(f"--fit {unknown[0]}: no such question; ask {', '.join(QUESTIONS)}")
     config = read_model_config(run)
-    setup.check_length(run, config)
+    if set(questions) != {"seq"}:  # which asks for another length anyway
+        setup.check_length(run, config)
     fitter = Fitter(
-        config,
+        task_config(run, config),
         run_shape(run, config, budget.gpu),
         budget.gpu,
         budget_bytes=budget.budget_bytes,

@@ -1,0 +1,153 @@
+"""`qlora profile`: flags, sweeps, the inverse question, pages, and faults with code 2."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import LlamaConfig
+
+from qlora_trainer.cli.app import main
+from qlora_trainer.cli.flags import setting_flags
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A tiny model's config.json; nothing else is needed."""
+    folder = tmp_path_factory.mktemp("tiny")
+    LlamaConfig(
+        vocab_size=1000, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
+    ).save_pretrained(folder)  # fmt: skip
+    return str(folder / "config.json")
+
+
+Told = tuple[int, str, str]
+
+
+@pytest.fixture
+def profile(model: str, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Run `qlora profile` on the tiny model in this process: exit code, output, errors."""
+
+    def run(*arguments: str, named: str = model, gpu: str = "rtx-3060-12gb") -> Told:
+        with pytest.MonkeyPatch.context() as patch:
+            known = ["qlora", "profile", "--model", named, "--gpu", gpu]
+            patch.setattr(sys, "argv", [*known, *arguments])
+            with pytest.raises(SystemExit) as left:
+                main()
+        said = capsys.readouterr()
+        return int(str(left.value.code)), said.out, said.err
+
+    return run
+
+
+def test_every_setting_of_memory_has_a_flag() -> None:
+    named = {name for name, _ in setting_flags().values()}
+    for setting in (
+        "model.quantization", "model.attention", "adapter.rank", "adapter.layers", "adapter.dtype",
+        "adapter.target_modules", "data.max_seq_len", "data.packing", "train.micro_batch_size",
+        "train.optimizer", "train.activations", "train.loss_chunk_tokens", "memory.desktop_share",
+    ):  # fmt: skip
+        assert setting in named
+    assert "train.learning_rate" not in named
+
+
+def test_a_flag_says_what_set_says(profile: Any) -> None:
+    flags = ("--rank", "4", "--max-seq-len", "64", "--target-modules", "q_proj,v_proj",
+             "--no-double-quant", "--layers", "{last: 1}")  # fmt: skip
+    changes = ("adapter.rank=4", "data.max_seq_len=64", "adapter.target_modules=[q_proj,v_proj]",
+               "model.double_quant=false", "adapter.layers={last: 1}")  # fmt: skip
+    sets = [part for change in changes for part in ("--set", change)]
+    assert profile(*flags, "--json") == profile(*sets, "--json")
+
+
+def test_several_axes_may_follow_one_sweep(profile: Any, tmp_path: Path) -> None:
+    page = tmp_path / "new" / "out.html"
+    axes = ("train.micro_batch_size=1,2", "data.max_seq_len=64,128")
+    code, told, _ = profile("--sweep", *axes, "--json", "--report", str(page))
+    found = [item["settings"] for item in json.loads(told)]
+    assert code == 0
+    assert len(found) == 4
+    assert found[3] == ["train.micro_batch_size=2", "data.max_seq_len=128"]
+    repeated = profile("--sweep", axes[0], "--sweep", axes[1], "--json")
+    assert [item["settings"] for item in json.loads(repeated[1])] == found
+    assert page.read_text().count('class="bar"') == 4
+    assert {file.name for file in page.parent.iterdir()} == {
+        "out.html", "out-bars.png", "out-timeline.png"
+    }  # fmt: skip
+
+
+def test_fit_ends_at_the_models_last_position_and_at_the_card(profile: Any) -> None:
+    code, told, _ = profile("--fit", "seq", "--fit", "change", "--json", "--max-seq-len", "256")
+    longest, change = json.loads(told)
+    assert code == 0
+    assert longest["settings"] == ["data.max_seq_len=512"]
+    assert "no longer position" in longest["because"]
+    assert change["found"] == "none needed"
+    budget = f"{350 + 44} MiB"  # the context and little more
+    code, told, _ = profile("--fit", "change", "--max-seq-len", "512", "--micro-batch-size", "64",
+                            "--budget", budget, "--json")  # fmt: skip
+    change = json.loads(told)[0]
+    assert code in (0, 3)
+    assert change["predicted"]["verdict"] != "does not fit"
+    assert change["settings"][0].startswith("train.micro_batch_size=")
+
+
+def test_what_does_not_fit_leaves_with_4(profile: Any) -> None:
+    code, told, _ = profile("--max-seq-len", "512", "--budget", "360 MiB")
+    assert code == 4
+    assert told.startswith("does not fit")
+    assert "--budget" in told
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--rank", "0"], "adapter.rank = 0"),
+        (["--activations", "maybe"], "train.activations = 'maybe'"),
+        (["--max-seq-len", "1024"], "knows 512 positions"),
+        (["--target-modules", "q_prj", "--max-seq-len", "64"], "q_prj"),
+        (["--desktop-share", "much"], "memory.desktop_share = 'much'"),
+        (["--budget", "-1 GiB"], "'-1 GiB' is not a size"),
+        (["--fit", "everything"], "ask seq, batch, rank, change, models"),
+        (["--fit", "seq", "--sweep", "adapter.rank=4,8"], "ask one at a time"),
+        (["--report", "out.pdf"], "ending in .html"),
+        (["--sweep", "adapter.rank"], "write section.setting=value,value"),
+        (["--measure"], "without weights"),
+    ],
+)
+def test_a_fault_is_one_message_and_code_2(
+    profile: Any, arguments: list[str], message: str
+) -> None:
+    code, _, err = profile(*arguments)
+    assert code == 2
+    assert message in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"model_type": "llama", ', "config.json"),
+        ('{"model_type": "unheard-of"}', "unheard-of"),
+        ("[1]", "config.json"),
+        (None, "no such"),
+    ],
+)
+def test_a_model_that_is_none_is_code_2(
+    profile: Any, tmp_path: Path, text: str | None, message: str
+) -> None:
+    file = tmp_path / "config.json"
+    if text is not None:
+        file.write_text(text)
+    code, _, err = profile(named=str(file))
+    assert code == 2
+    assert message in err
+    assert "Traceback" not in err
+
+
+def test_an_unknown_card_is_answered_with_the_nearest(profile: Any) -> None:
+    code, _, err = profile(gpu="rtx3060")
+    assert code == 2
+    assert "did you mean rtx-3060" in err
