@@ -16,6 +16,7 @@ from rich.text import Text
 from qlora_trainer.base.audit import BaseAudit
 from qlora_trainer.base.machine import Finding
 from qlora_trainer.data.gate import GateReport, PartReport, Sample
+from qlora_trainer.run.compare import Compared
 from qlora_trainer.run.evaluate import Evaluated
 from qlora_trainer.run.report import Reporter
 from qlora_trainer.run.train import TrainResult
@@ -123,6 +124,18 @@ def show_evaluation(found: Evaluated) -> None:
         shown = f"{value:,.0f}" if name in ("rows", "tokens") else f"{value:.4f}"
         out.print(f"{escape(name):<20} {shown}")
     out.print(f"written to           {escape(str(found.folder))}")
+
+
+def show_compared(found: Compared) -> None:
+    """Zero-shot, few-shot and tuned in one table."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("asked")
+    for name in ("exact match", "F1", "rows"):
+        table.add_column(name, justify="right")
+    for way, row in found.table.items():
+        table.add_row(way, f"{row['exact_match']:.1%}", f"{row['f1']:.1%}", f"{row['rows']:,.0f}")
+    out.print(table)
+    out.print(f"answers in    {escape(str(found.folder / 'compare.jsonl'))}")
 
 
 def show_findings(findings: list[Finding]) -> bool:

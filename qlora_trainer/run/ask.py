@@ -108,6 +108,7 @@ def generate(
     temperature: float = 0.0,
     system: str | None = None,
     seed: int = 0,
+    raw: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> list[str]:
     """Answer prompts.
@@ -121,6 +122,7 @@ def generate(
         temperature: 0 is greedy.
         system: A system message put before every question.
         seed: Of sampling.
+        raw: A prompt that is text is asked as it is, not as a question of a chat.
         progress: Called with the number of prompts answered.
 
     Returns:
@@ -132,7 +134,12 @@ def generate(
             f"{trained.folder}: its task is {trained.run.task}, which answers no prompts; "
             "use qlora predict"
         )
-    asked = [encoder.encode_prompt(_as_chat(prompt, system)) for prompt in prompts]
+    asked = [
+        encoder.encode_prompt(
+            prompt if raw and isinstance(prompt, str) else _as_chat(prompt, system)
+        )
+        for prompt in prompts
+    ]
     empty = [number for number, ids in enumerate(asked, start=1) if not ids]
     if empty:
         raise UserError(f"prompt {empty[0]} is empty; ask something")
