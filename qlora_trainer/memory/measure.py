@@ -9,7 +9,7 @@ process: beside storages, what the C library keeps for itself and what is mapped
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 
 from qlora_trainer.base.audit import audit_base
 from qlora_trainer.memory.foresight import simulate_run
-from qlora_trainer.memory.log import RESET_PEAK
+from qlora_trainer.memory.log import PHASE, RESET_PEAK
 from qlora_trainer.memory.program import (
     _ROLE_COMPONENTS,
     RunShape,
@@ -143,6 +143,13 @@ def watched_step(
     finally:
         tracker.close()
     found.append(Trace(tracker.log).live())
+
+
+def without_evaluation(trace: Trace) -> Trace:
+    """The trace up to where evaluation begins: what real steps alone can be compared with."""
+    events = trace.log.events
+    ends = [i for i, event in enumerate(events) if event == (PHASE, "evaluation")]
+    return Trace(replace(trace.log, events=events[: ends[0]])) if ends else trace
 
 
 def predict_cpu(config: Any, shape: RunShape) -> Live:

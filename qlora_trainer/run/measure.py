@@ -15,7 +15,12 @@ from qlora_trainer.config.settings import RunConfig
 from qlora_trainer.errors import UserError
 from qlora_trainer.memory.foresight import Foresight, simulate_run
 from qlora_trainer.memory.gpus import gpu_of_this_machine
-from qlora_trainer.memory.measure import Measured, ResidentMemory, measure_steps
+from qlora_trainer.memory.measure import (
+    Measured,
+    ResidentMemory,
+    measure_steps,
+    without_evaluation,
+)
 from qlora_trainer.memory.program import full_batch
 from qlora_trainer.memory.simulate import Live
 from qlora_trainer.run.foresee import run_shape, task_config
@@ -89,6 +94,7 @@ def measure_run(run: RunConfig, *, reporter: Reporter | None = None) -> Comparis
     told.say("foreseeing these steps, then running them")
     auto_class = source.kind.auto_class
     simulated = simulate_run(config, shape, gpu[0] if gpu else None, model_class=auto_class)
+    simulated.trace = without_evaluation(simulated.trace)
     predicted = simulated.on(gpu[0], budget_bytes=gpu[1]) if gpu else simulated.trace.live()
     resident = ResidentMemory()
     model = setup.load_model(run, source, tensors_loaded(told))

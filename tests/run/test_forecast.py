@@ -1,0 +1,101 @@
+"""A training run is foreseen, refused where it cannot fit, and compared with what it took."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from qlora_trainer.base.load import BaseSpec
+from qlora_trainer.config.settings import RunConfig
+from qlora_trainer.errors import UserError
+from qlora_trainer.lora.spec import AdapterSpec
+from qlora_trainer.memory.foresight import SimulatedRun
+from qlora_trainer.memory.program import Accounts, RunShape
+from qlora_trainer.memory.simulate import Trace
+from qlora_trainer.run.forecast import _disk, forecast_run
+from qlora_trainer.run.measure import measure_run
+from qlora_trainer.run.report import Reporter
+from qlora_trainer.run.train import train
+from qlora_trainer.training import setup
+
+Make = Callable[..., RunConfig]
+
+
+class Lines(Reporter):
+    """Keeps what is said."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def say(self, line: str) -> None:
+        self.lines.append(line)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_the_first_step_takes_what_was_foreseen_and_the_folder_says_so(
+    make_run: Make, accumulation: int
+) -> None:
+    told = Lines()
+    result = train(
+        make_run(train={"max_steps": 2, "gradient_accumulation_steps": accumulation}),
+        reporter=told,
+    )
+    memory = json.loads((result.folder / "memory.json").read_text())
+    assert abs(memory["compared"]["error"]) < 0.005
+    assert memory["predicted"]["live_bytes"] >= memory["measured"]["first_step_live_bytes"]
+    assert json.loads((result.folder / "result.json").read_text())["memory"] == memory
+    said = [line.split(":")[0] for line in told.lines if line.startswith(("memory", "disk"))]
+    assert said == ["memory", "disk", "memory"]
+
+
+def test_rehearsing_or_not_a_run_ends_with_the_same_bits(make_run: Make, tmp_path: Path) -> None:
+    ends = []
+    for choice in ("always", "never"):
+        folder = str(tmp_path / choice)
+        result = train(make_run(memory={"rehearse": choice}, output={"folder": folder}))
+        files = {
+            str(file.relative_to(folder)): file.read_bytes()
+            for file in Path(folder).rglob("*.safetensors")
+        }
+        ends.append((files, result.metrics))
+    assert ends[0] == ends[1]
+
+
+def test_a_run_that_cannot_fit_is_refused_before_its_base_is_loaded(
+    make_run: Make, tiny_model: Path, tmp_path: Path
+) -> None:
+    huge = tmp_path / "huge"
+    shutil.copytree(tiny_model, huge)
+    config = json.loads((huge / "config.json").read_text())
+    config |= {"intermediate_size": 2**25, "hidden_size": 2**14, "head_dim": 2**12}
+    (huge / "config.json").write_text(json.dumps(config))
+    run = make_run(model={"source": str(huge)}, adapter={"target_modules": ["q_proj"]})
+    with pytest.raises(UserError, match=r"must_fit=false(.|\n)*host memory: .* needed"):
+        train(run)
+    assert not (tmp_path / "run" / "run.yaml").exists()
+    careless = run.model_copy(update={"memory": run.memory.model_copy(update={"must_fit": False})})
+    told, source = Lines(), setup.open_model(careless)
+    forecast_run(careless, source, setup.open_data(careless, source), told)
+    assert any("goes on as memory.must_fit is off" in line for line in told.lines)
+
+
+def test_a_disk_too_small_for_the_states_is_told(make_run: Make) -> None:
+    shape = RunShape(BaseSpec("nf4"), AdapterSpec(rank=4, alpha=8))
+    small, large = (
+        SimulatedRun(Trace.empty(), shape, Accounts(trained_bytes=size, optimizer_bytes=2 * size))
+        for size in (10**6, 10**15)
+    )
+    assert _disk(make_run(), small, Reporter()) == []
+    assert "--set output.keep_last=1" in _disk(make_run(), large, Reporter())[0]
+
+
+def test_measured_steps_stand_beside_the_prediction(make_run: Make) -> None:
+    compared = measure_run(make_run(data={"max_seq_len": 64}, train={"micro_batch_size": 2}))
+    assert abs(compared.errors["allocated"]) < 0.005
+    for part in ("base weights", "adapters", "optimizer states"):
+        assert compared.predicted_by_component[part] == compared.measured_by_component[part] > 0
+    assert torch.device(compared.device).type == "cpu"
+    assert compared.to_json()["errors"] == compared.errors
