@@ -114,7 +114,7 @@ def run_peft(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def run_trainer(job: dict[str, Any], trainer_class: Any, arguments_class: Any) -> dict[str, Any]:
-    """transformers' Trainer, or TRL's; timed from its own callbacks."""
+    """Transformers' Trainer, or TRL's; timed from its own callbacks."""
     from transformers import TrainerCallback
 
     model = peft_model(job)
