@@ -1,0 +1,80 @@
+"""Going on from a finished adapter: its values, its labels, what it forgets, what is refused."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qlora_trainer.config.read import check_values
+from qlora_trainer.config.settings import RunConfig
+from qlora_trainer.errors import UserError
+from qlora_trainer.run.rescore import require_same_metrics
+from qlora_trainer.run.train import train
+from tests.tasks.tiny_texts import labelled_rows, tiny_encoder_folder, write_rows
+
+Make = Callable[..., RunConfig]
+
+
+@pytest.fixture(scope="module")
+def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
+    place = tmp_path_factory.mktemp("continued")
+    model = tiny_encoder_folder(place / "model")
+
+    def make(name: str, rows: list[dict[str, Any]], **adapter: Any) -> RunConfig:
+        values: dict[str, Any] = {
+            "task": "sequence-classification",
+            "model": {"source": str(model), "device": "cpu"},
+            "adapter": {"rank": 4, **adapter},
+            "data": {
+                "train": str(write_rows(place / f"{name}.jsonl", rows)), "eval_fraction": 0.25,
+                "max_seq_len": 32, "cache_folder": str(place / "cache"),
+            },
+            "train": {"max_steps": 2, "micro_batch_size": 8, "gradient_accumulation_steps": 1},
+            "output": {"folder": str(place / name)},
+        }  # fmt: skip
+        return check_values(values, name="test")
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def first(make: Make) -> Path:
+    return train(make("first", labelled_rows(40))).folder
+
+
+def test_new_data_starts_where_the_old_ended_and_forgetting_is_a_figure(
+    make: Make, first: Path
+) -> None:
+    rows = [row for row in labelled_rows(40, seed=5) if row["label"] != "bad"]
+    result = train(make("second", rows, init_from=str(first)))
+    earlier = json.loads((result.folder / "earlier.json").read_text())
+    ended = json.loads((first / "result.json").read_text())["metrics"]
+    assert {name: earlier["before"][name] for name in ("loss", "accuracy")} == {
+        name: ended[name] for name in ("loss", "accuracy")
+    }
+    assert earlier["after"]["loss"] != earlier["before"]["loss"]
+    labels = json.loads((result.folder / "adapter" / "config.json").read_text())["id2label"]
+    assert sorted(labels.values()) == ["bad", "good", "middling"]
+
+
+def test_another_shape_is_refused_by_name(make: Make, first: Path) -> None:
+    with pytest.raises(UserError, match="rank = 8: the adapter has 4"):
+        train(make("other", labelled_rows(40), init_from=str(first), **{"rank": 8}))
+
+
+def test_what_is_no_adapter_is_refused(make: Make, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="neither a finished run nor an adapter"):
+        train(make("none", labelled_rows(40), init_from=str(tmp_path)))
+
+
+def test_a_head_that_scores_otherwise_once_saved_is_refused() -> None:
+    import torch
+
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert require_same_metrics({"f1": 0.5}, {"f1": 0.5}, cpu) == 0.0
+    assert require_same_metrics({"f1": 0.5}, {"f1": 0.502}, cuda) == pytest.approx(0.002)
+    for saved, device in (({"f1": 0.5 + 1e-9}, cpu), ({}, cpu), ({"f1": 0.6}, cuda)):
+        with pytest.raises(UserError, match="not the model that was trained"):
+            require_same_metrics({"f1": 0.5}, saved, device)
