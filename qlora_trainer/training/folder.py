@@ -4,6 +4,7 @@ run.yaml           the resolved settings
 environment.json   versions and device
 data.json          the data gate's report and the fingerprint of the encoded rows
 audit.json         the base's bytes by role and dtype
+memory.json        memory foreseen, and measured where the run has ended
 metrics.jsonl      one line per logged step and evaluation
 states/            saved states to resume from
 adapter/           the trained adapter (the best one where there are held-out rows)
