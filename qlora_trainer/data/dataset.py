@@ -170,7 +170,8 @@ def split_eval(
 ) -> tuple[EncodedDataset, EncodedDataset]:
     """Hold out a fraction of the distinct rows, the same ones every time.
 
-    Rows are chosen by the hash of their content, so equal rows fall on the same side.
+    Rows are chosen by the hash of their content, so equal rows fall on the same side, and so do
+    all rows that one record became (windows of a long text, answers of a chat).
 
     Returns:
         Training and evaluation part; the latter uses each row once, whatever its weight.
@@ -180,7 +181,8 @@ def split_eval(
     """
     if not 0 < fraction < 1:
         raise UserError(f"data.eval_fraction = {fraction}: must be above 0 and below 1")
-    distinct = np.unique(dataset.hashes)
+    origins = dataset.store.origins[dataset.rows]
+    distinct = np.unique(origins)
     held_count = max(1, round(len(distinct) * fraction))
     if held_count >= len(distinct):
         raise UserError(
@@ -189,7 +191,7 @@ def split_eval(
             "give more rows or a source of its own for evaluation"
         )
     held = distinct[np.argsort(mix(distinct, seed), kind="stable")[:held_count]]
-    is_held = np.isin(dataset.hashes, held)
+    is_held = np.isin(origins, held)
     eval_rows = np.unique(dataset.rows[is_held])
     train = EncodedDataset(dataset.store, dataset.rows[~is_held], dataset.source_paths)
     return train, EncodedDataset(dataset.store, eval_rows, dataset.source_paths)

@@ -18,12 +18,14 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from qlora_trainer.data.encode import Example
 from qlora_trainer.errors import UserError
@@ -202,6 +204,21 @@ class Store:
         self.trained_counts = _joined([_range_sums(*flat) for flat in self._trained], np.int64)
         self.hashes = _joined([batch["hash"].to_numpy() for batch in batches], np.uint64)
         self.sources = _joined([batch["source"].to_numpy() for batch in batches], np.int16)
+
+    @cached_property
+    def origins(self) -> "np.ndarray[Any, np.dtype[np.uint64]]":
+        """(N,) Hash of the first row that came from the same record: windows of it share one."""
+        fresh, before = [np.zeros(0, bool)], (None, -1)
+        for batch in self._batches:
+            where, source = batch["where"], batch["source"].to_numpy()
+            same = pc.equal(where.slice(1), where.slice(0, len(where) - 1))
+            new = ~same.to_numpy(zero_copy_only=False) | (np.diff(source) != 0)
+            first = (where[0].as_py(), int(source[0])) != before
+            fresh += [np.array([first]), new]
+            before = (where[-1].as_py(), int(source[-1]))
+        starts = np.flatnonzero(np.concatenate(fresh))
+        counts = np.diff([*starts, len(self)])
+        return np.repeat(self.hashes[starts], counts)
 
     def __len__(self) -> int:
         return int(self._starts[-1])

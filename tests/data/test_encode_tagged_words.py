@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from qlora_trainer.data.dataset import build_dataset
+from qlora_trainer.data.dataset import build_dataset, split_eval
 from qlora_trainer.data.encode_tagged_words import TaggedWordsEncoder
 from qlora_trainer.data.read import DataSource
 from qlora_trainer.errors import UserError
@@ -110,6 +110,19 @@ def test_windows_of_a_long_sentence_answer_for_every_word_once(tmp_path, tokeniz
     for index, part in enumerate(parts):
         ids = data.input_ids(index)[data.column(index, "first")].tolist()
         assert tokenizer.convert_ids_to_tokens(ids) == [word[0] for word in part["words"]]
+
+
+def test_a_split_keeps_the_windows_of_a_sentence_together(tmp_path, tokenizer):
+    rows = [
+        {"tokens": [f"a{n}", *["x"] * 40, f"b{n}"], "tags": ["O"] * 42} for n in range(700)
+    ]  # more windows than the store writes at a time
+    data = build(tmp_path, rows, encoder(tokenizer, max_seq_len=16, stride=2))
+    assert len(data) > 2048
+    train, held = split_eval(data, 0.3, seed=1)
+    sides = [{part.where(index) for index in range(len(part))} for part in (train, held)]
+    assert not sides[0] & sides[1]
+    assert len(sides[1]) == 210
+    assert len(train) + len(held) == len(data)
 
 
 @pytest.mark.parametrize("policy", ["raise", "truncate", "drop"])
