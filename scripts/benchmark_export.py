@@ -1,12 +1,16 @@
 """Measure an export beside PEFT's `merge_and_unload`, on a checkpoint of a known model's shape.
 
-    python scripts/benchmark_export.py --size 1.1b --json FILE
+    python scripts/benchmark_export.py --size 1.1b --json scripts/results/export.json
+    python scripts/benchmark_export.py --proof runs/quickstart --json scripts/results/export.json
 
 Each job runs in a fresh process that imports first and then waits; peak private memory (RssAnon)
 is sampled from outside and given over what the imports took, pages mapped from files apart. The
 weights are random, which changes neither time nor memory. Every job starts with the base's files
 out of the page cache and ends with its own files forced to disk; copying the base's files under
 the same conditions says how fast the disk is.
+
+`--proof` merges a trained run both ways and compares both with base + adapter, in native precision
+and in fp32. The file gathers what several calls measure, each with its machine and its load.
 
 Jobs: copy, original, dequantized (ours, fp16), peft (load in fp16, merge_and_unload,
 save_pretrained).
@@ -179,6 +183,34 @@ def measure(job: str, folder: Path, threads: int) -> dict[str, Any]:
     }
 
 
+def prove(run: Path) -> dict[str, Any]:
+    """Figures of both ways of merging a trained run, against base + adapter."""
+    import dataclasses
+
+    from qlora_trainer.export.export import export_merged
+    from qlora_trainer.run.export import held_out_proof, open_export
+
+    opened = open_export(run)
+    request = dataclasses.replace(held_out_proof(opened), precisions=("native", "fp32"))
+    with tempfile.TemporaryDirectory(prefix="benchmark-export-") as place:
+        report = export_merged(
+            opened.export, Path(place) / "merged", dtype="fp16", onto="best", proof=request
+        ).report
+    return shown_of(report)
+
+
+def shown_of(report: dict[str, Any]) -> dict[str, Any]:
+    """What the README shows of an export's report."""
+    return {
+        **{key: report[key] for key in ("base", "adapter", "dtype", "kept", "reason", "rows",
+                                        "transformers", "torch")},
+        "ways": {
+            way: {precision: proof["figures"] for precision, proof in part["proof"].items()}
+            for way, part in report["ways"].items()
+        },
+    }  # fmt: skip
+
+
 def machine() -> dict[str, Any]:
     """Where the figures were measured."""
     import peft
@@ -203,15 +235,36 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", choices=SHAPES, default="ci")
     parser.add_argument("--jobs", nargs="+", choices=JOBS, default=JOBS)
+    parser.add_argument("--proof", type=Path, metavar="RUN_DIR", help="prove a run instead")
     parser.add_argument("--folder", type=Path, help="where to work (default: a temporary folder)")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--json", type=Path, help="also write the figures here")
+    parser.add_argument("--json", type=Path, help="also add the figures to this file")
     parser.add_argument("--job", choices=JOBS, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.job:
         run_job(given.job, given.folder)
         return
     sys.path.insert(0, str(REPOSITORY))
+    if given.proof:
+        record(given.json, "proof", {**prove(given.proof), "machine": machine()})
+        return
+    figures = measure_size(given)
+    for name, value in figures["ratios"].items():
+        print(f"{name}: {value}")
+    record(given.json, given.size, figures)
+
+
+def record(file: Path | None, key: str, figures: dict[str, Any]) -> None:
+    """Write figures under their key, beside what the file holds already."""
+    if file is None:
+        return
+    found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps({**found, key: figures}, indent=1) + "\n", encoding="utf-8")
+
+
+def measure_size(given: argparse.Namespace) -> dict[str, Any]:
+    """Make the checkpoint and run the jobs."""
     with tempfile.TemporaryDirectory(prefix="benchmark-export-", dir=given.folder) as place:
         folder = Path(place)
         make_checkpoint(folder, given.size)
@@ -245,11 +298,7 @@ def main() -> None:
         )
         if job in jobs and other in jobs
     }
-    for name, value in figures["ratios"].items():
-        print(f"{name}: {value}")
-    if given.json:
-        given.json.parent.mkdir(parents=True, exist_ok=True)
-        given.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    return figures
 
 
 if __name__ == "__main__":

@@ -91,7 +91,7 @@ def export_run(
     opened = open_export(Path(folder), base, quantization=quantization, reporter=told)
     if format == "adapter":
         return export_adapter(opened.export, out, overwrite=overwrite)
-    proof = _proof(opened, proof_by, told) if prove else None
+    proof = held_out_proof(opened, proof_by, told) if prove else None
     if format == "gguf":
         return export_gguf(
             opened.export, out, kind=gguf_type, onto=onto, proof=proof,
@@ -155,7 +155,7 @@ def merge_adapter_folders(
             [f"{folder}: {name or 'names none'}" for folder, name in named.items()],
         )
     opened = open_export(Path(adapters[0][0]), base, quantization=quantization, reporter=told)
-    proof = _proof(opened, proof_by, told) if prove and format == "merged" else None
+    proof = held_out_proof(opened, proof_by, told) if prove and format == "merged" else None
     return merge_adapters(
         opened.export, folders, out, format=format, dtype=dtype, onto=onto, proof=proof,
         overwrite=overwrite, progress=_bytes_written(told),
@@ -254,8 +254,17 @@ def _check_base(folder: Path, base: Path, told: Reporter, *, asked_for: bool) ->
     told.say(f"{base} has not the same files as the base this adapter was trained on")
 
 
-def _proof(opened: Opened, by: By, told: Reporter) -> ProofRequest:
-    """Held-out rows of a causal run where there are any, otherwise built-in inputs."""
+def held_out_proof(
+    opened: Opened, by: By = "auto", reporter: Reporter | None = None
+) -> ProofRequest:
+    """A proof on held-out rows of a causal run where there are any, otherwise on built-in inputs.
+
+    Args:
+        opened: What is exported.
+        by: As for `export_run`.
+        reporter: Told what the proof does.
+    """
+    told = reporter or Reporter()
     run, source = opened.run, opened.source
     built_in = builtin_proof(opened.export, device=opened.device, by=by, say=told.say)
     if run is None or source is None or run.task != "causal-lm":

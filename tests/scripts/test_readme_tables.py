@@ -1,7 +1,11 @@
 """The README's tables are what was measured and declared, not what someone typed."""
 
+import json
 import subprocess
 import sys
+from pathlib import Path
+
+import pytest
 
 from tests.conftest import REPOSITORY
 
@@ -10,3 +14,32 @@ def test_the_readme_shows_the_recorded_numbers() -> None:
     command = [sys.executable, "scripts/readme_tables.py", "--check"]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_tables_of_exports_show_ratios_and_the_load_they_were_measured_under(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import readme_tables
+
+    figures = {
+        "positions": 90.0, "reference_perplexity": 2.5, "export_perplexity": 2.6, "mean_kl": 1e-3,
+        "top1_agreement": 0.99, "relative_difference": 0.01,
+    }  # fmt: skip
+    jobs = {"copy": {"seconds": 2.0, "peak_private_bytes": 1e6},
+            "original": {"seconds": 3.0, "peak_private_bytes": 66e6}}  # fmt: skip
+    found = {
+        "7b": {"jobs": jobs, "machine": {"load_before": 0.4}},
+        "proof": {
+            "base": {"name": "tiny"}, "adapter": {"rank": 8}, "dtype": "fp16", "kept": "original",
+            "rows": {"positions": 90, "from": "held-out rows"}, "transformers": "5",
+            "ways": {"original": {"native": figures, "fp32": figures}},
+        },
+    }  # fmt: skip
+    (tmp_path / "export.json").write_text(json.dumps(found))
+    monkeypatch.setattr(readme_tables, "RESULTS", tmp_path)
+    speed = readme_tables.export_speed()
+    assert "| 7B: merging onto original | 3.0 s | 1.50 | 66 MB |" in speed
+    assert "7B 0.4" in speed
+    proof = readme_tables.export_proof()
+    assert "| same most likely token | 99.00% | 99.00% |" in proof
+    assert "90 positions of held-out rows" in proof
