@@ -19,6 +19,7 @@ import torch
 import transformers
 
 from qlora_trainer.base.checkpoint import Checkpoint, open_checkpoint
+from qlora_trainer.base.expanded_attention import use_expanded_attention
 from qlora_trainer.base.fit import check_class, check_keys, load_config
 from qlora_trainer.base.prequantized import check_quantization, quantization_settings
 from qlora_trainer.base.settle import Progress, buffer_dtypes, settle
@@ -61,7 +62,10 @@ def load_base(
         folder, model_class, spec, new_heads_allowed=new_heads_allowed, head_seed=head_seed,
         config_changes=config_changes,
     )  # fmt: skip
-    return settle(model, spec, device, buffers, progress)
+    model = settle(model, spec, device, buffers, progress)
+    if device.type == "cuda":
+        use_expanded_attention(model, torch.cuda.get_device_capability(device))
+    return model
 
 
 def map_base(

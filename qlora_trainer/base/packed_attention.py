@@ -24,8 +24,10 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from qlora_trainer.base.expanded_attention import NAME as EXPANDED
+
 PREFIX = "packed_"
-WRAPPED = ("sdpa",)
+WRAPPED = ("sdpa", EXPANDED)
 
 
 def example_lengths(position_ids: Tensor) -> Tensor:

@@ -122,6 +122,9 @@ class BatchPlan:
         return [[int(by_rank[rank]) for rank in group] for group in self._groups]
 
 
+_MASKED_ROWS = ("sdpa", "sdpa_expanded", "eager", "flex_attention")
+
+
 def row_layout(attention: str | None) -> str:
     """The layout of packed rows an attention implementation reads rightly.
 
@@ -129,7 +132,7 @@ def row_layout(attention: str | None) -> str:
     does so only for a batch of one row (transformers' `_is_packed_sequence`), so for it, and for
     any implementation not known here, all rows are laid end to end in one.
     """
-    return "rows" if attention in ("sdpa", "eager", "flex_attention") else "flat"
+    return "rows" if attention in _MASKED_ROWS else "flat"
 
 
 def collate(

@@ -20,6 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, use_gqa_in_sdpa
 from transformers.masking_utils import sdpa_mask
 
+from qlora_trainer.base.expanded_attention import FIRST_WITH_GROUPS
 from qlora_trainer.memory.cuda_rules import Gpu
 from qlora_trainer.memory.tracker import AllocationTracker
 
@@ -120,7 +121,9 @@ def attention_for(gpu: Gpu | None) -> str:
         **_kwargs: Any,
     ) -> tuple[Tensor, None]:
         grouped = getattr(module, "num_key_value_groups", 1) > 1
-        if grouped and not use_gqa_in_sdpa(attention_mask, key, value):
+        # before 8.0 `base/expanded_attention.py` repeats the keys, as no fused kernel knows groups
+        early = gpu is not None and gpu.compute_capability < FIRST_WITH_GROUPS
+        if grouped and (early or not use_gqa_in_sdpa(attention_mask, key, value)):
             key = repeat_kv(key, module.num_key_value_groups)
             value = repeat_kv(value, module.num_key_value_groups)
             grouped = False

@@ -61,8 +61,9 @@ def test_the_kernels_chosen_are_told(small, shape, run):
     on_turing = replace(shape, base=BaseSpec("nf4", compute_dtype=torch.float16))
     kernels = foresee(small, on_turing, read_gpu("rtx-2060-6gb")).kernels
     assert "flash attention" not in kernels
-    # transformers leaves grouped keys to torch, whose fused kernels on Turing know none: a trap
-    assert "math attention (builds every score)" in kernels
+    # torch's fused kernels on Turing know no grouped keys: base/expanded_attention.py repeats them
+    assert "memory-efficient attention" in kernels
+    assert not any("math" in kernel for kernel in kernels)
 
 
 def test_a_budget_too_small_does_not_fit_and_a_large_one_does(run):
@@ -151,3 +152,11 @@ def test_every_card_profile_is_whole():
         card = read_gpu(key)
         assert card.key == key
         assert card.context_bytes < card.usable_bytes <= card.memory_bytes
+
+
+@pytest.mark.parametrize("card", [RTX_3060, "rtx-2060-6gb"])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "qwen3", "gpt2"])
+def test_padded_batches_of_several_rows_are_foreseen(name, card):
+    shape = run_shape(padded=True, dtype=torch.float32)
+    found = simulate_run(tiny_config(name), shape, read_gpu(card)).on(read_gpu(card))
+    assert found.allocated_by_phase["evaluation"] > 0

@@ -1,0 +1,41 @@
+import copy
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from qlora_trainer.base.expanded_attention import NAME, use_expanded_attention
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_expanded_keys_change_neither_outputs_nor_gradients(model, padded):
+    tokens = torch.arange(24).view(2, 12) % 97
+    mask = torch.ones_like(tokens)
+    if padded:
+        mask[0, 9:] = 0
+    found = []
+    for capability in ((8, 0), (7, 5)):
+        tried = copy.deepcopy(model)
+        assert use_expanded_attention(tried, capability) == (capability == (7, 5))
+        logits = tried(input_ids=tokens, attention_mask=mask).logits[mask.bool()]
+        logits.square().mean().backward()
+        found.append((logits, tried.model.layers[0].self_attn.k_proj.weight.grad))
+    for plain, expanded in zip(*found, strict=True):
+        torch.testing.assert_close(expanded, plain, rtol=1e-4, atol=1e-6)
+
+
+def test_attention_chosen_by_the_user_stays(model):
+    chosen = copy.deepcopy(model)
+    chosen.set_attn_implementation("eager")
+    assert not use_expanded_attention(chosen, (7, 5))
+    assert chosen.config._attn_implementation != NAME
