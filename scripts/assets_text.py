@@ -66,9 +66,9 @@ def make_newsgroups(package: Package, folder: Path, _: Path) -> None:
 
 
 def _postings(table: Iterable[list[str]]) -> Iterable[dict[str, str]]:
-    for label, text, *_ in table:
-        if text.strip():
-            yield {"text": text[:_MOST_CHARACTERS], "label": label}
+    for row in table:
+        if len(row) > 1 and row[1].strip():
+            yield {"text": row[1][:_MOST_CHARACTERS], "label": row[0]}
 
 
 PRODUCTS = (
