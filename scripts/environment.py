@@ -23,8 +23,9 @@ from steps import REPOSITORY, Stop, run_step, say, stop_with_message
 
 VENV = REPOSITORY / ".venv"
 CONSTRAINTS = REPOSITORY / "scripts" / "constraints.txt"
-OLDEST_PYTHON = (3, 10)
-CONTAINED = {"dev": frozenset({"gguf", "tensorboard", "wandb"})}  # extras that bring other extras along
+OLDEST_PYTHON = (3, 11)  # as in pyproject.toml
+# Extras that bring other extras along.
+CONTAINED = {"dev": frozenset({"gguf", "tensorboard", "wandb"})}
 
 
 def venv_python(venv: Path = VENV) -> Path:

@@ -77,3 +77,8 @@ def test_a_missing_pin_of_torch_stops():
 def test_a_failing_step_stops_with_its_name_and_advice():
     with pytest.raises(Stop, match=r"(?s)Counting: failed with exit code 3.*Count again"):
         run_step("Counting", [sys.executable, "-c", "raise SystemExit(3)"], advice="Count again")
+
+
+def test_the_oldest_python_is_the_one_the_package_takes():
+    project = tomllib.loads((environment.REPOSITORY / "pyproject.toml").read_text())["project"]
+    assert project["requires-python"] == ">={}.{}".format(*environment.OLDEST_PYTHON)
