@@ -18,6 +18,7 @@ from qlora_trainer.memory.program import RunShape, full_batch
 from qlora_trainer.tasks.causal_lm import CausalLM
 from qlora_trainer.training.activations import plan_activations
 from qlora_trainer.training.optimizer import AdapterAdamW
+from qlora_trainer.training.techniques import apply_techniques
 
 _SHARED = {
     "vocab_size": 1000, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3,
@@ -62,6 +63,7 @@ def real_steps(config, shape: RunShape) -> Measured:
         else:
             tensor.data.zero_()
     inject_adapter(model, shape.adapter, dtype=shape.adapter_dtype)
+    apply_techniques(model, shape.techniques)
     plan_activations(model, decoder_layers(model), shape.activations)
     task = CausalLM.for_model(model, chunk_tokens=shape.loss_chunk_tokens)
     optimizer = AdapterAdamW(adapter_parameters(model), kind=shape.optimizer)

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from qlora_trainer.memory.measure import predict_cpu
+from qlora_trainer.training.techniques import Techniques
 from tests.memory.models import real_steps, run_shape, tiny_config
 
 
@@ -33,3 +34,12 @@ def test_every_optimizer_is_foreseen(optimizer):
     assert predicted.by_component["adapters"] == real.by_component["adapters"]
     # pageable states are outside the card's allocator but in a CPU's memory: all tiny here
     assert predicted.peak_bytes == pytest.approx(real.allocated_bytes, rel=0.005)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "qwen3"])
+def test_the_techniques_of_the_step_are_foreseen_as_they_run(name):
+    techniques = Techniques(fused_mlp=True, mlp_tile_tokens=48, tiled_norms=True)
+    shape = run_shape(activations="offload", techniques=techniques)
+    config = tiny_config(name)
+    predicted, real = predict_cpu(config, shape), real_steps(config, shape)
+    assert predicted.peak_bytes == pytest.approx(real.allocated_bytes, rel=0.01)
