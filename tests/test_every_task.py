@@ -124,7 +124,7 @@ CASES = {
         tf.AutoModelForQuestionAnswering, "f1", "answer",
     ),
     "translation": Case(
-        "seq2seq-lm", tiny_t5, pairs, tf.AutoModelForSeq2SeqLM, "loss", "text",
+        "seq2seq-lm", tiny_t5, pairs, tf.AutoModelForSeq2SeqLM, "loss", "prediction",
     ),
     "pictures": Case(
         "image-classification", tiny_vit, pictures, tf.AutoModelForImageClassification,

@@ -76,7 +76,8 @@ def evaluate_trained(
     if batches is None:
         raise UserError("the run has no held-out rows; name a file with --data")
     # Class weights are of the training rows: with a file of its own there are none.
-    task = setup.make_task(run, trained.model, source, parts if data is None else None)
+    own = parts if data is None else None
+    task = setup.make_task(run, trained.model, source, own, encoder=parts.encoder)
     with nullcontext() if adapter else adapters_disabled(trained.model):
         return examine(
             trained.model,
@@ -140,7 +141,9 @@ def predict_file(
     """
     told = reporter or Reporter()
     trained = load_trained(folder, reporter=told)
-    task = setup.make_task(trained.run, trained.model, trained.source, None)
+    task = setup.make_task(
+        trained.run, trained.model, trained.source, None, encoder=trained.encoder
+    )
     if not isinstance(task, ScoredTask):
         raise UserError(f"{folder}: its task is {trained.run.task}; ask it with qlora generate")
     encoder = setup.make_encoder(trained.run, trained.source, labelled=False, known=trained.known)

@@ -177,13 +177,28 @@ def model_settings(encoder: RecordEncoder) -> dict[str, Any]:
     return {} if isinstance(encoder, Encoder) else cast(RowEncoder, encoder).model_settings()
 
 
-def make_task(run: RunConfig, model: Any, source: ModelSource, data: RunData | None) -> Task:
-    """Loss and metrics of the run's task on this model."""
+def make_task(
+    run: RunConfig,
+    model: Any,
+    source: ModelSource,
+    data: RunData | None,
+    *,
+    encoder: RecordEncoder | None = None,
+) -> Task:
+    """Loss and metrics of the run's task on this model.
+
+    Args:
+        run: The settings.
+        model: With its adapter.
+        source: What the model is.
+        data: The run's rows; None where there are none of its own (class weights are theirs).
+        encoder: Made the rows that stand in for them.
+    """
     return source.kind.make_task(
         TaskInputs(
             model,
             run.task_settings.model_dump(),
-            None if data is None else data.encoder,
+            encoder if data is None else data.encoder,
             None if data is None else data.train,
             run.train.loss_chunk_tokens,
         )
