@@ -14,10 +14,7 @@ import torch
 from qlora_trainer.errors import UserError
 from qlora_trainer.memory.cuda_rules import Gpu
 
-_FOLDERS = (
-    Path(__file__).resolve().parents[2] / "profiles" / "gpus",
-    Path(__file__).resolve().parent / "gpus",
-)
+_PACKAGE = Path(__file__).resolve().parents[1]
 MIB = 2**20
 
 
@@ -53,9 +50,15 @@ class GpuProfile:
         return asdict(self) | {"compute_capability": list(self.compute_capability)}
 
 
+def profiles_folder(part: str) -> Path:
+    """Where `gpus` or `models` are: in the installed package, else at the repository's top."""
+    installed = _PACKAGE / "profiles" / part
+    return installed if installed.is_dir() else _PACKAGE.parent / "profiles" / part
+
+
 def gpu_keys() -> list[str]:
     """Names of all cards with a profile."""
-    return sorted({path.stem for folder in _FOLDERS for path in folder.glob("*.json")})
+    return sorted(path.stem for path in profiles_folder("gpus").glob("*.json"))
 
 
 def read_gpu(key: str) -> GpuProfile:
@@ -64,12 +67,11 @@ def read_gpu(key: str) -> GpuProfile:
     Raises:
         UserError: No such card.
     """
-    for folder in _FOLDERS:
-        file = folder / f"{key}.json"
-        if file.is_file():
-            values = json.loads(file.read_text(encoding="utf-8"))
-            values["compute_capability"] = tuple(values["compute_capability"])
-            return GpuProfile(**values)
+    file = profiles_folder("gpus") / f"{key}.json"
+    if file.is_file():
+        values = json.loads(file.read_text(encoding="utf-8"))
+        values["compute_capability"] = tuple(values["compute_capability"])
+        return GpuProfile(**values)
     keys = gpu_keys()
     near = difflib.get_close_matches(key.lower(), keys, n=3, cutoff=0.5)
     meant = f"did you mean {' or '.join(near)}? " if near else ""

@@ -5,19 +5,19 @@ Every answer is a configuration that was simulated; `memory/fit.py` says how the
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from qlora_trainer.config.settings import RunConfig
 from qlora_trainer.errors import UserError
 from qlora_trainer.memory.fit import FitAnswer, Fitter
 from qlora_trainer.memory.foresight import Foresight
+from qlora_trainer.memory.gpus import profiles_folder
 from qlora_trainer.run.budget import Budget
 from qlora_trainer.run.foresee import foresee_run, read_model_config, run_shape, task_config
 from qlora_trainer.run.report import Reporter
 from qlora_trainer.training import setup
 
 QUESTIONS = ("seq", "batch", "rank", "change", "models")
-_MODELS = Path(__file__).resolve().parents[2] / "profiles" / "models"
+_MODELS = profiles_folder("models")
 _LIMITS = {
     "card": "the next larger tried does not fit",
     "model": "the model knows no longer position",
