@@ -10,6 +10,7 @@ import weakref
 import torch
 from torch import Tensor
 
+from qlora_trainer.memory.allocator import pinned_bytes
 from qlora_trainer.memory.tracker import AllocationTracker
 from qlora_trainer.training.offload import Transfers
 
@@ -35,9 +36,10 @@ class WatchedTransfers(Transfers):
         buffer = super().host_buffer(size_bytes)
         self._tracker.move_to_host(buffer)
         self._tracker.tag(buffer, "offloaded layer inputs")
-        self._alive_bytes += size_bytes
+        taken = pinned_bytes(size_bytes)
+        self._alive_bytes += taken
         self.most_bytes = max(self.most_bytes, self._alive_bytes)
-        weakref.finalize(buffer.untyped_storage(), self._gone, size_bytes)
+        weakref.finalize(buffer.untyped_storage(), self._gone, taken)
         return buffer
 
     def _gone(self, size_bytes: int) -> None:

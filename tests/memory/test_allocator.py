@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qlora_trainer.memory.allocator import MIB, CachingAllocator, OutOfMemory
+from qlora_trainer.memory.allocator import MIB, CachingAllocator, OutOfMemory, pinned_bytes
 
 
 def test_sizes_round_up_to_512_bytes():
@@ -153,3 +153,25 @@ def test_reserved_covers_allocated_and_all_comes_back(steps, expandable):
     allocator.empty_cache()
     assert allocator.allocated_bytes == 0
     assert allocator.reserved_bytes == 0
+
+
+def test_an_event_of_one_stream_does_not_free_what_another_still_uses():
+    # c10/cuda/CUDACachingAllocator.cpp, process_events: freed when event_count reaches 0
+    allocator = CachingAllocator()
+    block = allocator.allocate(40 * MIB)
+    allocator.record_stream(block, 1)
+    allocator.record_stream(block, 2)
+    allocator.free(block)
+    assert allocator.allocated_bytes == 0
+    allocator.synchronize(1)
+    allocator.allocate(40 * MIB)
+    assert allocator.reserved_bytes == 80 * MIB
+    allocator.synchronize(2)
+    allocator.allocate(40 * MIB)
+    assert allocator.reserved_bytes == 80 * MIB
+
+
+@pytest.mark.parametrize(("asked", "taken"), [(1, 1), (MIB, MIB), (MIB + 1, 2 * MIB), (0, 0)])
+def test_pinned_memory_comes_in_powers_of_two(asked, taken):
+    # aten/src/ATen/core/CachingHostAllocator.h, CachingHostAllocatorImpl::allocate
+    assert pinned_bytes(asked) == taken
