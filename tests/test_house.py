@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,14 @@ def test_top_level_is_what_the_architecture_says() -> None:
     allowed = {"pyproject.toml", "qlora_trainer", "scripts", "tests", "profiles", "README.md"}
     allowed |= {"LICENSE", "CHANGELOG.md"}
     assert {name for name in top if not name.startswith(".")} <= allowed
+
+
+def test_a_wheel_carries_every_room_and_the_profiles() -> None:
+    settings = tomllib.loads((REPOSITORY / "pyproject.toml").read_text("utf-8"))
+    named = set(settings["tool"]["setuptools"]["packages"])
+    rooms = {f"qlora_trainer.{file.parent.name}" for file in PACKAGE.glob("*/__init__.py")}
+    profiles = {"qlora_trainer.profiles.gpus", "qlora_trainer.profiles.models"}
+    assert named == {"qlora_trainer"} | rooms | profiles
 
 
 def test_no_pickle_is_ever_read() -> None:

@@ -69,8 +69,9 @@ def check_tokenizer(folder: Path) -> None:
         if (folder / name).is_file():
             raise UserError(
                 f"--format gguf: {folder} holds its tokenizer as SentencePiece only ({name}), "
-                "which is not covered; write tokenizer.json with AutoTokenizer.from_pretrained(FOLDER)"
-                f".save_pretrained(FOLDER), or export --format merged and {CONVERTER}"
+                "which is not covered; write tokenizer.json with AutoTokenizer"
+                ".from_pretrained(FOLDER).save_pretrained(FOLDER), or export --format merged "
+                f"and {CONVERTER}"
             )
     raise UserError(
         f"--format gguf: {folder / 'tokenizer.json'} is missing; a GGUF file carries its tokenizer"

@@ -10,11 +10,10 @@ from typing import Any
 
 import yaml
 
-
 # An adapter is to load at once where it was made, so its configuration tells the whole path there.
 _LOCAL_BASE = """\
-`adapter_config.json` names the base by its folder on the machine that trained the adapter. Elsewhere
-name it yourself; before publishing, put its hub name under `base_model_name_or_path`:
+`adapter_config.json` names the base by its folder on the machine that trained the adapter.
+Elsewhere name it yourself; before publishing, put its hub name under `base_model_name_or_path`:
 
 ```python
 from peft import PeftModel
