@@ -2,26 +2,47 @@
 
 A head that was not saved, labels in another order, an adapter that loads differently: all show
 here. On a CPU the figures must be the same to the last bit; on a GPU kernels may be chosen anew,
-so a small difference is allowed, and said.
+so a small difference is allowed, and said, with the rows of which something else is predicted now.
 """
 
 import json
+import math
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from qlora_trainer.errors import UserError
+from qlora_trainer.training.folder import BEST_PREDICTIONS
 
 CUDA_TOLERANCE = 0.005  # of each figure: rounding of other kernels, a few rows on the border
+# Of what a task tells of a row, the one that is its prediction; shares and runners-up are not.
+_DECISIONS = ("label", "labels", "value", "tags", "answer", "prediction")
+_SHOWN_ROWS = 5
+_SHOWN_CHARACTERS = 60
 
 
-def rescore_in_fresh_process(folder: Path) -> dict[str, float]:
-    """The metrics of a run's adapter on its held-out rows, by a process of its own.
+@dataclass(frozen=True)
+class Rescored:
+    """What a fresh process finds.
+
+    Attributes:
+        metrics: By name.
+        changed: A line for each held-out row of which another thing is predicted now.
+    """
+
+    metrics: dict[str, float]
+    changed: list[str]
+
+
+def rescore_in_fresh_process(folder: Path) -> Rescored:
+    """A run's adapter scored on its held-out rows by a process of its own.
 
     Raises:
         UserError: It cannot be loaded or scored there.
@@ -40,14 +61,54 @@ def rescore_in_fresh_process(folder: Path) -> dict[str, float]:
                 f"{folder}: the saved adapter could not be scored in a fresh process (exit code "
                 f"{done.returncode}). Its last words:\n  {last}"
             )
-        metrics: dict[str, float] = json.loads(result.read_text(encoding="utf-8"))
-        return metrics
+        return Rescored(**json.loads(result.read_text(encoding="utf-8")))
+
+
+def changed_rows(
+    before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]], places: Sequence[str]
+) -> list[str]:
+    """A line for each row whose prediction is another one, however its shares have moved.
+
+    Args:
+        before: What was told of each row when the adapter was trained.
+        after: What is told once it is saved and loaded again.
+        places: File and line of each row.
+
+    >>> changed_rows([{"label": "good", "score": 0.51}], [{"label": "bad"}], ["rows.jsonl:7"])
+    ["rows.jsonl:7: 'good' -> 'bad'"]
+    """
+    lines = []
+    for then, now, place in zip(before, after, places, strict=True):
+        for name in _DECISIONS:
+            if name in then and not _same(then[name], now[name]):
+                lines.append(f"{place}: {_short(then[name])} -> {_short(now[name])}")
+    return lines
+
+
+def _same(then: Any, now: Any) -> bool:
+    if isinstance(then, float):  # a regression decides nothing: its number is a figure like others
+        return math.isclose(then, now, rel_tol=CUDA_TOLERANCE, abs_tol=CUDA_TOLERANCE)
+    return bool(then == now)
+
+
+def _short(value: Any) -> str:
+    text = f"{value:.6g}" if isinstance(value, float) else repr(value)
+    return text if len(text) <= _SHOWN_CHARACTERS else text[: _SHOWN_CHARACTERS - 3] + "..."
 
 
 def require_same_metrics(
-    trained: Mapping[str, float], saved: Mapping[str, float], device: torch.device
+    trained: Mapping[str, float],
+    saved: Mapping[str, float],
+    device: torch.device,
+    changed: Sequence[str] = (),
 ) -> float:
     """See that the saved adapter scores as the trained one did.
+
+    Args:
+        trained: Metrics while it was trained.
+        saved: Metrics once saved and loaded again.
+        device: Where both were measured.
+        changed: From `changed_rows`; told where a figure is refused.
 
     Returns:
         The largest difference; 0 on a CPU.
@@ -67,7 +128,7 @@ def require_same_metrics(
     if wrong:
         raise UserError.from_faults(
             "the saved adapter is not the model that was trained; do not use it, and report this",
-            wrong,
+            [*wrong, *(f"another prediction: {line}" for line in changed)],
         )
     return max(differences.values(), default=0.0)
 
@@ -83,9 +144,20 @@ def prove_saved(folder: Path, trained: Mapping[str, float], device: torch.device
     Raises:
         UserError: What was saved is not what was trained.
     """
-    difference = require_same_metrics(trained, rescore_in_fresh_process(folder), device)
-    said = "the same figures" if not difference else f"the same figures within {difference:.2g}"
+    found = rescore_in_fresh_process(folder)
+    difference = require_same_metrics(trained, found.metrics, device, found.changed)
+    said = _proof(difference, found.changed)
     return f"saved adapter and head, scored again by a fresh process: {said}"
+
+
+def _proof(difference: float, changed: Sequence[str]) -> str:
+    said = "the same figures" if not difference else f"the same figures within {difference:.2g}"
+    if not changed:
+        return said
+    rows = f"{len(changed)} row{'s' * (len(changed) != 1)}"
+    shown = "; ".join(changed[:_SHOWN_ROWS])
+    more = f"; and {len(changed) - _SHOWN_ROWS} more" if len(changed) > _SHOWN_ROWS else ""
+    return f"{said}, another prediction for {rows}: {shown}{more}"
 
 
 def _main(folder: str, result: str, threads: str) -> None:
@@ -93,8 +165,37 @@ def _main(folder: str, result: str, threads: str) -> None:
     from qlora_trainer.run.evaluate import evaluate_trained
 
     torch.set_num_threads(int(threads))
-    metrics = evaluate_trained(load_trained(folder)).metrics
-    Path(result).write_text(json.dumps(metrics), encoding="utf-8")
+    trained = load_trained(folder)
+    evaluation = evaluate_trained(trained)
+    file = Path(folder, BEST_PREDICTIONS)
+    # A run that an older version ended has none; its figures are compared all the same.
+    before: list[Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
+    now = evaluation.predictions
+    moved = before != now and len(before) == len(now)
+    changed = _changed(trained, before, now) if moved else []
+    found = {"metrics": evaluation.metrics, "changed": changed}
+    Path(result).write_text(json.dumps(found), encoding="utf-8")
+
+
+def _changed(trained: Any, before: Sequence[Any], now: Sequence[Any]) -> list[str]:
+    """Held-out rows, and parts of long ones, whose predictions are told otherwise."""
+    from qlora_trainer.run.evaluate import run_data
+    from qlora_trainer.run.report import Reporter
+    from qlora_trainer.training import setup
+
+    data = run_data(trained, None, Reporter())
+    rows, encoder = data.held_out, data.encoder
+    task: Any = setup.make_task(trained.run, trained.model, trained.source, None, encoder=encoder)
+    references = setup.references(trained.run, data)
+    assert rows is not None
+    assert references is not None
+
+    def told(predictions: Sequence[Any]) -> list[Any]:
+        # One by one: windows of a long record are not joined, so each has its row's place.
+        return [task.tell([p], [references(index)])[0] for index, p in enumerate(predictions)]
+
+    places = [rows.where(index) for index in range(len(rows))]
+    return changed_rows(told(before), told(now), places)
 
 
 if __name__ == "__main__":

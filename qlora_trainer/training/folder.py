@@ -9,6 +9,7 @@ metrics.jsonl      one line per logged step and evaluation
 states/            saved states to resume from
 adapter/           the trained adapter (the best one where there are held-out rows)
 adapter-last/      the adapter of the last step, where the best one is an earlier one
+best-predictions.json  what that adapter said of the held-out rows, for tasks that predict
 loss.png           the loss curves
 result.json        how the run ended; there only when it is complete
 """
@@ -28,6 +29,7 @@ from qlora_trainer.base.files import write_text_atomically
 from qlora_trainer.errors import UserError
 from qlora_trainer.training.lock import FolderLock
 
+BEST_PREDICTIONS = "best-predictions.json"
 MARKER = ".qlora-run"  # tells a run folder from any folder that happens to hold a run.yaml
 _DISCARDED = ".discarded-"
 # In the order they are discarded: cut short, no state is left to be taken for a later run's, and
@@ -36,6 +38,7 @@ _OURS = (
     "states",
     "adapter",
     "adapter-last",
+    BEST_PREDICTIONS,
     "trackers",
     "failed-batch",
     "environment.json",

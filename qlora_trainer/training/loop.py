@@ -13,7 +13,7 @@ from qlora_trainer.errors import UserError
 from qlora_trainer.tasks.task import Batch
 from qlora_trainer.training.attempt import StepRunner
 from qlora_trainer.training.checks import LearningChecks
-from qlora_trainer.training.evaluate import evaluate
+from qlora_trainer.training.evaluate import Evaluation, examine
 from qlora_trainer.training.log import Phase
 from qlora_trainer.training.plan import Course, Run, TrainingOutcome, TrainingPlan
 from qlora_trainer.training.rehearse import rehearse
@@ -70,7 +70,8 @@ class _Loop:
                     rehearse(run, run.rehearsal, self._steps, step=course.step)
                     course.micro_batch_parts = self._steps.micro_batch_parts
                 if course.step == 0 and course.first_evaluation is None:
-                    course.first_evaluation = self._measure()
+                    found = self._measure()
+                    course.first_evaluation = None if found is None else found.metrics
                 self._train(stop)
                 return self._finish(stop)
             # Whatever it is (a disk, the card, a fault of ours), what is good is kept and the error
@@ -166,13 +167,13 @@ class _Loop:
             "save": max(events(self._plan.save_every_steps), by_the_clock) + 1,
         }
 
-    def _measure(self) -> dict[str, float] | None:
-        """Metrics on the held-out rows as the model is now, logged; None where there are none."""
+    def _measure(self) -> Evaluation | None:
+        """What the held-out rows say of the model as it is, logged; None where there are none."""
         run = self._run
         if run.eval_batches is None:
             return None
         with run.log.timed("evaluate"):
-            metrics = evaluate(
+            found = examine(
                 run.model,
                 run.eval_batches(),
                 task=run.task,
@@ -180,20 +181,23 @@ class _Loop:
                 say=run.log.say,
                 references=run.references,
             )
-        run.log.evaluation(self._course.step, metrics)
-        return metrics
+        run.log.evaluation(self._course.step, found.metrics)
+        return found
 
     def _evaluate(self) -> None:
         run, plan, course = self._run, self._plan, self._course
-        metrics = self._measure()
-        if metrics is None:
+        found = self._measure()
+        if found is None:
             return
+        metrics = found.metrics
         if plan.best_metric not in metrics:
             raise UserError(f"no metric named {plan.best_metric!r}; there are {sorted(metrics)}")
         value, best = metrics[plan.best_metric], course.best_value
         better = best is None or (value > best if plan.greater_is_better else value < best)
         if better:
             self._saver.save_adapter("adapter")
+            if found.scores is not None:
+                self._saver.save_predictions(found.predictions)
         # Only now: a course that tells of an evaluation is one whose adapter stands.
         course.last_evaluation, course.last_evaluation_step = metrics, course.step
         if better:

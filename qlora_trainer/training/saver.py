@@ -4,13 +4,17 @@ A full disk or a folder that cannot be written is the user's to mend, so it is n
 saved before stands.
 """
 
+import json
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
+from typing import Any
 
 from safetensors import SafetensorError
 
-from qlora_trainer.base.files import replace_folder
+from qlora_trainer.base.files import replace_folder, write_text_atomically
 from qlora_trainer.errors import UserError
+from qlora_trainer.training.folder import BEST_PREDICTIONS
 from qlora_trainer.training.plan import Course, Run, TrainingPlan
 from qlora_trainer.training.state import save_state
 
@@ -75,6 +79,21 @@ class Saver:
             raise UserError(
                 f"{folder}: the adapter cannot be written ({error}); saved states are untouched. "
                 "Make room or mend the folder, then run the same command again"
+            ) from error
+
+    def save_predictions(self, predictions: Sequence[Any]) -> None:
+        """Write what the best adapter said of the held-out rows, one JSON value a row.
+
+        Raises:
+            UserError: They cannot be written.
+        """
+        file = self._run.folder / BEST_PREDICTIONS
+        try:
+            write_text_atomically(file, json.dumps(list(predictions)) + "\n")
+        except OSError as error:
+            raise UserError(
+                f"{file}: cannot be written ({error}); saved states are untouched. Make room or "
+                "mend the folder, then run the same command again"
             ) from error
 
     def save_before_leaving(self, course: Course) -> None:

@@ -1,16 +1,19 @@
 """Going on from a finished adapter: its values, its labels, what it forgets, what is refused."""
 
 import json
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from qlora_trainer.config.read import check_values
 from qlora_trainer.config.settings import RunConfig
 from qlora_trainer.errors import UserError
-from qlora_trainer.run.rescore import require_same_metrics
+from qlora_trainer.run.rescore import changed_rows, prove_saved, require_same_metrics
 from qlora_trainer.run.train import train
 from tests.tasks.tiny_texts import labelled_rows, tiny_encoder_folder, write_rows
 
@@ -70,11 +73,50 @@ def test_what_is_no_adapter_is_refused(make: Make, tmp_path: Path) -> None:
 
 
 def test_a_head_that_scores_otherwise_once_saved_is_refused() -> None:
-    import torch
-
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     assert require_same_metrics({"f1": 0.5}, {"f1": 0.5}, cpu) == 0.0
     assert require_same_metrics({"f1": 0.5}, {"f1": 0.502}, cuda) == pytest.approx(0.002)
     for saved, device in (({"f1": 0.5 + 1e-9}, cpu), ({}, cpu), ({"f1": 0.6}, cuda)):
         with pytest.raises(UserError, match="not the model that was trained"):
             require_same_metrics({"f1": 0.5}, saved, device)
+    with pytest.raises(UserError, match=r"another prediction: rows.jsonl:3: 'good' -> 'bad'"):
+        require_same_metrics({"f1": 0.5}, {"f1": 0.6}, cuda, ["rows.jsonl:3: 'good' -> 'bad'"])
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "line"),
+    [
+        ({"label": "a", "score": 0.5}, {"label": "a", "score": 0.501}, None),
+        ({"label": "a", "score": 0.5}, {"label": "b", "score": 0.5}, "r:1: 'a' -> 'b'"),
+        ({"label": "a", "top": [["a", 0.6]]}, {"label": "a", "top": [["b", 0.6]]}, None),
+        ({"labels": ["a"]}, {"labels": []}, "r:1: ['a'] -> []"),
+        ({"value": 1.0}, {"value": 1.001}, None),
+        ({"value": 1.0}, {"value": 1.1}, "r:1: 1 -> 1.1"),
+        ({"tags": ["O", "B-X"], "entities": []}, {"tags": ["O", "O"]},
+         "r:1: ['O', 'B-X'] -> ['O', 'O']"),
+        ({"answer": "Rome", "probability": 0.5}, {"answer": "", "probability": 0.5},
+         "r:1: 'Rome' -> ''"),
+        ({"prediction": "Haus"}, {"prediction": "Maus"}, "r:1: 'Haus' -> 'Maus'"),
+        ({"prediction": "a" * 99}, {"prediction": "b"}, f"r:1: '{'a' * 56}... -> 'b'"),
+    ],
+)  # fmt: skip
+def test_rows_with_another_prediction_are_named(
+    before: dict[str, Any], after: dict[str, Any], line: str | None
+) -> None:
+    same = {"label": "x"}
+    changed = changed_rows([same, before, same], [same, after, same], ["r:0", "r:1", "r:2"])
+    assert changed == ([] if line is None else [line])
+
+
+def test_what_is_not_the_same_is_named_by_the_fresh_process(first: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(first, folder)
+    kept = folder / "best-predictions.json"
+    predictions = json.loads(kept.read_text())
+    metrics = json.loads((first / "result.json").read_text())["best_evaluation"]
+    assert len(predictions) == metrics["rows"]
+    least = min(range(3), key=predictions[1].__getitem__)
+    predictions[1] = [float(label == least) for label in range(3)]
+    kept.write_text(json.dumps(predictions))
+    said = prove_saved(folder, metrics, torch.device("cpu"))
+    assert re.search(r"another prediction for 1 row: \S*first.jsonl\S*: '\w+' -> '\w+'$", said)
