@@ -26,7 +26,12 @@ def foresight_json(foresight: Foresight) -> dict[str, Any]:
     """All of a prediction as plain data, the verdict included."""
     content = asdict(foresight)
     content.pop("timeline")
-    return {"verdict": foresight.verdict, "total_bytes": foresight.total_bytes, **content}
+    return {
+        "verdict": foresight.verdict,
+        "total_bytes": foresight.total_bytes,
+        "host_peak_bytes": foresight.host_peak_bytes,
+        **content,
+    }
 
 
 def show_foresight(foresight: Foresight, *, as_json: bool, notes: Sequence[str] = ()) -> None:
@@ -46,7 +51,7 @@ def show_foresight(foresight: Foresight, *, as_json: bool, notes: Sequence[str] 
         f"  CUDA context    {format_bytes(foresight.context_bytes)} (assumed for this card)\n"
         f"  paged states    {format_bytes(foresight.paged_bytes)}, "
         f"{'which count on the card' if foresight.paged_on_card else 'in host RAM'}\n"
-        f"  host RAM        {format_bytes(foresight.host_bytes)}"
+        f"  host RAM        {format_bytes(foresight.host_peak_bytes)}"
     )
     if foresight.pinned_bytes:
         out.print(
@@ -57,8 +62,8 @@ def show_foresight(foresight: Foresight, *, as_json: bool, notes: Sequence[str] 
     if not foresight.fits_without_retry and foresight.fits:
         out.print("  it fits only because the allocator gives cached memory back, which costs time")
     _show_sizes("by component, at the peak", foresight.by_component)
-    _show_sizes("peak by phase", foresight.allocated_by_phase)
-    _show_sizes("on disk", foresight.disk_bytes)
+    _show_phases(foresight)
+    _show_sizes("on disk at most", foresight.disk_peak_bytes)
     if foresight.large_unquantized:
         _show_sizes("large weights outside NF4", _joined(foresight.large_unquantized))
     table = Table(title="\nlargest tensors at the peak", title_justify="left", box=None)
@@ -196,6 +201,17 @@ def _joined(sizes: dict[str, int]) -> dict[str, int]:
         f"{name} ({len(found)})" if len(found) > 1 else name: sum(found)
         for name, found in groups.items()
     }
+
+
+def _show_phases(foresight: Foresight) -> None:
+    """Of the card (where the phase touches it) and of host RAM."""
+    table = Table(title="\npeak by phase", title_justify="left", box=None)
+    for column in ("allocated", "host RAM", ""):
+        table.add_column(column, justify="right" if column else "left")
+    for phase, host in foresight.host_bytes_by_phase.items():
+        card = foresight.allocated_by_phase.get(phase)
+        table.add_row("" if card is None else format_bytes(card), format_bytes(host), phase)
+    out.print(table)
 
 
 def _show_sizes(title: str, sizes: dict[str, int]) -> None:
