@@ -1,7 +1,6 @@
 """How a memory prediction looks on a terminal, and as JSON."""
 
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -19,7 +18,6 @@ from qlora_trainer.units import format_bytes
 
 _COLOURS = {"fits": "green", "tight": "yellow", "does not fit": "bold red"}
 _ALIVE = 12
-_NUMBER = re.compile(r"\.\d+\.")
 
 
 def foresight_json(foresight: Foresight) -> dict[str, Any]:
@@ -30,6 +28,8 @@ def foresight_json(foresight: Foresight) -> dict[str, Any]:
         "verdict": foresight.verdict,
         "total_bytes": foresight.total_bytes,
         "host_peak_bytes": foresight.host_peak_bytes,
+        "large_unquantized_total_bytes": sum(foresight.large_by_path.values()),
+        "large_unquantized_by_path": foresight.large_by_path,
         **content,
     }
 
@@ -44,6 +44,11 @@ def show_foresight(foresight: Foresight, *, as_json: bool, notes: Sequence[str] 
         f"[{colour}]{foresight.verdict}[/]: {format_bytes(foresight.total_bytes)} of "
         f"{format_bytes(foresight.capacity_bytes)} on {escape(foresight.gpu)}"
     )
+    large = foresight.large_by_path
+    if large:
+        out.print(f"  {format_bytes(sum(large.values()))} are large weights outside NF4:")
+        for name, size in large.items():
+            out.print(f"    {format_bytes(size):>10}  {escape(name)}")
     show_notes(notes)
     out.print(
         f"  peak allocated  {format_bytes(foresight.allocated_bytes)}, in {foresight.peak_phase}\n"
@@ -64,8 +69,6 @@ def show_foresight(foresight: Foresight, *, as_json: bool, notes: Sequence[str] 
     _show_sizes("by component, at the peak", foresight.by_component)
     _show_phases(foresight)
     _show_sizes("on disk at most", foresight.disk_peak_bytes)
-    if foresight.large_unquantized:
-        _show_sizes("large weights outside NF4", _joined(foresight.large_unquantized))
     table = Table(title="\nlargest tensors at the peak", title_justify="left", box=None)
     for column in ("together", "tensors", "what", "made by"):
         table.add_column(column, justify="right" if column in ("together", "tensors") else "left")
@@ -190,17 +193,6 @@ def _add_pairs(
 def _add_pair(table: Table, name: str, predicted: int, measured: int) -> None:
     error = f"{predicted / measured - 1:+.2%}" if measured else "-"
     table.add_row(name, format_bytes(predicted), format_bytes(measured), error)
-
-
-def _joined(sizes: dict[str, int]) -> dict[str, int]:
-    """Tensors of like name in every layer, told once: `model.layers.*.gate` (48)."""
-    groups: dict[str, list[int]] = {}
-    for name, size in sizes.items():
-        groups.setdefault(_NUMBER.sub(".*.", name), []).append(size)
-    return {
-        f"{name} ({len(found)})" if len(found) > 1 else name: sum(found)
-        for name, found in groups.items()
-    }
 
 
 def _show_phases(foresight: Foresight) -> None:

@@ -10,9 +10,11 @@ Assumed, and said: every sequence has the full length; every token is trained (t
 the most logits chunks); rows are not padded and not packed unless `padded` says so.
 """
 
+import re
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from qlora_trainer.base.audit import LARGE_BYTES
 from qlora_trainer.base.load import build_weightless_base
 from qlora_trainer.memory.artefacts import (
     PROCESS_BYTES,
@@ -29,6 +31,7 @@ from qlora_trainer.tasks.task import Batch
 
 __all__ = ["Foresight", "RunShape", "SimulatedRun", "foresee", "simulate_run"]
 
+_NUMBER = re.compile(r"\.\d+(?=\.|$)")
 PCIE_BYTES_PER_SECOND = 12e9  # PCIe 3.0 x16, or 4.0 x8, as copies of pinned memory reach it
 
 
@@ -90,6 +93,19 @@ class Foresight:
         """What the process takes of the card."""
         paged = self.paged_bytes if self.paged_on_card else 0
         return self.reserved_bytes + self.context_bytes + paged
+
+    @property
+    def large_by_path(self) -> dict[str, int]:
+        """Large weights outside NF4, those alike in every layer once: `layers.*.gate (48)`."""
+        groups: dict[str, list[int]] = {}
+        for name, size in self.large_unquantized.items():
+            if size >= LARGE_BYTES:
+                groups.setdefault(_NUMBER.sub(".*", name), []).append(size)
+        sums = {
+            f"{name} ({len(found)})" if len(found) > 1 else name: sum(found)
+            for name, found in groups.items()
+        }
+        return dict(sorted(sums.items(), key=lambda item: -item[1]))
 
     @property
     def host_peak_bytes(self) -> int:
