@@ -16,7 +16,8 @@ def host_bytes_by_phase(accounts: Accounts) -> dict[str, int]:
     """Host RAM of a run on a card, by phase.
 
     `rehearsal` (where `memory.rehearse` asks for one) holds everything trained a second time and
-    saves meanwhile. `merge` is `qlora export`, a process of its own, without its proof.
+    saves meanwhile. `resume` counts a state's files as held, of which the system can drop what is
+    only mapped. `merge` is `qlora export`, a process of its own, without its proof.
     """
     standing = PROCESS_BYTES + accounts.host_table_bytes
     states = standing + accounts.paged_bytes

@@ -54,7 +54,7 @@ def test_the_host_holds_what_the_files_do_and_the_card_nothing_more(
     tracker.close()
 
 
-def test_a_run_saves_with_less_on_the_card_than_it_steps_and_more_on_the_host() -> None:
+def test_a_run_saves_with_less_on_the_card_than_it_steps_and_more_on_the_host():
     run = simulate_run(tiny_config("llama"), run_shape(), read_gpu("rtx-3060-12gb"))
     found = run.on(read_gpu("rtx-3060-12gb"))
     card, host = found.allocated_by_phase, found.host_bytes_by_phase
