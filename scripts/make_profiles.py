@@ -24,6 +24,7 @@ from typing import Any
 
 from qlora_trainer.config.read import read_run_file
 from qlora_trainer.errors import UserError
+from qlora_trainer.memory.border import last_that_fits
 from qlora_trainer.memory.foresight import Foresight
 from qlora_trainer.memory.gpus import GpuProfile, read_gpu
 from qlora_trainer.run.foresee import foresee_run, run_for_model
@@ -95,18 +96,18 @@ def longest(
         known: Length -> bytes needed, of this model on any card: says where to look, not what
             fits. What is simulated here is added.
     """
-    fitting: Foresight | None = None
-    low, high = -1, len(lengths)
-    while high - low > 1:
-        guess = _guess(lengths, known, int(0.95 * gpu.usable_bytes))
-        index = min(max(guess, low + 1), high - 1)
-        foresight = foresee_length(model, gpu, lengths[index])
-        known[lengths[index]] = foresight.total_bytes
-        if foresight.verdict == "fits":
-            low, fitting = index, foresight
-        else:
-            high = index
-    return (lengths[low], fitting) if fitting is not None else None
+    found: dict[int, Foresight] = {}
+
+    def fits(index: int) -> bool:
+        found[index] = foresee_length(model, gpu, lengths[index])
+        known[lengths[index]] = found[index].total_bytes
+        return found[index].verdict == "fits"
+
+    def guess(_low: int, _high: int) -> int:
+        return _guess(lengths, known, int(0.95 * gpu.usable_bytes))
+
+    last = last_that_fits(len(lengths), fits, guess)
+    return (lengths[last], found[last]) if last >= 0 else None
 
 
 def _guess(lengths: list[int], known: dict[int, int], budget_bytes: int) -> int:

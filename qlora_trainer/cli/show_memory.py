@@ -1,7 +1,6 @@
 """How a memory prediction looks on a terminal, and as JSON."""
 
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -19,14 +18,20 @@ from qlora_trainer.units import format_bytes
 
 _COLOURS = {"fits": "green", "tight": "yellow", "does not fit": "bold red"}
 _ALIVE = 12
-_NUMBER = re.compile(r"\.\d+\.")
 
 
 def foresight_json(foresight: Foresight) -> dict[str, Any]:
     """All of a prediction as plain data, the verdict included."""
     content = asdict(foresight)
     content.pop("timeline")
-    return {"verdict": foresight.verdict, "total_bytes": foresight.total_bytes, **content}
+    return {
+        "verdict": foresight.verdict,
+        "total_bytes": foresight.total_bytes,
+        "host_peak_bytes": foresight.host_peak_bytes,
+        "large_unquantized_total_bytes": sum(foresight.large_by_path.values()),
+        "large_unquantized_by_path": foresight.large_by_path,
+        **content,
+    }
 
 
 def show_foresight(foresight: Foresight, *, as_json: bool, notes: Sequence[str] = ()) -> None:
@@ -39,6 +44,11 @@ def show_foresight(foresight: Foresight, *, as_json: bool, notes: Sequence[str] 
         f"[{colour}]{foresight.verdict}[/]: {format_bytes(foresight.total_bytes)} of "
         f"{format_bytes(foresight.capacity_bytes)} on {escape(foresight.gpu)}"
     )
+    large = foresight.large_by_path
+    if large:
+        out.print(f"  {format_bytes(sum(large.values()))} are large weights outside NF4:")
+        for name, size in large.items():
+            out.print(f"    {format_bytes(size):>10}  {escape(name)}")
     show_notes(notes)
     out.print(
         f"  peak allocated  {format_bytes(foresight.allocated_bytes)}, in {foresight.peak_phase}\n"
@@ -46,7 +56,7 @@ def show_foresight(foresight: Foresight, *, as_json: bool, notes: Sequence[str] 
         f"  CUDA context    {format_bytes(foresight.context_bytes)} (assumed for this card)\n"
         f"  paged states    {format_bytes(foresight.paged_bytes)}, "
         f"{'which count on the card' if foresight.paged_on_card else 'in host RAM'}\n"
-        f"  host RAM        {format_bytes(foresight.host_bytes)}"
+        f"  host RAM        {format_bytes(foresight.host_peak_bytes)}"
     )
     if foresight.pinned_bytes:
         out.print(
@@ -57,10 +67,8 @@ def show_foresight(foresight: Foresight, *, as_json: bool, notes: Sequence[str] 
     if not foresight.fits_without_retry and foresight.fits:
         out.print("  it fits only because the allocator gives cached memory back, which costs time")
     _show_sizes("by component, at the peak", foresight.by_component)
-    _show_sizes("peak by phase", foresight.allocated_by_phase)
-    _show_sizes("on disk", foresight.disk_bytes)
-    if foresight.large_unquantized:
-        _show_sizes("large weights outside NF4", _joined(foresight.large_unquantized))
+    _show_phases(foresight)
+    _show_sizes("on disk at most", foresight.disk_peak_bytes)
     table = Table(title="\nlargest tensors at the peak", title_justify="left", box=None)
     for column in ("together", "tensors", "what", "made by"):
         table.add_column(column, justify="right" if column in ("together", "tensors") else "left")
@@ -187,15 +195,15 @@ def _add_pair(table: Table, name: str, predicted: int, measured: int) -> None:
     table.add_row(name, format_bytes(predicted), format_bytes(measured), error)
 
 
-def _joined(sizes: dict[str, int]) -> dict[str, int]:
-    """Tensors of like name in every layer, told once: `model.layers.*.gate` (48)."""
-    groups: dict[str, list[int]] = {}
-    for name, size in sizes.items():
-        groups.setdefault(_NUMBER.sub(".*.", name), []).append(size)
-    return {
-        f"{name} ({len(found)})" if len(found) > 1 else name: sum(found)
-        for name, found in groups.items()
-    }
+def _show_phases(foresight: Foresight) -> None:
+    """Of the card (where the phase touches it) and of host RAM."""
+    table = Table(title="\npeak by phase", title_justify="left", box=None)
+    for column in ("allocated", "host RAM", ""):
+        table.add_column(column, justify="right" if column else "left")
+    for phase, host in foresight.host_bytes_by_phase.items():
+        card = foresight.allocated_by_phase.get(phase)
+        table.add_row("" if card is None else format_bytes(card), format_bytes(host), phase)
+    out.print(table)
 
 
 def _show_sizes(title: str, sizes: dict[str, int]) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from qlora_trainer.errors import UserError
+from qlora_trainer.memory.border import last_that_fits
 from qlora_trainer.memory.foresight import Foresight, RunShape, simulate_run
 from qlora_trainer.memory.gpus import GpuProfile
 
@@ -206,24 +207,27 @@ class Fitter:
         limit: str,
     ) -> FitAnswer:
         tried: dict[int, Foresight] = {}
+        ahead = 0  # where the line last said to look
 
-        def fits(units: int) -> bool:
-            if units not in tried:
-                tried[units] = self.foresee(shape_of(units))
-            return tried[units].fits
+        def fits(index: int) -> bool:
+            tried[index + 1] = self.foresee(shape_of(index + 1))
+            return tried[index + 1].fits
 
-        if not fits(1):
+        def guess(low: int, high: int) -> int:
+            nonlocal ahead
+            if low < 0:
+                return 0
+            if high == most:
+                return most - 1
+            if low == ahead > 0:
+                ahead = 0
+                return low + 1  # the line ends just below the border: look right above
+            ahead = _between(low, high, tried[low + 1], tried[high + 1])
+            return ahead
+
+        good = 1 + last_that_fits(most, fits, guess)
+        if not good:
             return FitAnswer(setting, 0, tried[1], "card", value_of(1), ())
-        good, bad = (most, most + 1) if fits(most) else (1, most)
-        while bad - good > 1:
-            ahead = _between(good, bad, tried[good], tried[bad])
-            if fits(ahead):
-                good = ahead
-                # the line between two simulations ends just below the border: look right above
-                if bad - good > 1 and not fits(good + 1):
-                    bad = good + 1
-            else:
-                bad = ahead
         at_limit = good == most
         value = value_of(good)
         return FitAnswer(
@@ -231,13 +235,13 @@ class Fitter:
             value,
             tried[good],
             limit if at_limit else "card",
-            None if at_limit else value_of(bad),
+            None if at_limit else value_of(good + 1),
             (f"{setting}={value}",),
         )
 
 
 def _between(good: int, bad: int, fitting: Foresight, failing: Foresight) -> int:
-    """Where the straight line between two simulations meets the card; inside, never at the ends."""
+    """Where the straight line between two simulations meets the card."""
     low, high = fitting.total_bytes, failing.total_bytes
     share = 0.5
     if high > low:

@@ -1,19 +1,27 @@
 """What a run will need, found by running its very step on weightless tensors.
 
 `foresee` builds the base without weights, puts the adapter on it, makes the optimizer and calls
-`training/step.py`'s `train_step` twice and the task's evaluation once, all on `meta` tensors under
-the tracker; the log is then replayed as any card's allocator. Nothing is written down as a formula,
-so nothing drifts from the code that trains. Numbers are for the torch, transformers and
-bitsandbytes installed here.
+`training/step.py`'s `train_step` twice, the task's evaluation once, and resumes and saves with
+`training/state.py`, all on `meta` tensors under the tracker; the log is then replayed as any card's
+allocator. Nothing is written down as a formula, so nothing drifts from the code that trains.
+Numbers are for the torch, transformers and bitsandbytes installed here.
 
 Assumed, and said: every sequence has the full length; every token is trained (the loss then makes
 the most logits chunks); rows are not padded and not packed unless `padded` says so.
 """
 
+import re
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from qlora_trainer.base.audit import LARGE_BYTES
 from qlora_trainer.base.load import build_weightless_base
+from qlora_trainer.memory.artefacts import (
+    PROCESS_BYTES,
+    disk_peak_bytes,
+    host_bytes_by_phase,
+    merged_bytes,
+)
 from qlora_trainer.memory.attention import ANSWERS, attention_for
 from qlora_trainer.memory.gpus import GpuProfile
 from qlora_trainer.memory.program import Accounts, Program, RunShape
@@ -23,6 +31,7 @@ from qlora_trainer.tasks.task import Batch
 
 __all__ = ["Foresight", "RunShape", "SimulatedRun", "foresee", "simulate_run"]
 
+_NUMBER = re.compile(r"\.\d+(?=\.|$)")
 PCIE_BYTES_PER_SECOND = 12e9  # PCIe 3.0 x16, or 4.0 x8, as copies of pinned memory reach it
 
 
@@ -43,13 +52,15 @@ class Foresight:
         kernels: Chosen kernels and how often.
         fits_without_retry: False where the allocator must give cached memory back to get through.
         fits: The replay at the card's capacity got through.
-        host_bytes: Host RAM the load needs.
-        disk_bytes: Artefact -> bytes.
+        host_bytes: Host RAM of the load and, at once, of what the steps keep there.
+        disk_bytes: Artefact -> bytes, one of each.
         trained_parameters: How many numbers are trained.
         large_unquantized: Path -> bytes of large weights outside NF4.
         paged_on_card: What is paged counts on the card (it does on Windows).
         pinned_bytes: Pinned host memory of offloaded layer inputs.
         moved_bytes: Over PCIe, both ways together, in one optimizer step.
+        host_bytes_by_phase: Host RAM of each phase; see `artefacts.host_bytes_by_phase`.
+        disk_peak_bytes: Artefact -> most bytes at one time; see `artefacts.disk_peak_bytes`.
     """
 
     gpu: str
@@ -73,6 +84,8 @@ class Foresight:
     paged_on_card: bool = False
     pinned_bytes: int = 0
     moved_bytes: int = 0
+    host_bytes_by_phase: dict[str, int] = field(default_factory=dict)
+    disk_peak_bytes: dict[str, int] = field(default_factory=dict)
     timeline: tuple[tuple[int, int, str], ...] = field(default=(), repr=False)
 
     @property
@@ -80,6 +93,24 @@ class Foresight:
         """What the process takes of the card."""
         paged = self.paged_bytes if self.paged_on_card else 0
         return self.reserved_bytes + self.context_bytes + paged
+
+    @property
+    def large_by_path(self) -> dict[str, int]:
+        """Large weights outside NF4, those alike in every layer once: `layers.*.gate (48)`."""
+        groups: dict[str, list[int]] = {}
+        for name, size in self.large_unquantized.items():
+            if size >= LARGE_BYTES:
+                groups.setdefault(_NUMBER.sub(".*", name), []).append(size)
+        sums = {
+            f"{name} ({len(found)})" if len(found) > 1 else name: sum(found)
+            for name, found in groups.items()
+        }
+        return dict(sorted(sums.items(), key=lambda item: -item[1]))
+
+    @property
+    def host_peak_bytes(self) -> int:
+        """Host RAM at its highest."""
+        return max(self.host_bytes, *self.host_bytes_by_phase.values())
 
     @property
     def moving_seconds(self) -> float:
@@ -142,8 +173,8 @@ class SimulatedRun:
             context_bytes=gpu.context_bytes,
             paged_bytes=self.accounts.paged_bytes,
             by_component=dict(sorted(shown.by_component.items(), key=lambda item: -item[1])),
-            allocated_by_phase=_merge_phases(shown.allocated_by_phase),
-            reserved_by_phase=_merge_phases(shown.reserved_by_phase),
+            allocated_by_phase=_of_phases(shown.allocated_by_phase),
+            reserved_by_phase=_of_phases(shown.reserved_by_phase),
             peak_phase=shown.peak_phase,
             alive=tuple(shown.alive[:50]),
             kernels=dict(self.trace.log.kernels),
@@ -155,6 +186,8 @@ class SimulatedRun:
             large_unquantized=self.accounts.large_unquantized,
             pinned_bytes=self.accounts.pinned_bytes,
             moved_bytes=self.accounts.moved_bytes * self.shape.accumulation,
+            host_bytes_by_phase=host_bytes_by_phase(self.accounts),
+            disk_peak_bytes=disk_peak_bytes(self.accounts, self.shape.keep_last),
             timeline=tuple(free.timeline),
         )
 
@@ -162,23 +195,21 @@ class SimulatedRun:
         # weights are memory-mapped; one tensor at a time is private, the page-outs come on top
         accounts = self.accounts
         host = accounts.paged_bytes + accounts.pinned_bytes + accounts.host_table_bytes
-        return _PROCESS_BYTES + 2 * accounts.largest_tensor_bytes + host
+        return PROCESS_BYTES + 2 * accounts.largest_tensor_bytes + host
 
     def _disk_bytes(self) -> dict[str, int]:
         adapter = self.accounts.trained_bytes
         return {
             "adapter": adapter,
             "saved state": adapter + self.accounts.optimizer_bytes,
-            "merged checkpoint": 2 * self.accounts.base_parameters,
+            "merged checkpoint": merged_bytes(self.accounts),
         }
 
 
-_PROCESS_BYTES = 1100 * 2**20  # torch, transformers and bitsandbytes with CUDA, an estimate
-
-
-def _merge_phases(phases: dict[str, int]) -> dict[str, int]:
-    names = ("load", "forward", "backward", "optimizer step", "evaluation")
-    return {name: phases[name] for name in names if name in phases}
+def _of_phases(phases: dict[str, int]) -> dict[str, int]:
+    """The phases that are shown; a merge (`export/merge.py`) never touches the card."""
+    names = ("load", "forward", "backward", "optimizer step", "evaluation", "save", "resume")
+    return {name: phases[name] for name in names if name in phases} | {"merge": 0}
 
 
 def simulate_run(

@@ -1,4 +1,4 @@
-"""The program that is foreseen: load, adapt, two training steps, one evaluation.
+"""The program that is foreseen: load, adapt, resume, two training steps, one evaluation, a save.
 
 It calls the very functions the trainer calls, on weightless tensors, and tells the tracker which
 phase it is in and what belongs to which component. `watch_step` marks a step's phases for
@@ -22,6 +22,7 @@ from qlora_trainer.base.spec import BaseSpec
 from qlora_trainer.lora.inject import adapter_parameters, inject_adapter
 from qlora_trainer.lora.spec import AdapterSpec
 from qlora_trainer.memory.log import RESET_PEAK
+from qlora_trainer.memory.saving import watch_resume, watch_save
 from qlora_trainer.memory.tracker import AllocationTracker
 from qlora_trainer.memory.transfers import WatchedTransfers
 from qlora_trainer.tasks.catalogue import task_kind
@@ -62,6 +63,7 @@ class RunShape:
         task: What is learned.
         task_settings: As in the run file.
         techniques: What replaces modules of the model.
+        keep_last: Saved states kept, as in the run file.
     """
 
     base: BaseSpec
@@ -77,6 +79,7 @@ class RunShape:
     task: str = "causal-lm"
     task_settings: Mapping[str, Any] = field(default_factory=dict)
     techniques: Techniques = field(default_factory=Techniques)
+    keep_last: int = 2
 
 
 @dataclass
@@ -94,6 +97,8 @@ class Accounts:
         pinned_bytes: Host memory that offloaded layer inputs take at most.
         moved_bytes: Over PCIe, both ways, by one forward and backward.
         host_table_bytes: Token embeddings left in host memory.
+        saving_bytes: Most copies on the host at one time while a state is saved.
+        resuming_bytes: A saved state read back, before it is on the card.
     """
 
     paged_bytes: int = 0
@@ -106,10 +111,12 @@ class Accounts:
     pinned_bytes: int = 0
     moved_bytes: int = 0
     host_table_bytes: int = 0
+    saving_bytes: int = 0
+    resuming_bytes: int = 0
 
 
 class Program:
-    """Load, adapt, two steps, one evaluation: what the tracker watches."""
+    """Load, adapt, resume, two steps, one evaluation, a save: what the tracker watches."""
 
     def __init__(
         self, model: Any, shape: RunShape, accounts: Accounts, batch: Batch | None = None
@@ -134,6 +141,9 @@ class Program:
         with tracker.component("optimizer states"):
             optimizer = AdapterAdamW(parameters, kind=shape.optimizer)
         self._account(tracker, parameters, optimizer)
+        tracker.set_phase("resume")
+        accounts.resuming_bytes = watch_resume(tracker, optimizer)
+        tracker.set_phase("load")  # what a run that begins anew comes from
         batch = task.prepare(self.batch or full_batch(shape, model.config))
         model.train()
         tracker.mark(RESET_PEAK)
@@ -153,6 +163,8 @@ class Program:
         tracker.set_phase("evaluation")
         model.eval()
         task.evaluate(model, {name: part.to("meta") for name, part in batch.items()})
+        tracker.set_phase("save")
+        accounts.saving_bytes = watch_save(tracker, optimizer)
         tracker.set_phase("end")
 
     def _load(self, tracker: AllocationTracker) -> None:

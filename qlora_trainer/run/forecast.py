@@ -25,6 +25,7 @@ import torch
 from qlora_trainer.base.machine import free_disk_bytes, host_memory_bytes
 from qlora_trainer.config.settings import RunConfig
 from qlora_trainer.errors import UserError
+from qlora_trainer.memory.artefacts import disk_peak_bytes
 from qlora_trainer.memory.fit import Fitter
 from qlora_trainer.memory.foresight import SimulatedRun, simulate_run
 from qlora_trainer.memory.gpus import GpuProfile, gpu_of_this_machine
@@ -161,7 +162,9 @@ def forecast_run(
     if here is None:
         predicted, faults = _on_cpu(simulated, config, shape, told)
     else:
-        predicted, faults = _on_card(simulated, config, shape, here, told)
+        rehearsed = run.memory.rehearse != "never"
+        predicted, faults = _on_card(simulated, config, shape, here, told, rehearsed=rehearsed)
+    predicted["disk_peak_bytes"] = _disk_of_all(run, simulated, data)
     faults += _disk(run, simulated, told)
     if faults and run.memory.must_fit:
         raise UserError.from_faults(
@@ -198,6 +201,8 @@ def _on_card(
     shape: RunShape,
     here: tuple[GpuProfile, int],
     told: Reporter,
+    *,
+    rehearsed: bool,
 ) -> tuple[dict[str, Any], list[str]]:
     gpu, free = here
     windows = sys.platform == "win32"
@@ -214,7 +219,8 @@ def _on_card(
             + _way_out(fitter)
         )
     free_ram = host_memory_bytes()[1]
-    more = found.host_bytes - psutil.Process().memory_info().rss
+    most = max(found.host_bytes, found.host_bytes_by_phase["rehearsal" if rehearsed else "save"])
+    more = most - psutil.Process().memory_info().rss
     if more > free_ram:
         faults.append(
             f"host memory: {format_bytes(more)} more needed, {format_bytes(free_ram)} available; "
@@ -225,6 +231,7 @@ def _on_card(
         "reserved_bytes": found.reserved_bytes,
         "paged_bytes": found.paged_bytes,
         "host_bytes": found.host_bytes,
+        "host_bytes_by_phase": found.host_bytes_by_phase,
         "peak_phase": found.peak_phase,
         "by_component": found.by_component,
         "allocated_by_phase": found.allocated_by_phase,
@@ -269,17 +276,21 @@ def _way_out(fitter: Fitter) -> str:
 
 
 def _disk(run: RunConfig, simulated: SimulatedRun, told: Reporter) -> list[str]:
-    """States kept and the one being written, adapters and the one being written."""
-    accounts = simulated.accounts
-    state = accounts.trained_bytes + accounts.optimizer_bytes
+    """States kept and the one being written, adapters and the one being written.
+
+    The merged export is no part of a run and may go elsewhere: it is told, and refuses nothing.
+    """
+    most = disk_peak_bytes(simulated.accounts, run.output.keep_last)
     folder = Path(run.output.folder).expanduser()
     standing = sum(f.stat().st_size for f in folder.glob("states/*/*") if f.is_file())
-    adapters = 3 * accounts.trained_bytes
-    needed = (run.output.keep_last + 1) * state + adapters + _STEP_ROOM_BYTES - standing
+    needed = most["saved states"] + most["adapters"] + _STEP_ROOM_BYTES - standing
     free = free_disk_bytes(folder)
+    merged = most["merged export"]
+    room = "" if needed + merged <= free else ", for which there is no room"
     told.say(
         f"disk: up to {format_bytes(max(needed, 0))} more for {run.output.keep_last} saved states "
-        f"and the adapter, of {format_bytes(free)} free"
+        f"and the adapter, of {format_bytes(free)} free; a merged export takes "
+        f"{format_bytes(merged)} more{room}"
     )
     if needed <= free:
         return []
@@ -287,3 +298,10 @@ def _disk(run: RunConfig, simulated: SimulatedRun, told: Reporter) -> list[str]:
         f"the disk of {folder}: {format_bytes(needed)} needed, {format_bytes(free)} free; make "
         "room, name another output.folder, or --set output.keep_last=1"
     ]
+
+
+def _disk_of_all(run: RunConfig, simulated: SimulatedRun, data: setup.RunData) -> dict[str, int]:
+    """Artefact -> bytes, the encoded rows included, which are written by now."""
+    stores = {rows.store.folder for rows in (data.train, data.held_out) if rows is not None}
+    rows = sum(f.stat().st_size for store in stores for f in store.rglob("*") if f.is_file())
+    return {**disk_peak_bytes(simulated.accounts, run.output.keep_last), "encoded rows": rows}

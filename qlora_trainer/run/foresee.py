@@ -187,4 +187,5 @@ def run_shape(run: RunConfig, config: Any, gpu: GpuProfile | None) -> RunShape:
         task=run.task,
         task_settings=run.task_settings.model_dump(),
         padded=run.train.micro_batch_size > 1 and not run.data.packing,
+        keep_last=run.output.keep_last,
     )

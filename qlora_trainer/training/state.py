@@ -73,13 +73,12 @@ def save_state(
     Raises:
         UserError: The disk is full, or the folder cannot be written.
     """
-    tensors, values = optimizer.state()
+    values = optimizer.state()[1]
     content = {**trainer, "format_version": FORMAT_VERSION, "step": step, "optimizer": values}
 
     def fill(folder: Path) -> None:
-        parameters = {name: p.detach() for name, p in optimizer.parameters.items()}
-        save_file(_on_host(parameters), folder / _FILES[0])
-        save_file(_on_host(tensors), folder / _FILES[1])
+        for name, tensors in held_tensors(optimizer).items():
+            save_file(on_host(tensors), folder / name)
         (folder / _FILES[2]).write_text(json.dumps(content, indent=1), encoding="utf-8")
         manifest = {
             name: {"bytes": (folder / name).stat().st_size, "sha256": _sha256(folder / name)}
@@ -104,7 +103,14 @@ def save_state(
     return target
 
 
-def _on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def held_tensors(optimizer: AdapterAdamW) -> dict[str, dict[str, Tensor]]:
+    """What a state's files of tensors are made of: file -> name -> tensor where it is held."""
+    parameters = {name: p.detach() for name, p in optimizer.parameters.items()}
+    return {_FILES[0]: parameters, _FILES[1]: optimizer.state()[0]}
+
+
+def on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of one file's tensors on the host, one by one; nothing more on the card."""
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import LlamaConfig
+from transformers import LlamaConfig, Qwen3MoeConfig
 
 from qlora_trainer.cli.app import main
 from qlora_trainer.cli.flags import setting_flags
@@ -151,3 +151,38 @@ def test_an_unknown_card_is_answered_with_the_nearest(profile: Any) -> None:
     code, _, err = profile(gpu="rtx3060")
     assert code == 2
     assert "did you mean rtx-3060" in err
+
+
+def test_the_verdict_names_experts_left_in_16_bit_by_path_and_total(
+    profile: Any, tmp_path: Path
+) -> None:
+    Qwen3MoeConfig(
+        vocab_size=1000, hidden_size=256, intermediate_size=128, num_hidden_layers=3,
+        num_attention_heads=4, num_key_value_heads=2, moe_intermediate_size=256, num_experts=8,
+        num_experts_per_tok=2, max_position_embeddings=512,
+    ).save_pretrained(tmp_path)  # fmt: skip
+    model = str(tmp_path / "config.json")
+    experts = {
+        "model.layers.*.mlp.experts.gate_up_proj (3)": 3 * 8 * 512 * 256 * 2,
+        "model.layers.*.mlp.experts.down_proj (3)": 3 * 8 * 256 * 256 * 2,
+    }
+    found = json.loads(profile("--json", "--max-seq-len", "32", named=model)[1])
+    assert found["large_unquantized_by_path"] == experts  # the small embeddings go unnamed
+    assert found["large_unquantized_total_bytes"] == sum(experts.values()) == 9 * 2**20
+    assert "model.layers.2.mlp.experts.down_proj" in found["large_unquantized"]
+    told = profile("--max-seq-len", "32", named=model)[1].splitlines()
+    assert told[1].strip() == "9.0 MiB are large weights outside NF4:"
+    assert [line.split(maxsplit=2)[2] for line in told[2:4]] == list(experts)
+
+
+def test_disk_and_host_ram_follow_the_settings(profile: Any) -> None:
+    few, many = (
+        json.loads(profile("--json", "--max-seq-len", "32", "--set", f"output.keep_last={kept}")[1])
+        for kept in (1, 4)
+    )
+    state = few["disk_bytes"]["saved state"]
+    assert few["disk_peak_bytes"]["saved states"] == 2 * state
+    assert many["disk_peak_bytes"]["saved states"] == 5 * state
+    assert few["disk_peak_bytes"]["merged export"] == few["disk_bytes"]["merged checkpoint"]
+    assert few["host_peak_bytes"] == max(few["host_bytes_by_phase"].values())
+    assert set(few["allocated_by_phase"]) < set(few["host_bytes_by_phase"])

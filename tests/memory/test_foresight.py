@@ -46,7 +46,9 @@ def test_components_at_the_peak_are_what_is_live(run):
 
 def test_every_phase_of_a_run_is_shown(run):
     phases = run.on(read_gpu(RTX_3060)).allocated_by_phase
-    assert list(phases) == ["load", "forward", "backward", "optimizer step", "evaluation"]
+    assert list(phases) == [
+        "load", "forward", "backward", "optimizer step", "evaluation", "save", "resume", "merge",
+    ]  # fmt: skip
     assert max(phases.values()) == run.on(read_gpu(RTX_3060)).allocated_bytes
 
 
