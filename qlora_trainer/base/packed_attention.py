@@ -11,11 +11,14 @@ as a tensor (1, 1, 1, examples) of int32 *on the host*, which no real mask is; n
 device for them. Both registries used are transformers' public ones; the attention is set on the
 model instance. Batches without packing pass through to the attention underneath, mask and all.
 
-Given up: a window of attention shorter than an example needs that example's own mask.
+Given up: a window of attention shorter than an example needs that example's own mask, and can only
+be made where the layer hands its window to the attention function. Models that keep a window or
+chunks in transformers' mask alone (Phimoe, Doge, Llama 4) keep that mask.
 
     B = 1 rows, H heads, T tokens, D head size
 """
 
+import inspect
 from typing import Any
 
 import torch
@@ -52,8 +55,12 @@ def is_example_lengths(tensor: Tensor) -> bool:
     return tensor.dtype == torch.int32 and tensor.dim() == 4 and tensor.shape[:3] == (1, 1, 1)
 
 
-def use_packed_attention(model: Any) -> bool:
+def use_packed_attention(model: Any, longest: int | None = None) -> bool:
     """Let a model take packed rows without a mask, where its attention is one we can wrap.
+
+    Args:
+        model: On which it is set.
+        longest: Most tokens of an example; a window no shorter than that hides nothing.
 
     Returns:
         Whether it does now.
@@ -64,11 +71,53 @@ def use_packed_attention(model: Any) -> bool:
     # The class says whether all its layers hand masks through to transformers' registry.
     if inner not in WRAPPED or not getattr(model, "_supports_attention_backend", False):
         return False
+    if why_masked(model, longest) is not None:
+        return False
     name = f"{PREFIX}{inner}"
     AttentionInterface.register(name, _attend)
     AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[inner])
     model.set_attn_implementation(name)
     return takes_example_lengths(model)
+
+
+def why_masked(model: Any, longest: int | None = None) -> str | None:
+    """Why a model needs the mask of the whole row; None where its windows are known to `_attend`.
+
+    Args:
+        model: Any transformers model of text.
+        longest: Most tokens of an example.
+    """
+    config = model.config.get_text_config()
+    if getattr(config, "attention_chunk_size", None) is not None:
+        return "its attention goes in chunks, which only the mask knows"
+    window = getattr(config, "sliding_window", None)
+    if window is None or (longest is not None and longest <= window):
+        return None
+    layers = [m for m in model.modules() if hasattr(m, "layer_idx") and _attends(type(m))]
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * len(layers)
+    for layer in layers:
+        expected = window if kinds[layer.layer_idx] == "sliding_attention" else None
+        if not _hands_on_window(layer) or getattr(layer, "sliding_window", expected) != expected:
+            break
+    else:
+        if layers:
+            return None
+    return f"its window of {window} tokens is in the mask alone"
+
+
+def _attends(kind: type) -> bool:
+    return kind.__name__.endswith("Attention")
+
+
+def _hands_on_window(layer: Any) -> bool:
+    """Whether a layer's own code names its window to the attention function.
+
+    Only its source says so before it runs; without the source the answer is the careful one.
+    """
+    try:
+        return "sliding_window=" in inspect.getsource(inspect.unwrap(type(layer).forward))
+    except (OSError, TypeError):
+        return False
 
 
 def takes_example_lengths(model: Any) -> bool:

@@ -394,6 +394,7 @@ def load_model(
     )
     if run.data.packing:
         if run.data.mask_free_packing:
-            use_packed_attention(model)  # another attention than it knows builds its own mask
+            # an attention it does not know builds its own mask
+            use_packed_attention(model, run.data.max_seq_len)
         refuse_packing_leak(model, source.device, source.config.get_text_config().vocab_size)
     return model

@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 
 from qlora_trainer.base.layers import decoder_layers, layer_count
+from qlora_trainer.base.packed_attention import takes_example_lengths, why_masked
 from qlora_trainer.base.select import trained_heads
 from qlora_trainer.config.settings import LayerChoice, RunConfig
 from qlora_trainer.data.batches import BatchPlan, collate, row_layout
@@ -227,6 +228,18 @@ def notes(task: Task, optimizer: AdapterAdamW) -> Iterator[str]:
         f"optimizer states: {format_bytes(size.total_bytes)}, "
         f"{format_bytes(size.pageable_bytes)} of them pageable to host memory"
     )
+
+
+def packing_notes(run: RunConfig, model: Any) -> Iterator[str]:
+    """What the user should know where packed rows keep their mask."""
+    if not (run.data.packing and run.data.mask_free_packing):
+        return
+    reason = None if takes_example_lengths(model) else why_masked(model, run.data.max_seq_len)
+    if reason is not None:
+        yield (
+            f"data.mask_free_packing: {type(model).__name__} keeps the mask of the whole packed "
+            f"row, because {reason}; its memory grows with the square of data.max_seq_len"
+        )
 
 
 def make_windows(run: RunConfig, data: RunData, attention: str | None) -> Windows:

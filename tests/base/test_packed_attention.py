@@ -13,6 +13,7 @@ from qlora_trainer.base.packed_attention import (
     is_example_lengths,
     takes_example_lengths,
     use_packed_attention,
+    why_masked,
 )
 
 SIZES = {
@@ -114,6 +115,44 @@ def test_nothing_of_the_row_is_squared() -> None:
     with Largest() as packed:
         model(**inputs, attention_mask=example_lengths(positions), use_cache=False)
     assert packed.elements <= tokens * SIZES["intermediate_size"]
+
+
+WINDOW_IN_MASK: dict[str, Any] = {
+    "phimoe": lambda window: tf.PhimoeForCausalLM(
+        tf.PhimoeConfig(**SIZES, num_local_experts=2, sliding_window=window)
+    ),
+    "doge": lambda window: tf.DogeForCausalLM(tf.DogeConfig(**SIZES, sliding_window=window)),
+    "llama4": lambda window: tf.Llama4ForCausalLM(
+        tf.Llama4TextConfig(
+            **SIZES, intermediate_size_mlp=48, num_local_experts=2, attention_chunk_size=window
+        )
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WINDOW_IN_MASK)
+def test_windows_that_only_the_mask_knows_keep_the_mask(name: str) -> None:
+    torch.manual_seed(0)
+    model = WINDOW_IN_MASK[name](4).eval()
+    model.set_attn_implementation("sdpa")
+    inputs = {"input_ids": torch.arange(3, 15)[None], "position_ids": torch.arange(12)[None]}
+    windowed = model(**inputs, use_cache=False).logits
+    assert not use_packed_attention(model, 12)
+    assert "mask" in str(why_masked(model, 12))
+    assert not takes_example_lengths(model)
+    assert torch.equal(model(**inputs, use_cache=False).logits, windowed)
+    # What the wrapped attention would lose: the last token does not see the first.
+    changed = {**inputs, "input_ids": inputs["input_ids"].clone()}
+    changed["input_ids"][0, 0] = 40
+    assert torch.equal(model(**changed, use_cache=False).logits[:, -1:], windowed[:, -1:])
+
+
+@pytest.mark.parametrize("name", ["phimoe", "doge"])
+def test_windows_no_example_reaches_take_no_mask(name: str) -> None:
+    model = WINDOW_IN_MASK[name](9).eval()
+    model.set_attn_implementation("sdpa")
+    assert use_packed_attention(model, 9)
+    assert not why_masked(model, 9)
 
 
 def test_other_attentions_are_left_alone() -> None:
