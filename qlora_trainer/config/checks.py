@@ -22,7 +22,7 @@ class Contradiction:
         message: What is wrong and the way out.
     """
 
-    settings: tuple[tuple[str, ...], ...]
+    settings: tuple[tuple[str | int, ...], ...]
     message: str
 
 
@@ -127,6 +127,15 @@ def _task(config: RunConfig) -> Iterator[Contradiction]:
                 f"{section}.{name} = {getattr(getattr(config, section), name)!r}: means nothing "
                 f"with task = {config.task!r}; {only}",
             )
+    for name in ("train", "eval"):
+        for number, source in enumerate(getattr(config.data, name)):
+            if _is_given(source, "format"):
+                yield Contradiction(
+                    (("data", name, number, "format"), task),
+                    f"data.{name}.{number}.format = {source.format!r}: means nothing with task = "
+                    f"{config.task!r}, whose rows are recognised by their fields; name them under "
+                    f"data.{name}.{number}.columns where they are others",
+                )
 
 
 def _is_given(section: BaseModel, name: str) -> bool:
