@@ -51,6 +51,25 @@ class Earlier:
         )
 
 
+def refuse_own_folder(run: RunConfig) -> None:
+    """Refuse an adapter that lies where the run is to be written: a restart would discard it.
+
+    Raises:
+        UserError: `adapter.init_from` is `output.folder`, or lies in it.
+    """
+    if run.adapter.init_from is None:
+        return
+    own = Path(run.output.folder).expanduser().resolve()
+    named = Path(run.adapter.init_from).expanduser()
+    # The place of a link counts as well as where it leads.
+    places = (named.resolve(), (named / "adapter").resolve(), named.parent.resolve() / named.name)
+    if any(place.is_relative_to(own) for place in places):
+        raise UserError(
+            f"adapter.init_from = {run.adapter.init_from!r}: lies in output.folder = "
+            f"{run.output.folder!r}, which this run writes anew; name another output.folder"
+        )
+
+
 def read_into(run: RunConfig, model: Any, spec: AdapterSpec, base_fingerprint: str) -> None:
     """Read the earlier adapter's values into the new one, where one is named.
 

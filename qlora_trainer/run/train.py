@@ -16,7 +16,13 @@ from qlora_trainer.data.gate import GateReport
 from qlora_trainer.lora.files import save_adapter
 from qlora_trainer.lora.spec import AdapterSpec
 from qlora_trainer.run.check import inspect
-from qlora_trainer.run.continued import open_earlier, read_into, score_after, score_before
+from qlora_trainer.run.continued import (
+    open_earlier,
+    read_into,
+    refuse_own_folder,
+    score_after,
+    score_before,
+)
 from qlora_trainer.run.forecast import Forecast, forecast_run
 from qlora_trainer.run.rehearsal import rehearsal_of
 from qlora_trainer.run.report import Reporter, rows_read, tensors_loaded
@@ -73,6 +79,7 @@ def train(
         UserError: Something only the user can mend; what was saved so far stays.
     """
     told = reporter or Reporter()
+    refuse_own_folder(run)
     with RunFolder(Path(run.output.folder).expanduser(), restart=restart) as folder:
         earlier = with_todays_defaults(folder.earlier_settings)
         if earlier is not None:
@@ -89,12 +96,12 @@ def train(
         if earlier is not None:
             environment = _resumed(folder, earlier, settings, environment, told)
         parts = _prepare(run, source, base, told)
+        old_rows = open_earlier(run, told)
         folder.begin()
         folder.write_settings(settings)
         folder.write_json("environment.json", environment)
         folder.write_json("data.json", parts.gate.to_json())
         folder.write_json("audit.json", parts.account.to_json())
-        old_rows = open_earlier(run, told)
         score_before(old_rows, folder, parts.model, parts.task)
         outcome = _run_loop(folder, settings, parts, told.console())
         memory = parts.forecast.compare(told)
@@ -176,7 +183,7 @@ def _prepare(run: RunConfig, source: setup.ModelSource, base: str, told: Reporte
     setup.set_activations(run, model, forecast.activations)
     task = setup.make_task(run, model, source, data)
     optimizer = setup.make_optimizer(run, model)
-    for line in setup.notes(task, optimizer):
+    for line in (*setup.packing_notes(run, model), *setup.notes(task, optimizer)):
         told.say(line)
     windows = setup.make_windows(run, data, model.config._attn_implementation)
     plan = setup.training_plan(run, windows, task)

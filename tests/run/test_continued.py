@@ -72,6 +72,32 @@ def test_what_is_no_adapter_is_refused(make: Make, tmp_path: Path) -> None:
         train(make("none", labelled_rows(40), init_from=str(tmp_path)))
 
 
+@pytest.mark.parametrize("inside", ["", "adapter", "../first/adapter"])
+def test_a_restart_never_discards_the_adapter_it_goes_on_from(
+    make: Make, first: Path, inside: str
+) -> None:
+    run = make("first", labelled_rows(40), init_from=str(first / inside))
+    with pytest.raises(UserError, match=r"adapter\.init_from = .* lies in output\.folder"):
+        train(run, restart=True)
+    assert (first / "adapter" / "adapter_model.safetensors").is_file()
+    assert (first / "result.json").is_file()
+
+
+def test_a_restart_that_cannot_read_the_earlier_rows_discards_nothing(
+    make: Make, first: Path, tmp_path: Path
+) -> None:
+    earlier, kept = tmp_path / "earlier", tmp_path / "kept"
+    shutil.copytree(first, earlier)
+    shutil.copytree(first, kept)
+    text = (earlier / "run.yaml").read_text()
+    (earlier / "run.yaml").write_text(text.replace("first.jsonl", "gone.jsonl"))
+    run = make("again", labelled_rows(40), init_from=str(earlier))
+    run = run.model_copy(update={"output": run.output.model_copy(update={"folder": str(kept)})})
+    with pytest.raises(UserError, match=r"gone\.jsonl"):
+        train(run, restart=True)
+    assert (kept / "result.json").is_file()
+
+
 def test_a_head_that_scores_otherwise_once_saved_is_refused() -> None:
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     assert require_same_metrics({"f1": 0.5}, {"f1": 0.5}, cpu) == 0.0
