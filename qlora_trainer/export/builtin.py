@@ -93,21 +93,31 @@ def builtin_rows(
         )
         ids = tuple(list(tokenizer(text)["input_ids"]) for text in TEXTS)
         rows = [torch.tensor(row[:most]) for row in ids]
-        return BuiltinRows(_labelled(rows, config, causal), "built-in text", TEXTS, ids)
+        return BuiltinRows(_labelled(rows, model, causal), "built-in text", TEXTS, ids)
     generator = torch.Generator().manual_seed(RANDOM_SEED)
     drawn = torch.randint(0, text.vocab_size, (_RANDOM_ROWS, min(48, most)), generator=generator)
-    return BuiltinRows(_labelled(list(drawn), config, causal), "random token ids")
+    return BuiltinRows(_labelled(list(drawn), model, causal), "random token ids")
 
 
-def _labelled(rows: list[Tensor], config: Any, causal: bool) -> list[dict[str, Tensor]]:
+def _labelled(rows: list[Tensor], model: Any, causal: bool) -> list[dict[str, Tensor]]:
     """Each text predicts itself, or, read by an encoder, the start of the next one."""
-    if getattr(config, "is_encoder_decoder", False):
+    if getattr(model.config, "is_encoder_decoder", False):
+        if model.get_output_embeddings() is None:
+            return [{"input_ids": _ended(row, model.config.eos_token_id)} for row in rows]
         following = [*rows[1:], rows[0]]
         return [
             {"input_ids": row, "labels": next_row[:32]}
             for row, next_row in zip(rows, following, strict=True)
         ]
     return [{"input_ids": row, "labels": row} if causal else {"input_ids": row} for row in rows]
+
+
+def _ended(row: Tensor, eos: Any) -> Tensor:
+    """A row that ends with its end of sentence: there classifiers of BART and T5 look."""
+    row = row.clone()
+    if isinstance(eos, int):
+        row[-1] = eos
+    return row
 
 
 def _pixels(folder: Path, config: Any) -> list[dict[str, Tensor]]:

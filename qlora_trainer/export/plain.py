@@ -21,6 +21,7 @@ from torch import Tensor
 
 NOT_COUNTED = -100
 _POSITIONS = 64  # compared at one time
+_NONE = torch.tensor(NOT_COUNTED)  # no dimension: no tokens, as a classifier's label has none
 
 
 def read_rows(path: Path) -> list[dict[str, Tensor]]:
@@ -53,10 +54,14 @@ def compared_logits(
         for name, value in row.items()
         if name != "labels"
     }
-    if getattr(model.config, "is_encoder_decoder", False) and "labels" in row:
+    if getattr(model.config, "is_encoder_decoder", False) and row.get("labels", _NONE).dim() == 1:
         labels = row["labels"][None].to(device)
-        shifted = getattr(model, "prepare_decoder_input_ids_from_labels", model._shift_right)
-        inputs.setdefault("decoder_input_ids", shifted(labels))
+        own = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+        shifted = own or getattr(model, "_shift_right", None)
+        if shifted is not None:
+            inputs.setdefault("decoder_input_ids", shifted(labels))
+        elif "decoder_input_ids" not in inputs:
+            inputs["labels"] = labels  # M2M100 and its kind shift in their own forward
     output = model(**inputs)
     if "logits" not in output:  # question answering: one choice among positions, twice
         both = torch.cat([output["start_logits"], output["end_logits"]])

@@ -106,13 +106,17 @@ ADAPTED = {
     "resnet": {"target_modules": ["convolution"], "modules_to_save": ["classifier"]},
     "vit": {"modules_to_save": ["classifier"]},
     "t5": {},
+    "bart": {},
+    "marian": {},
+    "m2m_100": {},
+    "bart classifier": {"modules_to_save": ["classification_head"], "task_type": "SEQ_CLS"},
 }
 
 
 @pytest.mark.parametrize(
     ("family", "precision"),
     [("llama", "native"), ("llama", "fp32"), ("gpt2", "native"), ("bert", "fp32"),
-     ("resnet", "native"), ("vit", "fp32"), ("t5", "native")],
+     ("resnet", "native"), ("vit", "fp32"), ("t5", "native"), ("bart", "fp32")],
 )  # fmt: skip
 def test_layer_by_layer_both_sides_compute_the_same_bits(bench, tmp_path, family, precision):
     source = bench.source(family, **ADAPTED[family])
@@ -138,6 +142,36 @@ def test_layer_by_layer_both_sides_compute_the_same_bits(bench, tmp_path, family
     assert found[0] == found[1]
     assert found[0]["bad_keys"] == []
     assert found[0]["figures"]["mean_kl"] > 0
+
+
+@pytest.mark.parametrize("family", ["bart", "marian", "m2m_100", "bart classifier"])
+def test_models_that_shift_labels_in_their_own_way_are_proven(bench, tmp_path, family):
+    source = bench.source(family, **ADAPTED[family])
+    proof = builtin_proof(source, precisions=("fp32",), by="model")
+    made = export_merged(source, tmp_path / "out", dtype="fp32", onto="dequantized", proof=proof)
+    figures = made.report["ways"]["dequantized"]["proof"]["fp32"]["figures"]
+    # These two make their positions anew when loaded, in the precision of that moment.
+    rounded = family in ("marian", "m2m_100")
+    assert figures["relative_difference"] < (1e-2 if rounded else 1e-5)
+    assert ("export_loss" in figures) == (family != "bart classifier")
+
+
+def test_decoder_reads_the_labels_moved_one_to_the_right_in_every_family(bench):
+    row = {"input_ids": torch.arange(3, 12), "labels": torch.tensor([5, 9, 30, 2])}
+    for family in ("bart", "marian", "m2m_100", "t5"):
+        model = tiny.load(bench.base(family), family)
+        found, labels = plain.compared_logits(model, row, shift=False, device=torch.device("cpu"))
+        expected = model(input_ids=row["input_ids"][None], labels=row["labels"][None]).logits[0]
+        torch.testing.assert_close(found, expected.detach(), rtol=1e-4, atol=1e-4)
+        assert torch.equal(labels, row["labels"])
+
+
+def test_classifier_that_has_a_decoder_takes_one_label_a_row(bench):
+    model = tiny.load(bench.base("bart classifier"), "bart classifier")
+    row = {"input_ids": torch.tensor([5, 6, 7, 2]), "labels": torch.tensor(1)}
+    found, labels = plain.compared_logits(model, row, shift=False, device=torch.device("cpu"))
+    torch.testing.assert_close(found, model(input_ids=row["input_ids"][None]).logits.detach())
+    assert labels.tolist() == [1]
 
 
 def test_export_proven_layer_by_layer_in_a_fresh_process_says_so(bench, tmp_path):

@@ -10,9 +10,12 @@ from transformers import (
     AutoModelForImageClassification,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
+    BartConfig,
     BertConfig,
     GPT2Config,
     LlamaConfig,
+    M2M100Config,
+    MarianConfig,
     MixtralConfig,
     PreTrainedModel,
     ResNetConfig,
@@ -29,6 +32,10 @@ CLASSES: dict[str, Any] = {
     "vit": AutoModelForImageClassification,
     "mixtral": AutoModelForCausalLM,
     "t5": AutoModelForSeq2SeqLM,
+    "bart": AutoModelForSeq2SeqLM,
+    "marian": AutoModelForSeq2SeqLM,
+    "m2m_100": AutoModelForSeq2SeqLM,
+    "bart classifier": AutoModelForSequenceClassification,
 }
 
 
@@ -63,6 +70,14 @@ def make_config(family: str, *, tied: bool = True) -> Any:
         return T5Config(
             vocab_size=VOCABULARY, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4,
             decoder_start_token_id=0, eos_token_id=2, pad_token_id=0,
+        )  # fmt: skip
+    translators = {"bart": BartConfig, "marian": MarianConfig, "m2m_100": M2M100Config}
+    if make := translators.get(family.removesuffix(" classifier")):
+        return make(
+            vocab_size=VOCABULARY, d_model=64, encoder_layers=2, decoder_layers=2,
+            encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=128,
+            decoder_ffn_dim=128, max_position_embeddings=64, num_labels=3, pad_token_id=0,
+            bos_token_id=1, eos_token_id=2, decoder_start_token_id=2, forced_eos_token_id=2,
         )  # fmt: skip
     return ResNetConfig(
         embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=3
