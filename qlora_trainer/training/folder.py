@@ -5,6 +5,7 @@ environment.json   versions and device
 data.json          the data gate's report and the fingerprint of the encoded rows
 audit.json         the base's bytes by role and dtype
 memory.json        memory foreseen, and measured where the run has ended
+earlier.json       the rows of the run gone on from, scored before and after (adapter.init_from)
 metrics.jsonl      one line per logged step and evaluation
 states/            saved states to resume from
 adapter/           the trained adapter (the best one where there are held-out rows)
@@ -41,6 +42,8 @@ _OURS = (
     BEST_PREDICTIONS,
     "trackers",
     "failed-batch",
+    ".rehearsal",
+    "earlier.json",
     "environment.json",
     "data.json",
     "audit.json",

@@ -40,11 +40,13 @@ def test_a_run_to_go_on_with_is_not_discarded(tmp_path: Path) -> None:
 def test_restart_removes_only_what_a_run_wrote(tmp_path: Path) -> None:
     RunFolder(tmp_path, restart=False).close()
     (tmp_path / "notes.txt").write_text("mine")
-    (tmp_path / "states").mkdir()
+    ours = ("states", ".rehearsal", "earlier.json", "best-predictions.json")
+    for name in ours:
+        (tmp_path / name).mkdir()
     with RunFolder(tmp_path, restart=True) as folder:
         folder.begin()
     assert (tmp_path / "notes.txt").read_text() == "mine"
-    assert not (tmp_path / "states").exists()
+    assert not [name for name in ours if (tmp_path / name).exists()]
 
 
 def test_a_folder_of_other_things_is_refused(tmp_path: Path) -> None:
