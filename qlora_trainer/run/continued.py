@@ -6,6 +6,7 @@ after the last, so that what the new data costs of the old task is a figure.
 """
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from qlora_trainer.config.read import read_run_file
 from qlora_trainer.config.settings import RunConfig
 from qlora_trainer.errors import UserError
 from qlora_trainer.lora.files import read_adapter_config, restore_adapter
+from qlora_trainer.lora.inject import adapted_layers
 from qlora_trainer.lora.spec import AdapterSpec
 from qlora_trainer.run.report import Reporter
 from qlora_trainer.tasks.task import Task
@@ -86,11 +88,7 @@ def read_into(run: RunConfig, model: Any, spec: AdapterSpec, base_fingerprint: s
     if folder is None:
         return
     found = read_adapter_config(folder)
-    faults = [
-        f"{name} = {getattr(spec, name)}: the adapter has {getattr(found, name)}"
-        for name in ("rank", "alpha", "rslora")
-        if getattr(spec, name) != getattr(found, name)
-    ]
+    faults = _other_sizes(model, spec, found)
     trained_on = _base_of(folder.parent)
     if trained_on is not None and trained_on != base_fingerprint:
         faults.append(f"model.source = {run.model.source!r}: the adapter's base is another one")
@@ -103,6 +101,25 @@ def read_into(run: RunConfig, model: Any, spec: AdapterSpec, base_fingerprint: s
             f"adapter.init_from = {run.adapter.init_from!r}: target_modules, layers and task must "
             f"be what that adapter was trained with. {error}"
         ) from None
+
+
+def _other_sizes(model: Any, spec: AdapterSpec, found: AdapterSpec) -> list[str]:
+    """Modules whose rank or scaling is not the adapter's, and the settings that say so."""
+    modules = [
+        f"{path}: rank {spec.rank_of(path)}, scaled by {spec.scaling(path):g}; in the adapter rank "
+        f"{found.rank_of(path)}, scaled by {found.scaling(path):g}"
+        for path in adapted_layers(model)
+        if spec.rank_of(path) != found.rank_of(path)
+        or not math.isclose(spec.scaling(path), found.scaling(path))
+    ]
+    if not modules:  # settings that come to the same are the same
+        return []
+    settings = [
+        f"{name} = {getattr(spec, name)}: the adapter has {getattr(found, name)}"
+        for name in ("rank", "alpha", "rslora", "rank_pattern", "alpha_pattern")
+        if getattr(spec, name) != getattr(found, name)
+    ]
+    return settings + modules
 
 
 def _base_of(run_folder: Path) -> str | None:

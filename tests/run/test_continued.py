@@ -67,6 +67,23 @@ def test_another_shape_is_refused_by_name(make: Make, first: Path) -> None:
         train(make("other", labelled_rows(40), init_from=str(first), **{"rank": 8}))
 
 
+@pytest.mark.parametrize(
+    ("adapter", "named"),
+    [
+        (
+            {"alpha_pattern": {"query": 64}},
+            r"alpha_pattern = .*(?s:.*)query: rank 4, scaled by 16; ",
+        ),
+        ({"rslora": True}, r"rslora = True: the adapter has False"),
+    ],
+)
+def test_another_scaling_of_some_modules_is_refused_by_name(
+    make: Make, first: Path, adapter: dict[str, Any], named: str
+) -> None:
+    with pytest.raises(UserError, match=named):
+        train(make("scaled", labelled_rows(40), init_from=str(first), **adapter))
+
+
 def test_what_is_no_adapter_is_refused(make: Make, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="neither a finished run nor an adapter"):
         train(make("none", labelled_rows(40), init_from=str(tmp_path)))
