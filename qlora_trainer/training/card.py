@@ -10,17 +10,22 @@ from typing import Any
 
 import yaml
 
+from qlora_trainer.tasks.catalogue import TASKS
+
+_PIPELINE_TAGS = {
+    "causal-lm": "text-generation",
+    "seq2seq-lm": "text2text-generation",
+    "sequence-classification": "text-classification",
+    "token-classification": "token-classification",
+    "question-answering": "question-answering",
+    "image-classification": "image-classification",
+}
+
 # An adapter is to load at once where it was made, so its configuration tells the whole path there.
 _LOCAL_BASE = """\
 `adapter_config.json` names the base by its folder on the machine that trained the adapter.
-Elsewhere name it yourself; before publishing, put its hub name under `base_model_name_or_path`:
-
-```python
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
-base = AutoModelForCausalLM.from_pretrained("path/to/{base}")
-model = PeftModel.from_pretrained(base, "path/to/this/folder")
-```
+Elsewhere name your own copy as above; before publishing, put its hub name under
+`base_model_name_or_path`.
 """
 
 
@@ -38,7 +43,7 @@ def model_card(
     Args:
         base_source: The base as the user named it; of a local folder only its name is told.
         revision: Commit of a hub model.
-        settings: Sections `adapter` and `train` of the run are shown.
+        settings: Of the run; its task, and the sections `adapter` and `train`, are shown.
         metrics: Name and value of each final figure.
         rows: Rows per split.
         versions: Package versions.
@@ -49,7 +54,7 @@ def model_card(
         {
             "base_model": base,
             "library_name": "peft",
-            "pipeline_tag": "text-generation",
+            "pipeline_tag": _PIPELINE_TAGS[settings["task"]],
             "tags": ["qlora", "lora", "nf4", "qlora_trainer"],
         },
         sort_keys=False,
@@ -72,14 +77,32 @@ def model_card(
         "```\n",
         "## Use\n",
         "```python",
-        "from peft import AutoPeftModelForCausalLM",
-        'model = AutoPeftModelForCausalLM.from_pretrained("path/to/this/folder")',
+        *_use(settings["task"], f"path/to/{base}" if is_local else base),
         "```\n",
-        *(_LOCAL_BASE.format(base=base) if is_local else "",),
+        _LOCAL_BASE if is_local else "",
         "## Made with\n",
         *_table(("package", "version"), versions),
     ]
     return "\n".join(lines)
+
+
+def _use(task: str, base: str) -> list[str]:
+    """Python that loads base and adapter; a task with labels finds them beside the adapter."""
+    kind = TASKS[task]
+    model_class = kind.auto_class.__name__
+    labelled = task.endswith("-classification")
+    classes = f"AutoConfig, {model_class}" if labelled else model_class
+    return [
+        "from peft import PeftModel",
+        f"from transformers import {classes}",
+        *(
+            ['config = AutoConfig.from_pretrained("path/to/this/folder")  # knows the labels']
+            if labelled
+            else []
+        ),
+        f'base = {model_class}.from_pretrained("{base}"{", config=config" if labelled else ""})',
+        'model = PeftModel.from_pretrained(base, "path/to/this/folder")',
+    ]
 
 
 def _table(head: tuple[str, str], rows: Mapping[str, Any]) -> list[str]:
