@@ -147,6 +147,10 @@ def open_earlier(run: RunConfig, told: Reporter) -> Earlier | None:
     if earlier.task != run.task or not (earlier.data.eval or earlier.data.eval_fraction):
         told.say("the earlier run held no rows out, so forgetting is not measured")
         return None
+    # Scored as this run computes, whatever machine the earlier one had.
+    here = run.model.model_dump(include={"device", "attention", "compute_dtype"})
+    model = earlier.model.model_copy(update=here)
+    earlier = earlier.model_copy(update={"model": model})
     source = setup.open_model(earlier)
     return Earlier(earlier, source, setup.open_data(earlier, source))
 

@@ -13,6 +13,8 @@ import torch
 from qlora_trainer.config.read import check_values
 from qlora_trainer.config.settings import RunConfig
 from qlora_trainer.errors import UserError
+from qlora_trainer.run.continued import open_earlier
+from qlora_trainer.run.report import Reporter
 from qlora_trainer.run.rescore import changed_rows, prove_saved, require_same_metrics
 from qlora_trainer.run.train import train
 from tests.tasks.tiny_texts import labelled_rows, tiny_encoder_folder, write_rows
@@ -82,6 +84,18 @@ def test_another_scaling_of_some_modules_is_refused_by_name(
 ) -> None:
     with pytest.raises(UserError, match=named):
         train(make("scaled", labelled_rows(40), init_from=str(first), **adapter))
+
+
+def test_earlier_rows_are_scored_on_the_device_of_this_run(
+    make: Make, first: Path, tmp_path: Path
+) -> None:
+    earlier = tmp_path / "earlier"
+    shutil.copytree(first, earlier)
+    text = (earlier / "run.yaml").read_text()
+    (earlier / "run.yaml").write_text(text.replace("device: cpu", "device: cuda:99"))
+    found = open_earlier(make("here", labelled_rows(40), init_from=str(earlier)), Reporter())
+    assert found is not None
+    assert found.source.device == torch.device("cpu")
 
 
 def test_what_is_no_adapter_is_refused(make: Make, tmp_path: Path) -> None:
