@@ -5,6 +5,7 @@ device, so that neither the step nor the evaluation ever asks a device how many 
 on CUDA that question costs a synchronisation, on weightless (`meta`) tensors it has no answer.
 """
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -85,12 +86,35 @@ class ScoredTask(Task, Protocol):
 
 
 def cut_rows(batch: Batch, parts: int) -> list[dict[str, Tensor]]:
-    """Cut every tensor of a collated batch along its rows into at most so many parts."""
+    """Cut every tensor of a collated batch along its rows into about so many parts.
+
+    Where there are fewer rows than parts, rows of several packed examples are cut between those;
+    one example stays whole.
+    """
     rows = next(iter(batch.values())).shape[0]
     size = -(-rows // min(parts, rows))
-    return [
+    cut = [
         {name: tensor[start : start + size] for name, tensor in batch.items()}
         for start in range(0, rows, size)
+    ]
+    if parts <= rows:
+        return cut
+    return [piece for row in cut for piece in _cut_examples(row, -(-parts // rows))]
+
+
+def _cut_examples(row: Batch, parts: int) -> list[dict[str, Tensor]]:
+    """Cut one row at the starts of packed examples nearest to equal parts."""
+    positions = row.get("position_ids")
+    if positions is None or any(tensor.shape != positions.shape for tensor in row.values()):
+        return [dict(row)]
+    width = positions.shape[1]
+    starts = torch.cat([positions.new_zeros(1), (positions[0] == 0).nonzero().flatten()])
+    ideal = torch.arange(1, parts) * (width / parts)  # (parts - 1,)
+    nearest = (starts[None] - ideal[:, None]).abs().argmin(1)
+    cuts = sorted({0, *starts[nearest].tolist()})
+    return [
+        {name: tensor[:, start:end] for name, tensor in row.items()}
+        for start, end in itertools.pairwise([*cuts, width])
     ]
 
 

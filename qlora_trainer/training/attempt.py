@@ -1,8 +1,9 @@
 """One step made to happen, or a reason why not: overflow, out of memory, a loss that is not finite.
 
-fp16 overflow: halve the loss scale, same step again. Out of memory: halve the micro-batch, double
-their number, same step again; the window's loss is a sum over its own trained tokens, so the result
-is the same. A loss that is not finite: nothing moves, the batch is kept for whoever looks into it.
+fp16 overflow: halve the loss scale, same step again. Out of memory: halve the micro-batch (a packed
+row between its examples), double their number, same step again; the window's loss is a sum over its
+own trained tokens, so the result is the same. A loss that is not finite: nothing moves, the batch
+is kept for whoever looks into it.
 """
 
 import math
@@ -133,7 +134,7 @@ class StepRunner:
             torch.cuda.empty_cache()
         rows = max(next(iter(batch.values())).shape[0] for batch in batches)
         longest = max((b["input_ids"].shape[1] for b in batches if "input_ids" in b), default=0)
-        if rows == 1:
+        if all(len(cut_rows(batch, 2)) == 1 for batch in batches):
             what = f"sequence of {longest} tokens" if longest else "image"
             raise UserError(
                 f"{when}: out of memory with a single {what} "
@@ -141,10 +142,16 @@ class StepRunner:
                 "train.optimizer: adamw_8bit, a lower adapter.rank"
             )
         self.micro_batch_parts *= 2
+        if rows > 1:
+            had, next_ = f"{rows} sequences at a time", f"{-(-rows // 2)} at a time"
+            lower = "train.micro_batch_size"
+        else:
+            had, next_ = f"{longest} packed tokens at a time", "about half of them at a time"
+            lower = "train.micro_batch_size or data.max_seq_len"
         self._say(
-            f"{when}: out of memory with {rows} sequences at a time ({message}); going on "
-            f"with {-(-rows // 2)} at a time and twice as many passes. The effective batch and "
-            "the result stay the same; train.micro_batch_size can be lowered in the run file"
+            f"{when}: out of memory with {had} ({message}); going on "
+            f"with {next_} and twice as many passes. The effective batch and "
+            f"the result stay the same; {lower} can be lowered in the run file"
         )
         return None
 

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -5,12 +6,16 @@ import pytest
 import torch
 from torch import nn
 
+from qlora_trainer.base.packed_attention import use_packed_attention
 from qlora_trainer.errors import UserError
+from qlora_trainer.tasks.causal_lm import CausalLM
+from qlora_trainer.tasks.task import cut_rows
 from qlora_trainer.training.log import read_metrics
 from qlora_trainer.training.loop import run_training
 from qlora_trainer.training.plan import TrainingPlan
 from qlora_trainer.training.scaler import LossScaler
-from tests.training.tiny import adapted_llama, make_run, trained_values
+from qlora_trainer.training.windows import Windows
+from tests.training.tiny import adapted_llama, batch, make_run, trained_values
 
 
 class SmallMemory(nn.Module):
@@ -54,6 +59,78 @@ def test_one_sequence_that_does_not_fit_stops_with_a_way_out(tmp_path: Path) -> 
     model.model.norm = SmallMemory(model.model.norm, rows=0)
     with pytest.raises(UserError, match=r"single sequence of 10 tokens.*data\.max_seq_len"):
         run_training(make_run(tmp_path, model, total_steps=4, rows=2), PLAN)
+
+
+LENGTHS = (7, 4, 5, 9, 4)
+
+
+def packed_row(seed: int) -> dict[str, torch.Tensor]:
+    """Five examples end to end in one row, the third of them not trained on."""
+    parts = [batch(1, length, seed + n) for n, length in enumerate(LENGTHS)]
+    for part in parts:
+        part["labels"][:, 0] = -100
+    parts[2]["labels"][:] = -100
+    row = {name: torch.cat([part[name] for part in parts], 1) for name in ("input_ids", "labels")}
+    return {**row, "position_ids": torch.cat([torch.arange(n) for n in LENGTHS])[None]}
+
+
+class SmallRow(SmallMemory):
+    """As `SmallMemory`, for so many tokens."""
+
+    def forward(self, x: torch.Tensor) -> Any:
+        if self.training and x.shape[1] > self.rows:
+            self.refusals += 1
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return self.inner(x)
+
+
+def packed_run(folder: Path, model: Any, lines: list[str] | None = None) -> Any:
+    run = make_run(folder, model, total_steps=2, lines=lines)
+    windows = Windows(lambda epoch: [packed_row(10 * n) for n in range(4)], 2)
+    return replace(run, windows=windows)
+
+
+@pytest.mark.parametrize("by_lengths", [False, True])
+@pytest.mark.parametrize("parts", [2, 3, 8])
+def test_parts_of_a_packed_row_sum_to_its_loss_and_gradients(by_lengths: bool, parts: int) -> None:
+    model = adapted_llama(torch.float64)
+    if by_lengths:
+        assert use_packed_attention(model)
+    task, row = CausalLM.for_model(model), packed_row(3)
+    pieces = cut_rows(row, parts)
+    starts = [int(piece["position_ids"][0, 0]) for piece in pieces]
+    assert starts == [0] * {2: 2, 3: 3, 8: 5}[parts]
+    found = []
+    for batches in ([row], pieces):
+        model.zero_grad()
+        prepared = [task.prepare(one) for one in batches]
+        losses = [task.loss_sum(model, one) for one in prepared]
+        for loss in losses:
+            loss.backward()
+        weight = sum(task.loss_weight(one) for one in prepared)
+        gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        found.append((weight, sum(loss.detach() for loss in losses), gradients))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-6, atol=1e-8)
+
+
+def test_a_packed_row_out_of_memory_is_cut_between_its_examples(tmp_path: Path) -> None:
+    roomy, tight = adapted_llama(), adapted_llama()
+    run_training(packed_run(tmp_path / "a", roomy), replace(PLAN, total_steps=2))
+    tight.model.norm = SmallRow(tight.model.norm, rows=10)
+    lines: list[str] = []
+    outcome = run_training(packed_run(tmp_path / "b", tight, lines), replace(PLAN, total_steps=2))
+    assert outcome.micro_batch_parts == 4
+    assert "29 packed tokens at a time" in " ".join(" ".join(lines).split())
+    expected, got = trained_values(roomy), trained_values(tight)
+    for name, value in expected.items():
+        torch.testing.assert_close(got[name], value, rtol=1e-3, atol=1e-4)
+
+
+def test_a_packed_row_is_refused_by_its_longest_example_alone(tmp_path: Path) -> None:
+    model = adapted_llama()
+    model.model.norm = SmallRow(model.model.norm, rows=8)
+    with pytest.raises(UserError, match=r"single sequence of 9 tokens.*data\.max_seq_len"):
+        run_training(packed_run(tmp_path, model), replace(PLAN, total_steps=2))
 
 
 def test_a_resumed_run_keeps_the_smaller_micro_batch(tmp_path: Path) -> None:
