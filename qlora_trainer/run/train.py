@@ -33,6 +33,7 @@ from qlora_trainer.training import setup
 from qlora_trainer.training.card import model_card
 from qlora_trainer.training.curve import draw_losses
 from qlora_trainer.training.environment import (
+    always_alike,
     describe_environment,
     environment_changes,
     with_resumption,
@@ -93,6 +94,10 @@ def train(
             model_revision=source.resolved.revision,
             base_fingerprint=base,
         )
+        environment["evaluation"] = {
+            "micro_batch_size": run.evaluation.micro_batch_size or run.train.micro_batch_size,
+            "attention": run.model.attention,
+        }
         if earlier is not None:
             environment = _resumed(folder, earlier, settings, environment, told)
         parts = _prepare(run, source, base, told)
@@ -111,7 +116,9 @@ def train(
         if not outcome.complete:
             return result
         if outcome.best_evaluation is not None and isinstance(parts.task, ScoredTask):
-            told.say(prove_saved(folder.path, outcome.best_evaluation, source.device))
+            alike = always_alike(environment)
+            said = prove_saved(folder.path, outcome.best_evaluation, source.device, alike=alike)
+            told.say(said)
         score_after(old_rows, folder, parts.model, parts.task, told)
         return result
 

@@ -45,6 +45,15 @@ def with_resumption(begun: Mapping[str, Any], resumed: Mapping[str, Any]) -> dic
     return {**begun, "resumed": [*begun.get("resumed", []), dict(resumed)]}
 
 
+def always_alike(environment: Mapping[str, Any]) -> bool:
+    """Tell whether every resumption of a run computed, and evaluated, as its beginning did."""
+    return not any(
+        environment_changes(environment, resumed)
+        or resumed.get("evaluation") != environment.get("evaluation")
+        for resumed in environment.get("resumed", [])
+    )
+
+
 def _what_computes(environment: Mapping[str, Any]) -> dict[str, Any]:
     kept = {name: environment.get(name) for name in ("device", "compute_dtype", "threads")}
     found = environment.get("versions", {})

@@ -17,6 +17,7 @@ from qlora_trainer.run.continued import open_earlier
 from qlora_trainer.run.report import Reporter
 from qlora_trainer.run.rescore import changed_rows, prove_saved, require_same_metrics
 from qlora_trainer.run.train import train
+from qlora_trainer.training.environment import always_alike
 from tests.tasks.tiny_texts import labelled_rows, tiny_encoder_folder, write_rows
 
 Make = Callable[..., RunConfig]
@@ -131,13 +132,41 @@ def test_a_restart_that_cannot_read_the_earlier_rows_discards_nothing(
 
 def test_a_head_that_scores_otherwise_once_saved_is_refused() -> None:
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert require_same_metrics({"f1": 0.5}, {"f1": 0.5}, cpu) == 0.0
-    assert require_same_metrics({"f1": 0.5}, {"f1": 0.502}, cuda) == pytest.approx(0.002)
-    for saved, device in (({"f1": 0.5 + 1e-9}, cpu), ({}, cpu), ({"f1": 0.6}, cuda)):
+    few, many = {"f1": 0.5, "rows": 100.0}, {"f1": 0.5, "rows": 1e6}
+    assert require_same_metrics(few, few, cpu) == 0.0
+    assert require_same_metrics(few, {**few, "f1": 0.53}, cuda) == pytest.approx(0.03)
+    for trained, saved, device in (
+        (few, {**few, "f1": 0.5 + 1e-9}, cpu),
+        (few, {}, cpu),
+        (few, {**few, "f1": 0.54}, cuda),
+        (many, {**many, "f1": 0.5003}, cuda),
+        (few, {**few, "rows": 99.0}, cuda),
+    ):
         with pytest.raises(UserError, match="not the model that was trained"):
-            require_same_metrics({"f1": 0.5}, saved, device)
+            require_same_metrics(trained, saved, device)
     with pytest.raises(UserError, match=r"another prediction: rows.jsonl:3: 'good' -> 'bad'"):
-        require_same_metrics({"f1": 0.5}, {"f1": 0.6}, cuda, ["rows.jsonl:3: 'good' -> 'bad'"])
+        require_same_metrics(few, {**few, "f1": 0.6}, cuda, ["rows.jsonl:3: 'good' -> 'bad'"])
+
+
+def test_figures_in_percent_and_losses_have_their_own_tolerance() -> None:
+    cuda = torch.device("cuda")
+    trained = {"bleu": 30.0, "exact_match": 40.0, "loss": 2.0, "rows": 100.0}
+    one_row_flipped = {**trained, "bleu": 30.8, "exact_match": 41.0, "loss": 2.001}
+    assert require_same_metrics(trained, one_row_flipped, cuda) == pytest.approx(1.0)
+    for name, value in (("bleu", 34.0), ("exact_match", 44.0), ("loss", 2.2)):
+        with pytest.raises(UserError, match=name):
+            require_same_metrics(trained, {**trained, name: value}, cuda)
+
+
+def test_a_run_that_went_on_otherwise_is_compared_with_a_tolerance() -> None:
+    begun = {"device": "cpu", "threads": 1, "evaluation": {"micro_batch_size": 8}}
+    assert always_alike(begun)
+    assert always_alike({**begun, "resumed": [begun]})
+    for other in ({"threads": 2}, {"device": "T4"}, {"evaluation": {"micro_batch_size": 4}}):
+        assert not always_alike({**begun, "resumed": [begun, {**begun, **other}]})
+    cpu = torch.device("cpu")
+    trained = {"f1": 0.5, "rows": 100.0}
+    assert require_same_metrics(trained, {**trained, "f1": 0.51}, cpu, alike=False) > 0
 
 
 @pytest.mark.parametrize(
