@@ -82,7 +82,8 @@ def export_adapter(source: ExportSource, out: Path, *, overwrite: bool = False) 
     base = base_name(source.base_source)
     with building(out, overwrite=overwrite) as folder:
         copy_tokenizer(source.base_folder, source.adapter_folder, folder)
-        for name in (WEIGHTS_NAME, CONFIG_NAME, "README.md"):
+        # config.json, where there is one, names the labels in the order of the head
+        for name in (WEIGHTS_NAME, CONFIG_NAME, "config.json", "README.md"):
             if (source.adapter_folder / name).is_file():
                 shutil.copyfile(source.adapter_folder / name, folder / name)
         settings = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))

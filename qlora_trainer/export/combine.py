@@ -9,6 +9,7 @@ from the base.
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from qlora_trainer.lora.files import PREFIX, WEIGHTS_NAME
 from qlora_trainer.lora.kind import CONV1D, CONV2D, EMBEDDING, LINEAR
 from qlora_trainer.lora.peft_config import CONFIG_NAME, read_json
 
+_MODEL_CONFIG = "config.json"
 _FILE_KEYS = {kind.name: kind.file_keys for kind in (LINEAR, CONV1D, CONV2D, EMBEDDING)}
 
 
@@ -68,7 +70,7 @@ def combine_adapters(
 
     Raises:
         UserError: Fewer than two adapters, one that does not fit, adapters of different tasks or
-            weights that are not finite.
+            labels, or weights that are not finite.
     """
     _check(adapters, out)
     plain = plain_model(base_folder, model_class, spec, config_changes or {})
@@ -104,6 +106,8 @@ def combine_adapters(
               metadata={"format": "pt"})  # fmt: skip
     settings = _settings(adapters[0][0], fitted, ranks)
     (out / CONFIG_NAME).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
+    if (adapters[0][0] / _MODEL_CONFIG).is_file():  # names the labels, in the order of the head
+        shutil.copyfile(adapters[0][0] / _MODEL_CONFIG, out / _MODEL_CONFIG)
     return Combined(out, len(ranks), max(ranks.values(), default=0), len(replaced))
 
 
@@ -121,8 +125,29 @@ def _check(adapters: Sequence[tuple[Path, float]], out: Path) -> None:
     if len(set(tasks.values()) - {None}) > 1:
         said = ", ".join(f"{folder}: {task}" for folder, task in tasks.items())
         faults.append(f"the adapters were trained for different tasks ({said})")
+    faults += _different_labels([folder for folder, _ in adapters])
     if faults:
         raise UserError.from_faults("the adapters cannot be joined", faults)
+
+
+def _different_labels(folders: Sequence[Path]) -> list[str]:
+    """Heads are averaged row by row: each row must stand for the same label in all of them."""
+    found = []
+    for setting in ("id2label", "problem_type"):
+        values = {}
+        for folder in folders:
+            file = folder / _MODEL_CONFIG
+            value = read_json(file).get(setting) if file.is_file() else None
+            values[folder] = sorted(value.items()) if isinstance(value, dict) else value
+        if any(value != values[folders[0]] for value in values.values()):
+            said = "; ".join(
+                f"{folder / _MODEL_CONFIG}: {value}" for folder, value in values.items()
+            )
+            found.append(
+                f"{setting} is not the same for all ({said}); train them with the same labels in "
+                "the same order (task_settings.labels), and keep config.json beside each adapter"
+            )
+    return found
 
 
 def joined_factors(parts: Sequence[tuple[LowRank, float]]) -> tuple[Tensor, Tensor]:

@@ -155,6 +155,9 @@ def merge_adapter_folders(
             [f"{folder}: {name or 'names none'}" for folder, name in named.items()],
         )
     opened = open_export(Path(adapters[0][0]), base, quantization=quantization, reporter=told)
+    for folder, _ in adapters[1:]:
+        if _is_run(Path(folder)):
+            _check_base(Path(folder), opened.export.base_folder, told, asked_for=base is not None)
     proof = held_out_proof(opened, proof_by, told) if prove and format == "merged" else None
     return merge_adapters(
         opened.export, folders, out, format=format, dtype=dtype, onto=onto, proof=proof,

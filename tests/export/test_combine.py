@@ -1,7 +1,9 @@
 """Joined adapters compute the weighted sum of what each computes."""
 
 import json
+import shutil
 import warnings
+from pathlib import Path
 
 import peft
 import pytest
@@ -106,6 +108,40 @@ def test_one_adapter_or_a_weight_of_nothing_is_refused(bench, tmp_path):
             base, [(adapter, float("nan"))], tmp_path / "joined",
             model_class=tiny.CLASSES["llama"], spec=SPEC,
         )  # fmt: skip
+
+
+def with_labels(folder: Path, place: Path, names: list[str], **settings: str) -> Path:
+    """A copy of an adapter with the configuration a run leaves beside it."""
+    shutil.copytree(folder, place)
+    labels = {str(number): name for number, name in enumerate(names)}
+    (place / "config.json").write_text(json.dumps({"id2label": labels, **settings}))
+    return place
+
+
+def test_heads_of_labels_in_another_order_or_sense_are_not_averaged(bench, tmp_path):
+    base = bench.base("bert")
+    adapter = bench.adapter(
+        base, "bert", target_modules=["query"], task_type="SEQ_CLS", modules_to_save=["classifier"]
+    )
+    first = with_labels(adapter, tmp_path / "first", ["bad", "fair", "good"])
+    other = with_labels(adapter, tmp_path / "other", ["good", "fair", "bad"])
+    several = with_labels(
+        adapter, tmp_path / "several", ["bad", "fair", "good"],
+        problem_type="multi_label_classification",
+    )  # fmt: skip
+
+    def join(second: Path) -> Path:
+        return combine_adapters(
+            base, [(first, 0.5), (second, 0.5)], tmp_path / "joined",
+            model_class=tiny.CLASSES["bert"], spec=SPEC,
+        ).folder  # fmt: skip
+
+    for second, setting in ((other, "id2label"), (adapter, "id2label"), (several, "problem_type")):
+        with pytest.raises(UserError, match=f"{setting} is not the same for all"):
+            join(second)
+    same = with_labels(adapter, tmp_path / "same", ["bad", "fair", "good"])
+    written = join(same) / "config.json"
+    assert written.read_bytes() == (first / "config.json").read_bytes()
 
 
 def test_joined_configuration_speaks_of_scale_one(bench, tmp_path):

@@ -1,6 +1,7 @@
 """A run's export is the model that was trained, whole or not there at all."""
 
 import json
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -32,7 +33,7 @@ from qlora_trainer.cli.app import app
 from qlora_trainer.config.settings import RunConfig
 from qlora_trainer.errors import UserError
 from qlora_trainer.run.check import serving
-from qlora_trainer.run.export import export_run
+from qlora_trainer.run.export import export_run, merge_adapter_folders
 from qlora_trainer.run.report import Reporter
 
 Make = Callable[..., RunConfig]
@@ -92,6 +93,20 @@ def test_another_base_than_was_trained_on_is_refused_and_one_asked_for_is_said(
         reporter=told,
     )  # fmt: skip
     assert any("has not the same files" in line for line in told.lines)
+
+
+def test_every_run_that_is_joined_must_be_of_the_base(make_run: Make, tmp_path: Path) -> None:
+    folder = train(make_run()).folder
+    second = tmp_path / "second"
+    shutil.copytree(folder, second)
+    environment = second / "environment.json"
+    content = json.loads(environment.read_text())
+    environment.write_text(json.dumps({**content, "base_fingerprint": "of another"}))
+    with pytest.raises(UserError, match=r"second: .*not the base this adapter was trained on"):
+        merge_adapter_folders(
+            [(folder, 0.5), (second, 0.5)], tmp_path / "joined", format="adapter", prove=False
+        )
+    assert not (tmp_path / "joined").exists()
 
 
 def test_a_run_is_not_overwritten_by_its_own_export(make_run: Make) -> None:
