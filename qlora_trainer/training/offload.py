@@ -41,15 +41,21 @@ def piece_sizes(size_bytes: int) -> list[int]:
 
 
 class Copy:
-    """A copy under way; `wait` before touching its result or dropping its source."""
+    """A copy under way; `wait` before touching its result or dropping its source.
 
-    def __init__(self, source: Any, event: "torch.cuda.Event | None") -> None:
-        self._source, self._event = source, event
+    Args:
+        source: Kept until the copy is over.
+        event: Its end; None where it is over already.
+        device: Whose compute stream waits, be it the process's current device or not.
+    """
+
+    def __init__(self, source: Any, event: "torch.cuda.Event | None", device: torch.device) -> None:
+        self._source, self._event, self._device = source, event, device
 
     def wait(self) -> None:
         """Let the compute stream go on only after the copy, and let the source go."""
         if self._event is not None:
-            torch.cuda.current_stream().wait_event(self._event)
+            torch.cuda.current_stream(self._device).wait_event(self._event)
         self._source = self._event = None
 
     def __del__(self) -> None:
@@ -91,13 +97,13 @@ class Transfers:
     def _copy(self, pieces: list[Tensor], flat: Tensor, *, back: bool) -> Copy:
         if self._stream is None:
             self.move(pieces, flat, back=back)
-            return Copy(flat, None)
+            return Copy(flat, None, self.device)
         self._stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._stream):
             self.move(pieces, flat, back=back)
             event = torch.cuda.Event()
             event.record(self._stream)
-        return Copy(flat, event)
+        return Copy(flat, event, self.device)
 
     def move(self, pieces: list[Tensor], flat: Tensor, *, back: bool) -> None:
         """Copy between host pieces and the bytes of a device tensor."""

@@ -1,7 +1,7 @@
 """Offloaded inputs: the gradients of kept layers, the schedule as promised, on real tensors."""
 
 import weakref
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from qlora_trainer.lora.inject import adapter_parameters, inject_adapter
 from qlora_trainer.lora.spec import AdapterSpec
 from qlora_trainer.tasks.causal_lm import CausalLM, LossPath
 from qlora_trainer.training.activations import plan_activations
-from qlora_trainer.training.offload import Transfers, piece_sizes
+from qlora_trainer.training.offload import Copy, Transfers, piece_sizes
 from qlora_trainer.training.step import seed_random
 from tests.training.tiny import CPU, adapted_llama, batch, tiny_llama
 
@@ -158,3 +158,25 @@ def test_pieces_carry_a_tensor_over_and_back() -> None:
     again, back = transfers.to_device(pieces, tensor.shape, tensor.dtype)
     back.wait()
     assert torch.equal(again, tensor)
+
+
+def test_the_stream_of_the_models_own_device_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited = []
+
+    class Stream:
+        def __init__(self, device: Any = None) -> None:
+            self.device = device
+
+        def wait_event(self, event: Any) -> None:
+            waited.append((self.device, event))
+
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    second, event = torch.device("cuda:1"), cast("torch.cuda.Event", object())
+    copy = Copy(torch.ones(2), event, second)
+    copy.wait()
+    copy.wait()  # only once
+    assert waited == [(second, event)]
+    del copy
+    broken_off = Copy(torch.ones(2), event, second)
+    del broken_off
+    assert waited == [(second, event)] * 2
