@@ -105,7 +105,7 @@ class PictureEncoder:
         path = _picture_path(record)
         label = self._ids[label_name(record, self._ids)] if self.labelled else -1
         open_picture(path)
-        digest = hashlib.sha256(path.read_bytes()).digest()[:_DIGEST_BYTES]
+        digest = _digest(path)
         return Example(
             [], columns={"label": [label], "digest": list(digest)}, file=str(path.absolute())
         )
@@ -132,13 +132,20 @@ class PictureEncoder:
     ) -> dict[str, torch.Tensor]:
         pictures = []
         for index in rows:
+            path = Path(dataset.file(index))
             try:
-                picture = open_picture(Path(dataset.file(index)))
+                picture = open_picture(path)
             except RowError as error:
                 raise UserError(
                     f"{error.at(dataset.where(index))} (it could be opened when the data was "
                     "checked)"
                 ) from error
+            if _digest(path) != dataset.column(index, "digest").tobytes():
+                raise UserError(
+                    f"{dataset.where(index)}: the picture {path} has changed since the data was "
+                    "encoded; put it back, or delete the encoded rows, so that they are made anew: "
+                    f"{dataset.store.folder}"
+                )
             pictures.append(
                 picture if keys is None else augment_picture(picture, *keys, int(index))
             )
@@ -191,6 +198,11 @@ class PictureEncoder:
     def model_settings(self) -> dict[str, Any]:
         """The labels, for the model's head and its configuration."""
         return label_settings(self.label_names)
+
+
+def _digest(path: Path) -> bytes:
+    """What tells a picture's file from any other."""
+    return hashlib.sha256(path.read_bytes()).digest()[:_DIGEST_BYTES]
 
 
 def label_settings(names: Sequence[str]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Pictures are written by Pillow, harmed by hand, and go the whole way through `build_dataset`."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -289,3 +290,20 @@ def test_a_picture_lost_since_the_check_is_named(folder, tmp_path):
     (folder / "dog" / "1.jpeg").unlink()
     with pytest.raises(UserError, match=r"dog/1\.jpeg.*when the data was checked"):
         pictures.collate(data, [2])
+
+
+def test_a_picture_changed_since_the_check_is_named(folder, tmp_path):
+    pictures = encoder()
+    listed = folder / "list.jsonl"
+    lines = [{"image": "cat/1.png", "label": "cat"}, {"image": "dog/1.jpeg", "label": "dog"}]
+    listed.write_text("\n".join(map(json.dumps, lines)))
+    data = build(DataSource(str(listed)), pictures, tmp_path / "cache")
+    pictures.collate(data, [0, 1])
+    noise(9).save(folder / "dog" / "1.jpeg")
+    again = build(DataSource(str(listed)), pictures, tmp_path / "cache")  # found encoded
+    for stored in (data, again):
+        pictures.collate(stored, [0])
+        with pytest.raises(UserError, match=r"list\.jsonl:2.*dog/1\.jpeg has changed since"):
+            pictures.collate_augmented(stored, [0, 1], seed=0, epoch=0)
+    shutil.rmtree(again.store.folder)  # the way out that is named
+    pictures.collate(build(DataSource(str(listed)), pictures, tmp_path / "cache"), [0, 1])
