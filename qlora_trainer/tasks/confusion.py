@@ -26,8 +26,10 @@ def draw_confusion(
     shares = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
     image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     figure.colorbar(image, ax=axes, fraction=0.046, label="share of the class")
-    axes.set_xticks(range(count), [_short(name) for name in names], rotation=60, ha="right")
-    axes.set_yticks(range(count), [_short(name) for name in names])
+    # parse_math=False: a label with dollar signs is a label, not a formula that may not parse
+    short = [_short(name) for name in names]
+    axes.set_xticks(range(count), short, rotation=60, ha="right", parse_math=False)
+    axes.set_yticks(range(count), short, parse_math=False)
     axes.set_xlabel("predicted")
     axes.set_ylabel("true")
     if count <= _MOST_NUMBERED:

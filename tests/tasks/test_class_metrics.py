@@ -1,5 +1,7 @@
 """Figures are scikit-learn's: the values here are those of scikit-learn 1.9.1 on these rows."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -12,6 +14,7 @@ from qlora_trainer.tasks.class_metrics import (
     pearson,
     spearman,
 )
+from qlora_trainer.tasks.confusion import draw_confusion
 
 # Class 3 never occurs and is predicted: its recall has nothing below the line.
 TRUTH = "220212212011210000020220111202220121222022211200120210222210"
@@ -72,3 +75,10 @@ def test_correlations_are_scipys_and_ties_share_a_rank() -> None:
 def test_report_has_a_line_for_every_class() -> None:
     report = class_report(["good", "bad", "so-so", "none"], counts_of_matrix(matrix()))
     assert all(name in report for name in ("good", "bad", "so-so", "none", "macro average"))
+
+
+@pytest.mark.filterwarnings("error")
+def test_labels_that_look_like_formulas_are_drawn_as_they_are(tmp_path: Path) -> None:
+    picture = tmp_path / "confusion.png"
+    draw_confusion(matrix(), [r"$\frac{$", "$a_b$", "c", "_d^"], picture)
+    assert picture.read_bytes()[:4] == b"\x89PNG"
