@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qlora_trainer.base.nf4 import NF4Linear
 from qlora_trainer.tasks.task import Batch
@@ -91,7 +91,7 @@ class _Snapshot:
         self._parameters = {name: _copy(p) for name, p in optimizer.parameters.items()}
         tensors, self._values = optimizer.state()
         self._states = {name: _copy(tensor) for name, tensor in tensors.items()}
-        self._buffers = {id(b): _copy(b) for b in _live_buffers(run.model)}
+        self._buffers = [(m, name, b, _copy(b)) for m, name, b in _live_buffers(run.model)]
         self._training = run.model.training
         self._torch = torch.get_rng_state()
         self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
@@ -105,8 +105,10 @@ class _Snapshot:
         optimizer.half_applied = False
         for name, p in optimizer.parameters.items():
             p.copy_(self._parameters[name])
-        for buffer in _live_buffers(run.model):
-            buffer.copy_(self._buffers[id(buffer)])
+        for module, name, buffer, value in self._buffers:
+            buffer.copy_(value)
+            if getattr(module, name, None) is not buffer:
+                setattr(module, name, buffer)  # a forward may replace one by a tensor of its own
         run.model.train(self._training)
         torch.set_rng_state(self._torch)
         if self._cuda:
@@ -115,13 +117,13 @@ class _Snapshot:
         np.random.set_state(self._numpy)
 
 
-def _live_buffers(model: torch.nn.Module) -> list[Tensor]:
+def _live_buffers(model: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:
     """Buffers that a forward may change (running means, position caches), not quantized weights."""
     return [
-        buffer
+        (module, name, buffer)
         for module in model.modules()
         if not isinstance(module, NF4Linear)
-        for buffer in module.buffers(recurse=False)
+        for name, buffer in module.named_buffers(recurse=False)
     ]
 
 

@@ -80,6 +80,30 @@ def test_a_sequence_that_does_not_fit_is_refused_before_anything_moves(tmp_path:
     assert not (tmp_path / ".rehearsal").exists()
 
 
+class Replacing(torch.nn.Module):
+    """A norm that puts a longer tensor in its buffer's place at each pass, as caches grow."""
+
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+        self.register_buffer("seen", torch.zeros(1))
+
+    def forward(self, x: torch.Tensor) -> Any:
+        self.seen = torch.cat([self.seen, torch.ones(1)])
+        return self.inner(x)
+
+
+def test_buffers_that_a_forward_replaces_are_put_back(tmp_path: Path) -> None:
+    lengths = []
+    for name, rehearsal in (("plain", None), ("rehearsed", longest())):
+        model = adapted_llama()
+        model.model.norm = Replacing(model.model.norm)
+        run_training(make_run(tmp_path / name, model, total_steps=5, rehearsal=rehearsal), PLAN)
+        lengths.append(model.model.norm.seen.tolist())
+    assert len(lengths[0]) > 2
+    assert lengths[0] == lengths[1]
+
+
 def test_a_folder_that_cannot_be_written_is_told_before_the_first_step(tmp_path: Path) -> None:
     run = make_run(tmp_path, adapted_llama(), total_steps=5, rehearsal=longest())
 
