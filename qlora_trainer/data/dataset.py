@@ -170,8 +170,9 @@ def split_eval(
 ) -> tuple[EncodedDataset, EncodedDataset]:
     """Hold out a fraction of the distinct rows, the same ones every time.
 
-    Rows are chosen by the hash of their content, so equal rows fall on the same side, and so do
-    all rows that one record became (windows of a long text, answers of a chat).
+    Records are chosen by the hash of the first row they became, so all rows of a record (windows of
+    a long text, answers of a chat) fall on the same side, and so do records that begin with equal
+    rows. Given up: a later row of one record may equal a row of another on the other side.
 
     Returns:
         Training and evaluation part; the latter uses each row once, whatever its weight.
