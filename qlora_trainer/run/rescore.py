@@ -6,6 +6,7 @@ elsewhere or with another batch size, sums are rounded otherwise: a few rows on 
 flip, and what follows of that is allowed and said, with the rows predicted otherwise now.
 """
 
+import gc
 import json
 import math
 import os
@@ -33,6 +34,10 @@ _SHOWN_ROWS = 5
 _SHOWN_CHARACTERS = 60
 
 
+class CannotRescoreError(UserError):
+    """The fresh process came to no figures, which says nothing of the adapter."""
+
+
 @dataclass(frozen=True)
 class Rescored:
     """What a fresh process finds.
@@ -46,11 +51,18 @@ class Rescored:
     changed: list[str]
 
 
+def free_memory() -> None:
+    """Give back what was let go of, on the GPU too, where a fresh process needs it."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 def rescore_in_fresh_process(folder: Path) -> Rescored:
     """A run's adapter scored on its held-out rows by a process of its own.
 
     Raises:
-        UserError: It cannot be loaded or scored there.
+        CannotRescoreError: It cannot be loaded or scored there.
     """
     with tempfile.TemporaryDirectory(prefix="qlora-rescore-") as place:
         result = Path(place, "metrics.json")
@@ -62,7 +74,7 @@ def rescore_in_fresh_process(folder: Path) -> Rescored:
         )  # fmt: skip
         if done.returncode != 0 or not result.is_file():
             last = "\n  ".join(done.stderr.strip().splitlines()[-4:])
-            raise UserError(
+            raise CannotRescoreError(
                 f"{folder}: the saved adapter could not be scored in a fresh process (exit code "
                 f"{done.returncode}). Its last words:\n  {last}"
             )
@@ -159,6 +171,8 @@ def prove_saved(
 ) -> str:
     """Score a finished run again in a fresh process; -> what to say of it.
 
+    Where that process cannot score it (no memory for it, say), that is what is said.
+
     Args:
         folder: The run folder, with its adapter.
         trained: Metrics of that adapter while it was trained.
@@ -168,7 +182,10 @@ def prove_saved(
     Raises:
         UserError: What was saved is not what was trained.
     """
-    found = rescore_in_fresh_process(folder)
+    try:
+        found = rescore_in_fresh_process(folder)
+    except CannotRescoreError as error:
+        return f"not proven: {error}\nSee with: qlora evaluate {folder}"
     difference = require_same_metrics(trained, found.metrics, device, found.changed, alike=alike)
     said = _proof(difference, found.changed)
     return f"saved adapter and head, scored again by a fresh process: {said}"

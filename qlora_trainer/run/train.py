@@ -26,7 +26,7 @@ from qlora_trainer.run.continued import (
 from qlora_trainer.run.forecast import Forecast, forecast_run
 from qlora_trainer.run.rehearsal import rehearsal_of
 from qlora_trainer.run.report import Reporter, rows_read, tensors_loaded
-from qlora_trainer.run.rescore import prove_saved
+from qlora_trainer.run.rescore import free_memory, prove_saved
 from qlora_trainer.run.resolve import at_the_same_commit, resolved_settings, with_todays_defaults
 from qlora_trainer.tasks.task import ScoredTask, Task
 from qlora_trainer.training import setup
@@ -115,11 +115,15 @@ def train(
             result = _finished(folder, settings, environment, parts, outcome, memory)
         if not outcome.complete:
             return result
-        if outcome.best_evaluation is not None and isinstance(parts.task, ScoredTask):
+        score_after(old_rows, folder, parts.model, parts.task, told)
+        predicts = isinstance(parts.task, ScoredTask)
+        del parts  # the fresh process loads a base of its own: there may be no room for two
+        if outcome.best_evaluation is not None and predicts:
+            free_memory()
             alike = always_alike(environment)
             said = prove_saved(folder.path, outcome.best_evaluation, source.device, alike=alike)
             told.say(said)
-        score_after(old_rows, folder, parts.model, parts.task, told)
+            folder.write_json("result.json", {**folder.read_json("result.json"), "proof": said})
         return result
 
 

@@ -1,5 +1,6 @@
 """Going on from a finished adapter: its values, its labels, what it forgets, what is refused."""
 
+import gc
 import json
 import re
 import shutil
@@ -13,6 +14,7 @@ import torch
 from qlora_trainer.config.read import check_values
 from qlora_trainer.config.settings import RunConfig
 from qlora_trainer.errors import UserError
+from qlora_trainer.lora.layer import LowRankLayer
 from qlora_trainer.run.continued import open_earlier
 from qlora_trainer.run.report import Reporter
 from qlora_trainer.run.rescore import changed_rows, prove_saved, require_same_metrics
@@ -146,6 +148,38 @@ def test_a_head_that_scores_otherwise_once_saved_is_refused() -> None:
             require_same_metrics(trained, saved, device)
     with pytest.raises(UserError, match=r"another prediction: rows.jsonl:3: 'good' -> 'bad'"):
         require_same_metrics(few, {**few, "f1": 0.6}, cuda, ["rows.jsonl:3: 'good' -> 'bad'"])
+
+
+class _CountsModels(Reporter):
+    """How many adapted layers this process holds when the proof is told."""
+
+    said = ""
+    layers = -1
+
+    def say(self, line: str) -> None:
+        if "fresh process" in line:
+            self.said = line
+            self.layers = _adapted_layers_held()
+
+
+def _adapted_layers_held() -> int:
+    return sum(issubclass(type(one), LowRankLayer) for one in gc.get_objects())
+
+
+def test_the_trained_model_is_let_go_of_before_a_fresh_process_loads_another(make: Make) -> None:
+    gc.collect()
+    of_other_tests, told = _adapted_layers_held(), _CountsModels()
+    result = train(make("let-go", labelled_rows(40)), reporter=told)
+    assert told.layers == of_other_tests
+    assert json.loads((result.folder / "result.json").read_text())["proof"] == told.said
+
+
+def test_what_cannot_be_scored_again_is_said_and_no_fault(first: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(first, folder)
+    (folder / "environment.json").unlink()
+    said = prove_saved(folder, {"f1": 0.5}, torch.device("cpu"))
+    assert re.search(r"not proven: .*could not be scored(?s:.*)environment\.json", said)
 
 
 def test_figures_in_percent_and_losses_have_their_own_tolerance() -> None:
