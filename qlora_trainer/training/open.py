@@ -29,6 +29,7 @@ from qlora_trainer.data.isolation import refuse_packing_leak
 from qlora_trainer.data.read import DataSource, open_source
 from qlora_trainer.data.rows import RecordEncoder
 from qlora_trainer.errors import UserError
+from qlora_trainer.lora.peft_config import read_json
 from qlora_trainer.tasks.catalogue import task_kind
 from qlora_trainer.tasks.kind import EncoderInputs, TaskKind
 
@@ -298,14 +299,16 @@ def head_settings(adapter: Path) -> dict[str, Any]:
     Raises:
         UserError: It is not there.
     """
-    config = load_config(adapter)
-    problem = (config.problem_type or "single").split("_")[0]
+    # The file as it is: transformers would run the model's own code for these few values.
+    config = read_json(adapter / "config.json")
+    problem = (config.get("problem_type") or "single").split("_")[0]
     if problem == "regression":
         return {"problem": problem, "labels": None}
-    return {
-        "problem": problem,
-        "labels": [config.id2label[index] for index in sorted(config.id2label)],
-    }
+    names = config.get("id2label")
+    if not names:  # transformers leaves out what is its default: two labels, numbered
+        numbers = range(config.get("num_labels") or 2)
+        return {"problem": problem, "labels": [f"LABEL_{number}" for number in numbers]}
+    return {"problem": problem, "labels": [names[index] for index in sorted(names, key=int)]}
 
 
 def make_encoder(

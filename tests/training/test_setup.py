@@ -1,6 +1,8 @@
 """What only the machine can refuse is refused before the base is loaded."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ import torch
 from qlora_trainer.config.read import check_values
 from qlora_trainer.config.settings import RunConfig
 from qlora_trainer.errors import UserError
-from qlora_trainer.training.open import check_attention, open_model
+from qlora_trainer.training.open import check_attention, head_settings, open_model
 from qlora_trainer.training.setup import adapter_dtype
 
 
@@ -44,3 +46,26 @@ def test_flash_attention_is_refused_without_its_package() -> None:
 @pytest.mark.parametrize("attention", ["auto", "sdpa", "eager"])
 def test_other_attention_runs_anywhere(attention: str) -> None:
     check_attention(attention, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("config", "problem", "labels"),
+    [
+        ({"id2label": {str(n): f"{n}" for n in range(11)}}, "single", [f"{n}" for n in range(11)]),
+        ({"problem_type": "multi_label_classification", "id2label": {"1": "b", "0": "a"}}, "multi",
+         ["a", "b"]),
+        ({"problem_type": None}, "single", ["LABEL_0", "LABEL_1"]),
+        ({"problem_type": "regression", "id2label": {"0": "LABEL_0"}}, "regression", None),
+    ],
+)  # fmt: skip
+def test_a_heads_labels_are_read_without_the_models_own_code(
+    tmp_path: Path, config: dict[str, Any], problem: str, labels: list[str] | None
+) -> None:
+    own_code = {"model_type": "its-own", "auto_map": {"AutoConfig": "configuration_own.Own"}}
+    (tmp_path / "config.json").write_text(json.dumps({**own_code, **config}))
+    assert head_settings(tmp_path) == {"problem": problem, "labels": labels}
+
+
+def test_a_head_without_its_configuration_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"config\.json: there is no such file"):
+        head_settings(tmp_path)
