@@ -74,11 +74,12 @@ def predict(
     run_folder: RunFolder,
     data: Annotated[str, typer.Option(metavar="FILE", help="rows as in training")],
     out: Annotated[Path, typer.Option(metavar="FILE", help="predictions, a JSON object a line")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace that file")] = False,
 ) -> None:
     """Write what a trained adapter says of every row of a file."""
     from qlora_trainer.cli.show import ConsoleReporter
     from qlora_trainer.run.evaluate import predict_file
 
     with ConsoleReporter() as reporter:
-        count = predict_file(run_folder, data, out, reporter=reporter)
+        count = predict_file(run_folder, data, out, overwrite=overwrite, reporter=reporter)
     typer.echo(f"wrote {count:,} predictions to {out}")

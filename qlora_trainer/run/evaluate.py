@@ -1,6 +1,7 @@
 """A finished run scored and asked on a file: metrics, report and pictures; predictions as JSONL."""
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -123,22 +124,29 @@ def write_evaluation(evaluation: Evaluation, folder: Path) -> None:
 
 
 def predict_file(
-    folder: str | Path, data: str, out: str | Path, *, reporter: Reporter | None = None
+    folder: str | Path,
+    data: str,
+    out: str | Path,
+    *,
+    overwrite: bool = False,
+    reporter: Reporter | None = None,
 ) -> int:
     """Write what a finished run says of every record of a file, one JSON object a line.
 
     Args:
         folder: The run folder.
         data: Records as in training; what is asked for need not be there.
-        out: The JSONL file; whole, or not at all.
+        out: The JSONL file; whole, or not at all. Never the records themselves.
+        overwrite: Whether a file there may be replaced.
         reporter: Told what happens.
 
     Returns:
         How many records.
 
     Raises:
-        UserError: The folder is no finished run, or a record is faulty.
+        UserError: The folder is no finished run, a record is faulty, or `out` may not be written.
     """
+    _check_out(data, Path(out), overwrite)
     told = reporter or Reporter()
     trained = load_trained(folder, reporter=told)
     task = setup.make_task(
@@ -161,6 +169,18 @@ def predict_file(
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     write_atomically(Path(out), lambda path: path.write_text("".join(lines), encoding="utf-8"))
     return len(lines)
+
+
+def _check_out(data: str, out: Path, overwrite: bool) -> None:
+    """Refuse to write predictions over records, or over what nobody gave up."""
+    records = Path(data).expanduser()
+    same = records.resolve() == out.resolve()
+    if same or (records.exists() and out.exists() and records.samefile(out)):
+        raise UserError(f"--out {out}: is the file of --data; name another one")
+    if out.is_dir():
+        raise UserError(f"--out {out}: is a folder; name a file")
+    if os.path.lexists(out) and not overwrite:
+        raise UserError(f"--out {out}: is there already; name another file, or pass --overwrite")
 
 
 def _predictions(
