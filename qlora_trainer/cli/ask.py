@@ -32,7 +32,7 @@ def generate(
     from qlora_trainer.run import ask
 
     with ConsoleReporter() as reporter:
-        trained = ask.load_trained(run_folder, reporter=reporter)
+        trained = ask.load_trained(run_folder, reporter=reporter, prompted=True)
     sides = (True, False) if compare else (adapter,)
     for side in sides:
         answers = ask.generate(

@@ -100,7 +100,19 @@ class ConsoleReporter(Reporter):
         out.print(f"run folder    {escape(str(result.folder))}")
         if result.adapter is not None:
             out.print(f"adapter       {escape(str(result.adapter))}")
-            out.print(f"ask it        qlora generate {escape(str(result.folder))} 'your question'")
+            for what, command in next_commands(result):
+                out.print(f"{what:<13} {escape(command)}")
+
+
+def next_commands(result: TrainResult) -> list[tuple[str, str]]:
+    """What to do with a finished run, and the command that does it."""
+    folder = str(result.folder)
+    if result.task == "causal-lm":
+        return [("ask it", f"qlora generate {folder} 'your question'")]
+    return [
+        ("score it", f"qlora evaluate {folder} --data FILE"),
+        ("ask it", f"qlora predict {folder} --data FILE --out predictions.jsonl"),
+    ]
 
 
 def show_error(message: str) -> None:

@@ -48,8 +48,15 @@ class Trained:
     known: dict[str, Any]
 
 
-def load_trained(folder: str | Path, *, reporter: Reporter | None = None) -> Trained:
+def load_trained(
+    folder: str | Path, *, reporter: Reporter | None = None, prompted: bool = False
+) -> Trained:
     """Load the base and the adapter of a run folder.
+
+    Args:
+        folder: The run folder.
+        reporter: Told what happens.
+        prompted: Refuse a run that answers no prompts, before anything is loaded.
 
     Raises:
         UserError: The folder is no finished run, or its base has changed or gone.
@@ -58,7 +65,10 @@ def load_trained(folder: str | Path, *, reporter: Reporter | None = None) -> Tra
     if not (folder / "adapter").is_dir():
         raise UserError(f"{folder}: holds no adapter (no finished run); `qlora train` writes one")
     listener = reporter or Reporter()
-    run = _with_attention_of_here(read_run_file(folder / "run.yaml"), listener)
+    run = read_run_file(folder / "run.yaml")
+    if prompted and run.task != "causal-lm":
+        raise _answers_no_prompts(folder, run)
+    run = _with_attention_of_here(run, listener)
     source = setup.open_model(run)
     environment = folder / "environment.json"
     try:
@@ -80,6 +90,14 @@ def load_trained(folder: str | Path, *, reporter: Reporter | None = None) -> Tra
     dtype = torch.bfloat16 if computes_in_bf16 and run.adapter.dtype != "fp32" else torch.float32
     load_adapter(model, folder / "adapter", dtype=dtype, trainable=False)
     return Trained(run, model.eval(), source, encoder, folder, known)
+
+
+def _answers_no_prompts(folder: Path, run: RunConfig) -> UserError:
+    return UserError(
+        f"{folder}: its task is {run.task}, which answers no prompts; put rows into a file and "
+        f"use `qlora predict {folder} --data FILE --out FILE`, or, where the rows have labels, "
+        f"`qlora evaluate {folder} --data FILE`"
+    )
 
 
 def _with_attention_of_here(run: RunConfig, listener: Reporter) -> RunConfig:
@@ -130,10 +148,7 @@ def generate(
     """
     tokenizer, encoder = trained.source.tokenizer, trained.encoder
     if not isinstance(encoder, Encoder):
-        raise UserError(
-            f"{trained.folder}: its task is {trained.run.task}, which answers no prompts; "
-            "use qlora predict"
-        )
+        raise _answers_no_prompts(trained.folder, trained.run)
     asked = [
         encoder.encode_prompt(
             prompt if raw and isinstance(prompt, str) else _as_chat(prompt, system)

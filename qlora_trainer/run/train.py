@@ -58,12 +58,14 @@ class TrainResult:
         adapter: The adapter to use; None while the run is not complete.
         outcome: Steps, best step, why it ended.
         metrics: Final figures, among them `loss_before` and `loss` where rows are held out.
+        task: What was learned.
     """
 
     folder: Path
     adapter: Path | None
     outcome: TrainingOutcome
     metrics: dict[str, float]
+    task: str = "causal-lm"
 
 
 def train(
@@ -283,7 +285,7 @@ def _finished(
         name: value for name, value in metrics.items() if not name.startswith(("tokens", "rows"))
     }
     if not outcome.complete:
-        return TrainResult(folder.path, None, outcome, metrics)
+        return TrainResult(folder.path, None, outcome, metrics, settings["task"])
     rows = {"training": parts.gate.train.rows}
     if parts.gate.evaluation is not None:
         rows["held out"] = parts.gate.evaluation.rows
@@ -305,4 +307,4 @@ def _finished(
             write_text_atomically(target / "README.md", card)
             (parts.source.tokenizer or parts.source.processor).save_pretrained(target)
     folder.write_json("result.json", {**asdict(outcome), "metrics": metrics, "memory": memory})
-    return TrainResult(folder.path, folder.path / "adapter", outcome, metrics)
+    return TrainResult(folder.path, folder.path / "adapter", outcome, metrics, settings["task"])

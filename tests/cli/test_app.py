@@ -2,13 +2,19 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from qlora_trainer.cli.app import main
+from qlora_trainer.cli.show import ConsoleReporter
+from qlora_trainer.config.tasks import TaskName
+from qlora_trainer.run.train import TrainResult
+from qlora_trainer.training.plan import TrainingOutcome
 
 
 def qlora(*arguments: str, cwd: Path, stdin: str = "") -> subprocess.CompletedProcess[str]:
@@ -84,6 +90,36 @@ def test_a_typo_in_the_command_is_answered(capsys: pytest.CaptureFixture[str]) -
 def test_generate_needs_a_finished_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "no such run folder" in said(["generate", str(tmp_path / "x"), "hello"], capsys)[1]
     assert "no finished run" in said(["generate", str(tmp_path), "hello"], capsys)[1]
+
+
+@pytest.mark.parametrize("task", [name for name in get_args(TaskName) if name != "causal-lm"])
+def test_generate_names_the_commands_of_other_tasks(
+    task: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "adapter").mkdir()
+    # The base does not even exist: the refusal comes before anything is loaded.
+    run = {"task": task, "model": {"source": "nowhere/at-all"}, "data": {"train": "rows.jsonl"}}
+    (tmp_path / "run.yaml").write_text(json.dumps(run))
+    code, shown = said(["generate", str(tmp_path), "hello"], capsys)
+    assert code == 2
+    assert f"its task is {task}" in shown
+    assert f"qlora predict {tmp_path} --data FILE --out FILE" in shown
+    assert f"qlora evaluate {tmp_path} --data FILE" in shown
+
+
+@pytest.mark.parametrize("task", get_args(TaskName))
+def test_a_finished_run_names_the_commands_that_take_it(
+    task: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    outcome = TrainingOutcome(
+        step=4, complete=True, reason="all steps done", best_step=None, best_value=None,
+        first_evaluation=None, best_evaluation=None, last_evaluation=None, overflows=0,
+        micro_batch_parts=1,
+    )  # fmt: skip
+    result = TrainResult(Path("runs/a"), Path("runs/a/adapter"), outcome, {}, task)
+    ConsoleReporter().show_result(result)
+    commands = re.findall(r"qlora (\w+) runs/a", capsys.readouterr().out)
+    assert commands == (["generate"] if task == "causal-lm" else ["evaluate", "predict"])
 
 
 def test_no_prompt_is_a_fault(tmp_path: Path) -> None:
