@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from qlora_trainer.cli.options import RunFolder
+from qlora_trainer.cli.options import Examples, RunFolder, Template
 from qlora_trainer.errors import UserError
 
 
@@ -18,6 +18,8 @@ def generate(
     temperature: Annotated[float, typer.Option(min=0, help="0 is greedy")] = 0.0,
     system: Annotated[str | None, typer.Option(help="system message")] = None,
     seed: Annotated[int, typer.Option(help="of sampling")] = 0,
+    prompt_template: Template = None,
+    examples: Examples = None,
 ) -> None:
     """Answer prompts with a trained adapter."""
     from qlora_trainer.cli.show import ConsoleReporter, err, show_answer
@@ -30,14 +32,16 @@ def generate(
     if not given:
         raise UserError("no prompt given: name one, or write one per line on standard input")
     from qlora_trainer.run import ask
+    from qlora_trainer.run.evaluate import prompts_of
 
     with ConsoleReporter() as reporter:
         trained = ask.load_trained(run_folder, reporter=reporter, prompted=True)
+    asked = prompts_of(trained, given, prompt_template, examples)
     sides = (True, False) if compare else (adapter,)
     for side in sides:
         answers = ask.generate(
             trained,
-            given,
+            asked,
             adapter=side,
             max_new_tokens=max_new_tokens,
             temperature=temperature,

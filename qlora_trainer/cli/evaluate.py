@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from qlora_trainer.cli.options import RunFolder
+from qlora_trainer.cli.options import Examples, RunFolder, Template
 from qlora_trainer.errors import UserError
 
 Data = Annotated[str | None, typer.Option(metavar="FILE", help="rows as in training, with labels")]
@@ -75,11 +75,25 @@ def predict(
     data: Annotated[str, typer.Option(metavar="FILE", help="rows as in training")],
     out: Annotated[Path, typer.Option(metavar="FILE", help="predictions, a JSON object a line")],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace that file")] = False,
+    prompt_template: Template = None,
+    examples: Examples = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="longest answer of a causal model; 256 unless given")
+    ] = None,
 ) -> None:
     """Write what a trained adapter says of every row of a file."""
     from qlora_trainer.cli.show import ConsoleReporter
     from qlora_trainer.run.evaluate import predict_file
 
     with ConsoleReporter() as reporter:
-        count = predict_file(run_folder, data, out, overwrite=overwrite, reporter=reporter)
+        count = predict_file(
+            run_folder,
+            data,
+            out,
+            overwrite=overwrite,
+            prompt_template=prompt_template,
+            examples=examples,
+            max_new_tokens=max_new_tokens,
+            reporter=reporter,
+        )
     typer.echo(f"wrote {count:,} predictions to {out}")

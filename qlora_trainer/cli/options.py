@@ -14,3 +14,9 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="SECTION.SETTING=VALUE", help="change a setting of the run file"),
 ]
+Template = Annotated[
+    str | None, typer.Option(help="text or file with {prompt}, put around each prompt")
+]
+Examples = Annotated[
+    str | None, typer.Option(metavar="FILE", help="questions and answers shown before each prompt")
+]

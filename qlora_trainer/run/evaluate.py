@@ -2,20 +2,22 @@
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from qlora_trainer.base.files import write_atomically, write_text_atomically
+from qlora_trainer.base.files import write_text_atomically
 from qlora_trainer.config.settings import SourceSettings
 from qlora_trainer.data.batches import BatchPlan
 from qlora_trainer.data.dataset import EncodedDataset
+from qlora_trainer.data.encode import Encoder
 from qlora_trainer.data.rows import RowEncoder
 from qlora_trainer.errors import UserError
 from qlora_trainer.lora.inject import adapters_disabled
-from qlora_trainer.run.ask import Trained, load_trained
+from qlora_trainer.run.ask import Prompt, Trained, generate, load_trained
+from qlora_trainer.run.prompts import Question, as_asked, ask_with, read_questions, read_template
 from qlora_trainer.run.report import Reporter, rows_read
 from qlora_trainer.tasks.task import ScoredTask, to_device
 from qlora_trainer.training import setup
@@ -129,6 +131,9 @@ def predict_file(
     out: str | Path,
     *,
     overwrite: bool = False,
+    prompt_template: str | None = None,
+    examples: str | None = None,
+    max_new_tokens: int | None = None,
     reporter: Reporter | None = None,
 ) -> int:
     """Write what a finished run says of every record of a file, one JSON object a line.
@@ -138,6 +143,9 @@ def predict_file(
         data: Records as in training; what is asked for need not be there.
         out: The JSONL file; whole, or not at all. Never the records themselves.
         overwrite: Whether a file there may be replaced.
+        prompt_template: Text or file with `{prompt}`; a causal model is asked in it.
+        examples: A file of questions and answers that stand before; of a causal model.
+        max_new_tokens: Longest answer of a causal model, in tokens; 256 unless given.
         reporter: Told what happens.
 
     Returns:
@@ -149,11 +157,25 @@ def predict_file(
     _check_out(data, Path(out), overwrite)
     told = reporter or Reporter()
     trained = load_trained(folder, reporter=told)
+    if isinstance(trained.encoder, Encoder):
+        source = source_like(trained, data)
+        questions = read_questions(source, trained.encoder, answered=False)
+        asked = in_prompts(trained, questions, prompt_template, examples)
+        answers = generate(trained, asked, max_new_tokens=max_new_tokens or 256, raw=True)
+        where = [question.where for question in questions]
+        return _write_predictions(Path(out), where, [{"prediction": text} for text in answers])
+    options = {
+        "--prompt-template": prompt_template,
+        "--examples": examples,
+        "--max-new-tokens": max_new_tokens,
+    }
+    for name, value in options.items():
+        if value is not None:
+            raise UserError(f"{name}: {folder} is of task {trained.run.task}, which has no prompts")
     task = setup.make_task(
         trained.run, trained.model, trained.source, None, encoder=trained.encoder
     )
-    if not isinstance(task, ScoredTask):
-        raise UserError(f"{folder}: its task is {trained.run.task}; ask it with qlora generate")
+    assert isinstance(task, ScoredTask)  # as every task but the causal one
     encoder = setup.make_encoder(trained.run, trained.source, labelled=False, known=trained.known)
     rows = setup.encode_sources(
         trained.run, encoder, [source_like(trained, data)], "--data", rows_read(told)
@@ -162,13 +184,53 @@ def predict_file(
     references = [cast(RowEncoder, encoder).reference(rows, index) for index in range(len(rows))]
     records = task.tell(predictions, references)
     places = list(dict.fromkeys(rows.where(index) for index in range(len(rows))))
-    lines = [
+    return _write_predictions(Path(out), places, records)
+
+
+def in_prompts(
+    trained: Trained,
+    questions: Sequence[Question],
+    prompt_template: str | None = None,
+    examples: str | None = None,
+) -> list[Prompt]:
+    """What a causal model is asked: examples of a file, then each question in its template.
+
+    Args:
+        trained: A causal model.
+        questions: From `read_questions`, or made.
+        prompt_template: Text or file with `{prompt}`.
+        examples: A file of questions and answers in the format of the training data.
+
+    Raises:
+        UserError: The template has no place for a question, or an example has no answer.
+    """
+    template, shown = read_template(prompt_template), list[Question]()
+    if examples is not None and isinstance(trained.encoder, Encoder):
+        shown = read_questions(source_like(trained, examples), trained.encoder)
+    return [ask_with(question, template, shown) for question in questions]
+
+
+def prompts_of(
+    trained: Trained,
+    texts: Sequence[str],
+    prompt_template: str | None = None,
+    examples: str | None = None,
+) -> Sequence[Prompt]:
+    """Texts to ask a causal model, in a template and after examples where there are any."""
+    encoder = trained.encoder
+    if not isinstance(encoder, Encoder) or (prompt_template is None and examples is None):
+        return texts
+    questions = [Question(as_asked(text, encoder), "") for text in texts]
+    return in_prompts(trained, questions, prompt_template, examples)
+
+
+def _write_predictions(out: Path, places: Sequence[str], records: Sequence[Any]) -> int:
+    text = "".join(
         json.dumps({"where": place, **record}, ensure_ascii=False) + "\n"
         for place, record in zip(places, records, strict=True)
-    ]
-    Path(out).parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(Path(out), lambda path: path.write_text("".join(lines), encoding="utf-8"))
-    return len(lines)
+    )
+    write_text_atomically(out, text)  # makes the folder
+    return len(records)
 
 
 def _check_out(data: str, out: Path, overwrite: bool) -> None:

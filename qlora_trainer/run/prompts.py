@@ -6,7 +6,7 @@ chat as turns of their own, of raw text as text with an empty line between.
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,12 @@ from qlora_trainer.config.settings import SourceSettings
 from qlora_trainer.data.encode import Encoder
 from qlora_trainer.data.faults import FaultLog, RowError
 from qlora_trainer.data.formats import recognise_format, rename, to_shape
-from qlora_trainer.data.messages import Chat, Prompted
+from qlora_trainer.data.messages import Chat, PlainText, Prompted, check_messages
 from qlora_trainer.data.read import DataSource, open_source
 from qlora_trainer.errors import UserError
 
 _PLACE = "{prompt}"
+_STAND_IN = "-"  # for an answer that is not there: rows are checked as those trained on
 
 
 @dataclass(frozen=True)
@@ -28,10 +29,12 @@ class Question:
     Attributes:
         asked: The messages of a chat up to the answer, or raw text.
         answer: As the file says it.
+        where: File and line.
     """
 
     asked: list[dict[str, Any]] | str
     answer: str
+    where: str = ""
 
 
 def read_template(given: str | None) -> str | None:
@@ -51,13 +54,16 @@ def read_template(given: str | None) -> str | None:
     return text
 
 
-def read_questions(source: SourceSettings, encoder: Encoder, limit: int | None) -> list[Question]:
-    """The rows of a file that have an answer, each with it apart.
+def read_questions(
+    source: SourceSettings, encoder: Encoder, limit: int | None = None, *, answered: bool = True
+) -> list[Question]:
+    """The rows of a file, each with its answer apart.
 
     Args:
         source: The file, its format and its columns.
         encoder: Tells whether rows become chats.
         limit: Only so many, from the beginning.
+        answered: False takes rows without an answer too, and asks for what follows a text.
 
     Raises:
         UserError: With every faulty row, its file and line.
@@ -68,28 +74,60 @@ def read_questions(source: SourceSettings, encoder: Encoder, limit: int | None) 
     faults.raise_if_any(f"{source.path} cannot be read")
     if not rows:
         raise UserError(f"{source.path}: holds no rows")
+    records = [rename(row.record, source.columns) for row in rows]
+    if not answered:
+        records = [_with_some_answer(record) for record in records]
     form: str = source.format
     if form == "auto":
-        form = recognise_format((row.record for row in rows), source.columns)
+        form = recognise_format(records, {})
     questions = []
-    for row in rows:
+    for row, record in zip(rows, records, strict=True):
         try:
-            questions.append(_question(rename(row.record, source.columns), form, encoder))
+            found = _question(record, form, encoder, answered)
+            questions.append(replace(found, where=row.where))
         except RowError as error:
             faults.add(error.at(row.where))
     faults.raise_if_any(f"{source.path} cannot be asked")
     return questions
 
 
-def _question(record: Mapping[str, Any], form: str, encoder: Encoder) -> Question:
+def _with_some_answer(record: dict[str, Any]) -> dict[str, Any]:
+    """The record with a stand-in where a row to be trained on would have its answer."""
+    record = dict(record)
+    turn = {"role": "assistant", "content": _STAND_IN}
+    for name in ("messages", "conversations"):
+        turns = record.get(name)
+        if isinstance(turns, list) and turns and not _is_answer(turns[-1]):
+            record[name] = [*turns, turn]
+    for asked, answer in (("prompt", "completion"), ("instruction", "output")):
+        if record.get(asked) is not None and record.get(answer) is None:
+            record[answer] = [turn] if isinstance(record[asked], list) else _STAND_IN
+    return record
+
+
+def _is_answer(turn: Any) -> bool:
+    try:
+        return check_messages([turn], "messages")[0]["role"] == "assistant"
+    except RowError:
+        return True  # told with its place when the row is brought to its shape
+
+
+def _question(record: Mapping[str, Any], form: str, encoder: Encoder, answered: bool) -> Question:
     shape = to_shape(record, form, as_chat=encoder.as_chat)
     if isinstance(shape, Prompted):
         return Question(shape.prompt, shape.completion.strip())
+    if isinstance(shape, PlainText) and not answered:
+        return Question(as_asked(shape.text, encoder), "")
     if isinstance(shape, Chat) and shape.messages[-1]["role"] == "assistant":
         answer = shape.messages[-1].get("content")
         if isinstance(answer, str) and len(shape.messages) > 1:
             return Question(shape.messages[:-1], answer.strip())
     raise RowError("asks nothing that is answered", "take rows with a question and an answer")
+
+
+def as_asked(text: str, encoder: Encoder) -> list[dict[str, Any]] | str:
+    """A text as a turn of the user where the model was trained on chats, else as it is."""
+    return [{"role": "user", "content": text}] if encoder.as_chat else text
 
 
 def ask_with(

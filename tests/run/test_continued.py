@@ -16,6 +16,7 @@ from qlora_trainer.config.settings import RunConfig
 from qlora_trainer.errors import UserError
 from qlora_trainer.lora.layer import LowRankLayer
 from qlora_trainer.run.continued import open_earlier
+from qlora_trainer.run.evaluate import predict_file
 from qlora_trainer.run.report import Reporter
 from qlora_trainer.run.rescore import changed_rows, prove_saved, require_same_metrics
 from qlora_trainer.run.train import train
@@ -99,6 +100,11 @@ def test_earlier_rows_are_scored_on_the_device_of_this_run(
     found = open_earlier(make("here", labelled_rows(40), init_from=str(earlier)), Reporter())
     assert found is not None
     assert found.source.device == torch.device("cpu")
+
+
+def test_prompts_are_refused_by_a_task_that_has_none(first: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"--examples: .*sequence-classification, which has no pr"):
+        predict_file(first, "rows.jsonl", tmp_path / "out.jsonl", examples="rows.jsonl")
 
 
 def test_what_is_no_adapter_is_refused(make: Make, tmp_path: Path) -> None:
