@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
+from qlora_trainer.base.host_memory import give_back_free_memory
 from qlora_trainer.errors import UserError
 from qlora_trainer.tasks.task import Batch
 from qlora_trainer.training.attempt import StepRunner
@@ -129,6 +130,8 @@ class _Loop:
                 result, loss, norm = self._steps.run(
                     window, step=step, learning_rate=plan.learning_rate * share, verify=verify
                 )
+            if run.device.type == "cpu":
+                give_back_free_memory()
         seconds = time.perf_counter() - start
         tokens = sum(_tokens(batch) for batch in window)
         self._course.step = step + 1
