@@ -9,8 +9,9 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from qlora_trainer.errors import UserError
-    from qlora_trainer.run.ask import Trained, generate, held_out_metrics, load_trained
+    from qlora_trainer.run.ask import Trained, generate, load_trained
     from qlora_trainer.run.check import audit, check, doctor, load_run
+    from qlora_trainer.run.evaluate import held_out_metrics
     from qlora_trainer.run.report import Reporter
     from qlora_trainer.run.train import TrainResult, train
 
@@ -23,12 +24,12 @@ _HOME = {
     "UserError": "errors",
     "Trained": "run.ask",
     "generate": "run.ask",
-    "held_out_metrics": "run.ask",
     "load_trained": "run.ask",
     "audit": "run.check",
     "check": "run.check",
     "doctor": "run.check",
     "load_run": "run.check",
+    "held_out_metrics": "run.evaluate",
     "Reporter": "run.report",
     "TrainResult": "run.train",
     "train": "run.train",

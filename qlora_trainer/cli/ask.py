@@ -32,7 +32,7 @@ def generate(
     if not given:
         raise UserError("no prompt given: name one, or write one per line on standard input")
     from qlora_trainer.run import ask
-    from qlora_trainer.run.evaluate import prompts_of
+    from qlora_trainer.run.prompts import prompts_of
 
     with ConsoleReporter() as reporter:
         trained = ask.load_trained(run_folder, reporter=reporter, prompted=True)

@@ -7,10 +7,12 @@ in the model is frozen, so the trainable parameters are the adapter's and nothin
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import nn
 
+from qlora_trainer.base.select import trained_heads
 from qlora_trainer.errors import UserError
 from qlora_trainer.lora.layer import LowRankLayer
 from qlora_trainer.lora.select import select_modules as select_modules
@@ -25,6 +27,12 @@ from qlora_trainer.lora.trained import (
 )
 
 logger = logging.getLogger(__name__)
+
+
+def with_heads(spec: AdapterSpec, model: nn.Module) -> AdapterSpec:
+    """The adapter with the head of the model's task among what is trained in full and saved."""
+    saved = dict.fromkeys((*spec.modules_to_save, *trained_heads(model)))
+    return replace(spec, modules_to_save=tuple(saved))
 
 
 def inject_adapter(

@@ -91,6 +91,14 @@ FIELDS: dict[str, tuple[bool, Callable[[Any], bool], str]] = {
 }
 
 
+def adapter_in(folder: Path) -> Path | None:
+    """The adapter of a run folder, or the folder itself where it is one; None where neither is."""
+    for place in (folder / "adapter", folder):
+        if (place / CONFIG_NAME).is_file():
+            return place
+    return None
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object, naming file, line and column of what is broken.
 

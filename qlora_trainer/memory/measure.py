@@ -19,12 +19,7 @@ import torch
 from qlora_trainer.base.audit import audit_base
 from qlora_trainer.memory.foresight import simulate_run
 from qlora_trainer.memory.log import PHASE, RESET_PEAK
-from qlora_trainer.memory.program import (
-    _ROLE_COMPONENTS,
-    RunShape,
-    tag_gradients,
-    watch_step,
-)
+from qlora_trainer.memory.program import ROLE_COMPONENTS, RunShape, tag_gradients, watch_step
 from qlora_trainer.memory.simulate import Live, Trace
 from qlora_trainer.memory.tracker import AllocationTracker
 from qlora_trainer.tasks.task import Batch, Task
@@ -122,7 +117,7 @@ def _started(model: Any, optimizer: AdapterAdamW, device: torch.device) -> Alloc
     trained = {id(p) for p in optimizer.parameters.values()}
     roles = {item.name: item.role for item in audit_base(model).tensors}
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        role = _ROLE_COMPONENTS.get(roles.get(name, "other"), "norms and other")
+        role = ROLE_COMPONENTS.get(roles.get(name, "other"), "norms and other")
         tracker.adopt(tensor, "load", "adapters" if id(tensor) in trained else role)
     for _name, tensor, _pageable in optimizer.state_tensors():
         tracker.adopt(tensor, "load", "optimizer states")

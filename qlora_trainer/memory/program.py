@@ -6,7 +6,7 @@ weightless and for real tensors alike.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,9 +17,8 @@ from qlora_trainer.base.audit import audit_base
 from qlora_trainer.base.host_embedding import HostEmbedding
 from qlora_trainer.base.layers import decoder_layers
 from qlora_trainer.base.nf4 import NF4Linear
-from qlora_trainer.base.select import trained_heads
 from qlora_trainer.base.spec import BaseSpec
-from qlora_trainer.lora.inject import adapter_parameters, inject_adapter
+from qlora_trainer.lora.inject import adapter_parameters, inject_adapter, with_heads
 from qlora_trainer.lora.spec import AdapterSpec
 from qlora_trainer.memory.log import RESET_PEAK
 from qlora_trainer.memory.saving import watch_resume, watch_save
@@ -33,7 +32,7 @@ from qlora_trainer.training.optimizer import AdapterAdamW, OptimizerKind
 from qlora_trainer.training.step import StepResult, train_step
 from qlora_trainer.training.techniques import Techniques, apply_techniques
 
-_ROLE_COMPONENTS = {
+ROLE_COMPONENTS = {
     "linear weights (NF4)": "base weights",
     "linear weights": "base weights",
     "experts": "base weights",
@@ -134,7 +133,7 @@ class Program:
         apply_techniques(model, shape.techniques)
         transfers = WatchedTransfers(tracker)
         layers = decoder_layers(model)
-        plan_activations(model, layers, _activations(shape), transfers=transfers)
+        plan_activations(model, layers, shape.activations, transfers=transfers)
         task = task_kind(shape.task).make_task(
             TaskInputs(model, shape.task_settings, chunk_tokens=shape.loss_chunk_tokens)
         )
@@ -185,7 +184,7 @@ class Program:
         for name, tensor in tensors.items():
             item = audit.get(name)
             role = item.role if item is not None else "other"
-            component = _ROLE_COMPONENTS.get(role, "norms and other")
+            component = ROLE_COMPONENTS.get(role, "norms and other")
             if name in dense:  # the 16-bit weight is on the card while it is quantized
                 with tracker.temporary(dense[name], "weight before quantization"):
                     tracker.adopt(tensor, "load", component)
@@ -262,15 +261,8 @@ def tag_gradients(tracker: AllocationTracker, parameters: Iterable[nn.Parameter]
             parameter.register_post_accumulate_grad_hook(tag)
 
 
-def _activations(shape: RunShape) -> Activation | Sequence[Activation]:
-    return shape.activations
-
-
 def _with_heads(model: Any, shape: RunShape) -> AdapterSpec:
-    if not task_kind(shape.task).new_head:
-        return shape.adapter
-    saved = dict.fromkeys((*shape.adapter.modules_to_save, *trained_heads(model)))
-    return replace(shape.adapter, modules_to_save=tuple(saved))
+    return with_heads(shape.adapter, model) if task_kind(shape.task).new_head else shape.adapter
 
 
 def full_batch(shape: RunShape, config: Any = None) -> dict[str, Tensor]:

@@ -16,14 +16,9 @@ from qlora_trainer.errors import UserError
 from qlora_trainer.export.reference import auto_class_name
 from qlora_trainer.lora.files import WEIGHTS_NAME
 from qlora_trainer.lora.peft_config import CONFIG_NAME, read_json
+from qlora_trainer.tasks.catalogue import TASKS
 
-_OF_TASK = {
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-}
+_OF_TASK = {kind.peft_type: kind.auto_class for kind in TASKS.values() if kind.peft_type}
 _LABELLED = ("SequenceClassification", "TokenClassification", "ImageClassification")
 _LAST_OF_HEAD = ("classifier.weight", "score.weight", "classifier.out_proj.weight",
                  "classifier.1.weight")  # fmt: skip
@@ -42,20 +37,20 @@ def adapter_class(folder: Path, base_config: Any) -> Any:
     """
     settings = read_json(folder / CONFIG_NAME)
     task = settings.get("task_type")
-    name = _OF_TASK.get(str(task))
-    if name is None:
-        told = [
-            (settings.get("auto_mapping") or {}).get("base_model_class"),
-            *(_config_beside(folder).get("architectures") or ()),
-            *(getattr(base_config, "architectures", None) or ()),
-        ]
-        architecture = next((str(one) for one in told if one), None)
-        if architecture is None:
-            raise UserError(
-                f"{folder / CONFIG_NAME}: task_type = {task!r} names no model class, and neither "
-                "does the base; set task_type to one of " + ", ".join(_OF_TASK)
-            )
-        name = auto_class_name(architecture)
+    if task in _OF_TASK:
+        return _OF_TASK[task]
+    told = [
+        (settings.get("auto_mapping") or {}).get("base_model_class"),
+        *(_config_beside(folder).get("architectures") or ()),
+        *(getattr(base_config, "architectures", None) or ()),
+    ]
+    architecture = next((str(one) for one in told if one), None)
+    if architecture is None:
+        raise UserError(
+            f"{folder / CONFIG_NAME}: task_type = {task!r} names no model class, and neither "
+            "does the base; set task_type to one of " + ", ".join(_OF_TASK)
+        )
+    name = auto_class_name(architecture)
     found = getattr(transformers, name, None)
     if found is None:
         raise UserError(f"{folder}: transformers {transformers.__version__} has no class {name}")

@@ -1,6 +1,5 @@
 """Asking a trained adapter: load base and adapter as they were trained, answer prompts."""
 
-import json
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -21,8 +20,7 @@ from qlora_trainer.lora.inject import adapters_disabled
 from qlora_trainer.run.report import Reporter, tensors_loaded
 from qlora_trainer.tasks.generate import generate_tokens
 from qlora_trainer.training import setup
-from qlora_trainer.training.evaluate import evaluate as evaluate_batches
-from qlora_trainer.training.open import check_attention
+from qlora_trainer.training.environment import base_trained_on
 
 Prompt = str | list[dict[str, Any]]
 
@@ -70,12 +68,7 @@ def load_trained(
         raise _answers_no_prompts(folder, run)
     run = _with_attention_of_here(run, listener)
     source = setup.open_model(run)
-    environment = folder / "environment.json"
-    try:
-        trained_on = json.loads(environment.read_text(encoding="utf-8"))["base_fingerprint"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{environment}: does not tell what base was trained on: {error}") from None
-    if trained_on != base_fingerprint(source.resolved.folder):
+    if base_trained_on(folder) != base_fingerprint(source.resolved.folder):
         raise UserError(
             f"{folder}: {run.model.source} is not the base this adapter was trained on any more; "
             "put the same release back"
@@ -103,7 +96,7 @@ def _answers_no_prompts(folder: Path, run: RunConfig) -> UserError:
 def _with_attention_of_here(run: RunConfig, listener: Reporter) -> RunConfig:
     """The settings, with another attention kernel where this machine lacks the run's."""
     try:
-        check_attention(run.model.attention, choose_device(run.model.device))
+        setup.check_attention(run.model.attention, choose_device(run.model.device))
     except ValueError:
         return run  # no such device: refused with all that is known of it when the model is opened
     except UserError:
@@ -171,27 +164,6 @@ def generate(
             progress=progress,
         )
     return [tokenizer.decode(answer, skip_special_tokens=True).strip() for answer in answers]
-
-
-def held_out_metrics(trained: Trained, *, adapter: bool = True) -> dict[str, float]:
-    """The task's metrics on the run's held-out rows, with or without the adapter.
-
-    Raises:
-        UserError: The run has no held-out rows.
-    """
-    data = setup.open_data(trained.run, trained.source, known=trained.known)
-    batches = setup.eval_batches(trained.run, data)
-    if batches is None:
-        raise UserError("the run has no held-out rows; set data.eval or data.eval_fraction")
-    task = setup.make_task(trained.run, trained.model, trained.source, data)
-    with nullcontext() if adapter else adapters_disabled(trained.model):
-        return evaluate_batches(
-            trained.model,
-            batches(),
-            task=task,
-            device=trained.source.device,
-            references=setup.references(trained.run, data),
-        )
 
 
 def _as_chat(prompt: Prompt, system: str | None) -> list[dict[str, Any]]:

@@ -1,14 +1,11 @@
 """Looking before leaping: the machine, the data, the base."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
 from qlora_trainer.base.audit import BaseAudit, audit_base
-from qlora_trainer.base.layers import layer_count
 from qlora_trainer.base.machine import Finding, diagnose
-from qlora_trainer.base.select import trained_heads
 from qlora_trainer.config.read import read_run_file
 from qlora_trainer.config.settings import RunConfig
 from qlora_trainer.data.encode import Encoder
@@ -70,11 +67,7 @@ def serving(run: RunConfig) -> list[ServingNote]:
     """
     source = setup.open_model(run)
     model = plain_model(source.resolved.folder, source.kind.auto_class, source.base_spec, {}).model
-    spec = setup.adapter_spec(run, layer_count(model))
-    if source.kind.new_head:
-        saved = dict.fromkeys((*spec.modules_to_save, *trained_heads(model)))
-        spec = replace(spec, modules_to_save=tuple(saved))
-    return planned_notes(model, spec)
+    return planned_notes(model, setup.model_adapter_spec(run, model, source.kind))
 
 
 def audit(run: RunConfig, *, reporter: Reporter | None = None) -> BaseAudit:

@@ -14,8 +14,7 @@ from qlora_trainer.base.files import write_text_atomically
 from qlora_trainer.data.encode import Encoder
 from qlora_trainer.errors import UserError
 from qlora_trainer.run.ask import generate, load_trained
-from qlora_trainer.run.evaluate import source_like
-from qlora_trainer.run.prompts import Question, ask_with, read_questions, read_template
+from qlora_trainer.run.prompts import Question, ask_with, read_questions, read_template, source_like
 from qlora_trainer.run.report import Reporter
 from qlora_trainer.tasks.answer_metrics import answer_f1, exact_match
 

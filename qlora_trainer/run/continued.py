@@ -5,7 +5,6 @@ the adapter comes from a run folder, that run's held-out rows are scored before 
 after the last, so that what the new data costs of the old task is a figure.
 """
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from qlora_trainer.lora.spec import AdapterSpec
 from qlora_trainer.run.report import Reporter
 from qlora_trainer.tasks.task import Task
 from qlora_trainer.training import setup
+from qlora_trainer.training.environment import base_trained_on
 from qlora_trainer.training.evaluate import evaluate
 from qlora_trainer.training.folder import RunFolder
 
@@ -89,7 +89,7 @@ def read_into(run: RunConfig, model: Any, spec: AdapterSpec, base_fingerprint: s
         return
     found = read_adapter_config(folder)
     faults = _other_sizes(model, spec, found)
-    trained_on = _base_of(folder.parent)
+    trained_on = base_trained_on(folder.parent)
     if trained_on is not None and trained_on != base_fingerprint:
         faults.append(f"model.source = {run.model.source!r}: the adapter's base is another one")
     if faults:
@@ -120,14 +120,6 @@ def _other_sizes(model: Any, spec: AdapterSpec, found: AdapterSpec) -> list[str]
         if getattr(spec, name) != getattr(found, name)
     ]
     return settings + modules
-
-
-def _base_of(run_folder: Path) -> str | None:
-    try:
-        text = (run_folder / "environment.json").read_text(encoding="utf-8")
-        return str(json.loads(text)["base_fingerprint"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None  # a bare adapter tells nothing of its base
 
 
 def open_earlier(run: RunConfig, told: Reporter) -> Earlier | None:

@@ -2,22 +2,18 @@
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from qlora_trainer.base.files import write_text_atomically
-from qlora_trainer.config.settings import SourceSettings
-from qlora_trainer.data.batches import BatchPlan
-from qlora_trainer.data.dataset import EncodedDataset
 from qlora_trainer.data.encode import Encoder
-from qlora_trainer.data.rows import RowEncoder
 from qlora_trainer.errors import UserError
 from qlora_trainer.lora.inject import adapters_disabled
-from qlora_trainer.run.ask import Prompt, Trained, generate, load_trained
-from qlora_trainer.run.prompts import Question, as_asked, ask_with, read_questions, read_template
+from qlora_trainer.run.ask import Trained, generate, load_trained
+from qlora_trainer.run.prompts import in_prompts, read_questions, source_like
 from qlora_trainer.run.report import Reporter, rows_read
 from qlora_trainer.tasks.task import ScoredTask, to_device
 from qlora_trainer.training import setup
@@ -91,6 +87,15 @@ def evaluate_trained(
         )
 
 
+def held_out_metrics(trained: Trained, *, adapter: bool = True) -> dict[str, float]:
+    """The task's metrics on the run's held-out rows, with or without the adapter.
+
+    Raises:
+        UserError: The run has no held-out rows.
+    """
+    return evaluate_trained(trained, adapter=adapter).metrics
+
+
 def run_data(trained: Trained, data: str | None, told: Reporter) -> setup.RunData:
     """The run's own data, or a file's rows as held-out ones.
 
@@ -104,12 +109,6 @@ def run_data(trained: Trained, data: str | None, told: Reporter) -> setup.RunDat
         run, trained.encoder, [source_like(trained, data)], "--data", rows_read(told)
     )
     return setup.RunData(held_out, held_out, trained.encoder, setup.pad_id(source))
-
-
-def source_like(trained: Trained, path: str) -> SourceSettings:
-    """A file read as the training data was: its format, its columns."""
-    first = trained.run.data.train[0]
-    return SourceSettings(path=path, format=first.format, columns=first.columns)
 
 
 def write_evaluation(evaluation: Evaluation, folder: Path) -> None:
@@ -180,48 +179,13 @@ def predict_file(
     rows = setup.encode_sources(
         trained.run, encoder, [source_like(trained, data)], "--data", rows_read(told)
     )
-    predictions = _predictions(trained, task, cast(RowEncoder, encoder), rows)
-    references = [cast(RowEncoder, encoder).reference(rows, index) for index in range(len(rows))]
-    records = task.tell(predictions, references)
+    data_at_hand = setup.RunData(rows, rows, encoder, setup.pad_id(trained.source))
+    reference_of = setup.references(trained.run, data_at_hand)
+    assert reference_of is not None  # likewise
+    references = [reference_of(index) for index in range(len(rows))]
+    records = task.tell(_predictions(trained, task, data_at_hand), references)
     places = list(dict.fromkeys(rows.where(index) for index in range(len(rows))))
     return _write_predictions(Path(out), places, records)
-
-
-def in_prompts(
-    trained: Trained,
-    questions: Sequence[Question],
-    prompt_template: str | None = None,
-    examples: str | None = None,
-) -> list[Prompt]:
-    """What a causal model is asked: examples of a file, then each question in its template.
-
-    Args:
-        trained: A causal model.
-        questions: From `read_questions`, or made.
-        prompt_template: Text or file with `{prompt}`.
-        examples: A file of questions and answers in the format of the training data.
-
-    Raises:
-        UserError: The template has no place for a question, or an example has no answer.
-    """
-    template, shown = read_template(prompt_template), list[Question]()
-    if examples is not None and isinstance(trained.encoder, Encoder):
-        shown = read_questions(source_like(trained, examples), trained.encoder)
-    return [ask_with(question, template, shown) for question in questions]
-
-
-def prompts_of(
-    trained: Trained,
-    texts: Sequence[str],
-    prompt_template: str | None = None,
-    examples: str | None = None,
-) -> Sequence[Prompt]:
-    """Texts to ask a causal model, in a template and after examples where there are any."""
-    encoder = trained.encoder
-    if not isinstance(encoder, Encoder) or (prompt_template is None and examples is None):
-        return texts
-    questions = [Question(as_asked(text, encoder), "") for text in texts]
-    return in_prompts(trained, questions, prompt_template, examples)
 
 
 def _write_predictions(out: Path, places: Sequence[str], records: Sequence[Any]) -> int:
@@ -245,21 +209,13 @@ def _check_out(data: str, out: Path, overwrite: bool) -> None:
         raise UserError(f"--out {out}: is there already; name another file, or pass --overwrite")
 
 
-def _predictions(
-    trained: Trained, task: ScoredTask, encoder: RowEncoder, rows: EncodedDataset
-) -> list[Any]:
+def _predictions(trained: Trained, task: ScoredTask, data: setup.RunData) -> list[Any]:
     """One per row, in order; like lengths are asked together."""
+    batches = setup.eval_batches(trained.run, data)
+    assert batches is not None  # the rows of the file stand as held-out ones
     found: dict[int, Any] = {}
-    for numbers in _batches(trained, rows):
-        batch = task.prepare(encoder.collate(rows, numbers))
-        answers = task.predict(trained.model, to_device(batch, trained.source.device))
-        found.update(zip(numbers, answers, strict=True))
-    return [found[number] for number in range(len(rows))]
-
-
-def _batches(trained: Trained, rows: EncodedDataset) -> Iterator[list[int]]:
-    run = trained.run
-    size = run.evaluation.micro_batch_size or run.train.micro_batch_size
-    plan = BatchPlan(rows.lengths, micro_batch_size=size, order="by_length")
-    for number in range(len(plan)):
-        yield [index for row in plan.micro_batch(number) for index in row]
+    for batch in batches():
+        prepared = to_device(task.prepare(batch), trained.source.device)
+        answers = task.predict(trained.model, prepared)
+        found.update(zip(batch["row"].tolist(), answers, strict=True))
+    return [found[number] for number in sorted(found)]

@@ -1,8 +1,7 @@
-"""What stands before step 1 of a training run: will it fit, and has it been tried.
+"""What memory a training run is foreseen to take before step 1, and what it took.
 
 Foresees the run on the device at hand, with the longest row of its data in place of
-`data.max_seq_len`; refuses what cannot fit the device, host memory or the disk, with the mildest
-change that does. After the run it lays what was measured
+`data.max_seq_len`; refuses what has no room there (`room`). After the run it lays what was measured
 beside what was foreseen: `memory.json`.
 
 Like is compared with like. On CUDA `torch.cuda`'s peaks of the whole run stand beside the largest
@@ -16,25 +15,22 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
-from qlora_trainer.base.machine import free_disk_bytes, host_memory_bytes
+from qlora_trainer.base.machine import host_memory_bytes
 from qlora_trainer.config.settings import RunConfig
 from qlora_trainer.errors import UserError
-from qlora_trainer.memory.artefacts import disk_peak_bytes
-from qlora_trainer.memory.fit import Fitter
-from qlora_trainer.memory.foresight import SimulatedRun, simulate_run
-from qlora_trainer.memory.gpus import GpuProfile, gpu_of_this_machine
+from qlora_trainer.memory.foresight import simulate_run
+from qlora_trainer.memory.gpus import gpu_of_this_machine
 from qlora_trainer.memory.measure import watched_step
 from qlora_trainer.memory.program import RunShape
 from qlora_trainer.memory.simulate import Live
 from qlora_trainer.memory.tracker import UnforeseeableOperator
 from qlora_trainer.run.foresee import run_shape, task_config, with_auto
 from qlora_trainer.run.report import Reporter
+from qlora_trainer.run.room import disk_of_all, room_on_card, room_on_cpu, room_on_disk
 from qlora_trainer.tasks.task import Batch
 from qlora_trainer.training import setup
 from qlora_trainer.training.activations import Activation
@@ -42,7 +38,6 @@ from qlora_trainer.training.optimizer import AdapterAdamW
 from qlora_trainer.units import format_bytes
 
 _STEP_PHASES = ("forward", "backward", "optimizer step")
-_STEP_ROOM_BYTES = 64 * 2**20  # tokenizer, metrics, pictures and logs beside adapters and states
 
 
 @dataclass
@@ -160,12 +155,12 @@ def forecast_run(
         told.say(f"memory: this model cannot be foreseen, so nothing is promised: {error}")
         return Forecast(name, source.device, None, foresee_batch)
     if here is None:
-        predicted, faults = _on_cpu(simulated, config, shape, told)
+        predicted, faults = room_on_cpu(simulated, config, shape, told)
     else:
         rehearsed = run.memory.rehearse != "never"
-        predicted, faults = _on_card(simulated, config, shape, here, told, rehearsed=rehearsed)
-    predicted["disk_peak_bytes"] = _disk_of_all(run, simulated, data)
-    faults += _disk(run, simulated, told)
+        predicted, faults = room_on_card(simulated, config, shape, here, told, rehearsed=rehearsed)
+    predicted["disk_peak_bytes"] = disk_of_all(run, simulated, data)
+    faults += room_on_disk(run, simulated, told)
     if faults and run.memory.must_fit:
         raise UserError.from_faults(
             "this run would not fit here; to try all the same: --set memory.must_fit=false", faults
@@ -193,115 +188,3 @@ def _shape_of_data(run: RunConfig, shape: RunShape, data: setup.RunData) -> RunS
     if data.held_out is not None and len(data.held_out):
         longest = max(longest, int(data.held_out.lengths.max()))
     return replace(shape, micro_batch_size=rows, seq_len=min(shape.seq_len, longest))
-
-
-def _on_card(
-    simulated: SimulatedRun,
-    config: Any,
-    shape: RunShape,
-    here: tuple[GpuProfile, int],
-    told: Reporter,
-    *,
-    rehearsed: bool,
-) -> tuple[dict[str, Any], list[str]]:
-    gpu, free = here
-    windows = sys.platform == "win32"
-    found = simulated.on(gpu, budget_bytes=free, paged_on_card=windows)
-    told.say(
-        f"memory: {format_bytes(found.total_bytes)} foreseen of {format_bytes(free)} free on "
-        f"{gpu.name}, most in {found.peak_phase}: {found.verdict}"
-    )
-    faults = []
-    if not found.fits:
-        fitter = Fitter(config, shape, gpu, budget_bytes=free, paged_on_card=windows)
-        faults.append(
-            f"the card: {format_bytes(found.total_bytes)} needed, {format_bytes(free)} free; "
-            + _way_out(fitter)
-        )
-    free_ram = host_memory_bytes()[1]
-    most = max(found.host_bytes, found.host_bytes_by_phase["rehearsal" if rehearsed else "save"])
-    more = most - psutil.Process().memory_info().rss
-    if more > free_ram:
-        faults.append(
-            f"host memory: {format_bytes(more)} more needed, {format_bytes(free_ram)} available; "
-            "close other programs, or take train.optimizer=adamw_8bit"
-        )
-    return {
-        "allocated_bytes": found.allocated_bytes,
-        "reserved_bytes": found.reserved_bytes,
-        "paged_bytes": found.paged_bytes,
-        "host_bytes": found.host_bytes,
-        "host_bytes_by_phase": found.host_bytes_by_phase,
-        "peak_phase": found.peak_phase,
-        "by_component": found.by_component,
-        "allocated_by_phase": found.allocated_by_phase,
-    }, faults
-
-
-def _on_cpu(
-    simulated: SimulatedRun, config: Any, shape: RunShape, told: Reporter
-) -> tuple[dict[str, Any], list[str]]:
-    total, free = host_memory_bytes()
-    live = simulated.trace.live()
-    peak = max(live.peak_bytes, *live.by_phase.values())
-    told.say(
-        f"memory: {format_bytes(peak)} foreseen for base, adapters and batches, of "
-        f"{format_bytes(free)} available RAM"
-    )
-    faults = []
-    if peak > free:
-        host = GpuProfile("cpu", "this machine's RAM", total, free, 0, (0, 0), 0)
-        fitter = Fitter(config, shape, host, budget_bytes=free, paged_on_card=True, on_cpu=True)
-        faults.append(
-            f"host memory: {format_bytes(peak)} needed, {format_bytes(free)} available; "
-            + _way_out(fitter)
-        )
-    return {
-        "live_bytes": peak,
-        "by_component": live.by_component,
-        "live_by_phase": live.by_phase,
-    }, faults
-
-
-def _way_out(fitter: Fitter) -> str:
-    """The mildest change that fits, simulated, as flags; or that there is none."""
-    try:
-        change = fitter.smallest_change()
-    except UserError as error:
-        return str(error)
-    if change is None:
-        return "close other programs"
-    flags = " ".join(f"--set {setting}" for setting in change.overrides)
-    return f"{change.what} would fit ({format_bytes(change.foresight.total_bytes)}): {flags}"
-
-
-def _disk(run: RunConfig, simulated: SimulatedRun, told: Reporter) -> list[str]:
-    """States kept and the one being written, adapters and the one being written.
-
-    The merged export is no part of a run and may go elsewhere: it is told, and refuses nothing.
-    """
-    most = disk_peak_bytes(simulated.accounts, run.output.keep_last)
-    folder = Path(run.output.folder).expanduser()
-    standing = sum(f.stat().st_size for f in folder.glob("states/*/*") if f.is_file())
-    needed = most["saved states"] + most["adapters"] + _STEP_ROOM_BYTES - standing
-    free = free_disk_bytes(folder)
-    merged = most["merged export"]
-    room = "" if needed + merged <= free else ", for which there is no room"
-    told.say(
-        f"disk: up to {format_bytes(max(needed, 0))} more for {run.output.keep_last} saved states "
-        f"and the adapter, of {format_bytes(free)} free; a merged export takes "
-        f"{format_bytes(merged)} more{room}"
-    )
-    if needed <= free:
-        return []
-    return [
-        f"the disk of {folder}: {format_bytes(needed)} needed, {format_bytes(free)} free; make "
-        "room, name another output.folder, or --set output.keep_last=1"
-    ]
-
-
-def _disk_of_all(run: RunConfig, simulated: SimulatedRun, data: setup.RunData) -> dict[str, int]:
-    """Artefact -> bytes, the encoded rows included, which are written by now."""
-    stores = {rows.store.folder for rows in (data.train, data.held_out) if rows is not None}
-    rows = sum(f.stat().st_size for store in stores for f in store.rglob("*") if f.is_file())
-    return {**disk_peak_bytes(simulated.accounts, run.output.keep_last), "encoded rows": rows}

@@ -99,7 +99,8 @@ def measure_run(run: RunConfig, *, reporter: Reporter | None = None) -> Comparis
     resident = ResidentMemory()
     model = setup.load_model(run, source, tensors_loaded(told))
     setup.add_adapter(run, model, source.base_spec.compute_dtype, source.kind)
-    setup.set_activations(run, model, shape.activations)
+    for line in setup.set_activations(run, model, shape.activations):
+        told.say(line)
     task = setup.make_task(run, model, source, None)
     batch = task.prepare(full_batch(shape, config))
     measured = measure_steps(

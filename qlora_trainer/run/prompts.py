@@ -17,6 +17,7 @@ from qlora_trainer.data.formats import recognise_format, rename, to_shape
 from qlora_trainer.data.messages import Chat, PlainText, Prompted, check_messages
 from qlora_trainer.data.read import DataSource, open_source
 from qlora_trainer.errors import UserError
+from qlora_trainer.run.ask import Prompt, Trained
 
 _PLACE = "{prompt}"
 _STAND_IN = "-"  # for an answer that is not there: rows are checked as those trained on
@@ -35,6 +36,12 @@ class Question:
     asked: list[dict[str, Any]] | str
     answer: str
     where: str = ""
+
+
+def source_like(trained: Trained, path: str) -> SourceSettings:
+    """A file read as the training data was: its format, its columns."""
+    first = trained.run.data.train[0]
+    return SourceSettings(path=path, format=first.format, columns=first.columns)
 
 
 def read_template(given: str | None) -> str | None:
@@ -159,3 +166,40 @@ def _filled_turns(question: Question, template: str | None) -> list[dict[str, An
 
 def _fill(template: str | None, text: str) -> str:
     return text if template is None else template.replace(_PLACE, text)
+
+
+def in_prompts(
+    trained: Trained,
+    questions: Sequence[Question],
+    prompt_template: str | None = None,
+    examples: str | None = None,
+) -> list[Prompt]:
+    """What a causal model is asked: examples of a file, then each question in its template.
+
+    Args:
+        trained: A causal model.
+        questions: From `read_questions`, or made.
+        prompt_template: Text or file with `{prompt}`.
+        examples: A file of questions and answers in the format of the training data.
+
+    Raises:
+        UserError: The template has no place for a question, or an example has no answer.
+    """
+    template, shown = read_template(prompt_template), list[Question]()
+    if examples is not None and isinstance(trained.encoder, Encoder):
+        shown = read_questions(source_like(trained, examples), trained.encoder)
+    return [ask_with(question, template, shown) for question in questions]
+
+
+def prompts_of(
+    trained: Trained,
+    texts: Sequence[str],
+    prompt_template: str | None = None,
+    examples: str | None = None,
+) -> Sequence[Prompt]:
+    """Texts to ask a causal model, in a template and after examples where there are any."""
+    encoder = trained.encoder
+    if not isinstance(encoder, Encoder) or (prompt_template is None and examples is None):
+        return texts
+    questions = [Question(as_asked(text, encoder), "") for text in texts]
+    return in_prompts(trained, questions, prompt_template, examples)

@@ -7,28 +7,23 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from qlora_trainer.base.audit import BaseAudit, audit_base
 from qlora_trainer.base.files import write_text_atomically
 from qlora_trainer.base.fingerprint import base_fingerprint
 from qlora_trainer.config.settings import RunConfig
 from qlora_trainer.data.encode import Encoder
-from qlora_trainer.data.gate import GateReport
 from qlora_trainer.lora.files import save_adapter
-from qlora_trainer.lora.spec import AdapterSpec
-from qlora_trainer.run.check import inspect
 from qlora_trainer.run.continued import (
     open_earlier,
-    read_into,
     refuse_own_folder,
     score_after,
     score_before,
 )
-from qlora_trainer.run.forecast import Forecast, forecast_run
+from qlora_trainer.run.parts import Parts, prepare
 from qlora_trainer.run.rehearsal import rehearsal_of
-from qlora_trainer.run.report import Reporter, rows_read, tensors_loaded
+from qlora_trainer.run.report import Reporter
 from qlora_trainer.run.rescore import free_memory, prove_saved
 from qlora_trainer.run.resolve import at_the_same_commit, resolved_settings, with_todays_defaults
-from qlora_trainer.tasks.task import ScoredTask, Task
+from qlora_trainer.tasks.task import ScoredTask
 from qlora_trainer.training import setup
 from qlora_trainer.training.card import model_card
 from qlora_trainer.training.curve import draw_losses
@@ -41,12 +36,10 @@ from qlora_trainer.training.environment import (
 from qlora_trainer.training.folder import RunFolder
 from qlora_trainer.training.log import RunLog
 from qlora_trainer.training.loop import run_training
-from qlora_trainer.training.optimizer import AdapterAdamW
-from qlora_trainer.training.plan import Run, TrainingOutcome, TrainingPlan
+from qlora_trainer.training.plan import Run, TrainingOutcome
 from qlora_trainer.training.resume import compare_settings, require_same_run, require_same_things
 from qlora_trainer.training.scaler import LossScaler
-from qlora_trainer.training.trackers import open_trackers, require_trackers
-from qlora_trainer.training.windows import Windows
+from qlora_trainer.training.trackers import open_trackers
 
 
 @dataclass(frozen=True)
@@ -102,7 +95,7 @@ def train(
         }
         if earlier is not None:
             environment = _resumed(folder, earlier, settings, environment, told)
-        parts = _prepare(run, source, base, told)
+        parts = prepare(run, source, base, told)
         old_rows = open_earlier(run, told)
         folder.begin()
         folder.write_settings(settings)
@@ -157,62 +150,8 @@ def _resumed(
     return with_resumption(begun, environment)
 
 
-@dataclass(frozen=True)
-class _Parts:
-    """All that a run is made of, standing before anything is written.
-
-    Attributes:
-        identity: Fingerprints of base and data, which saved states are tied to.
-        forecast: What memory it was foreseen to need.
-    """
-
-    run: RunConfig
-    source: setup.ModelSource
-    data: setup.RunData
-    gate: GateReport
-    model: Any
-    account: BaseAudit
-    spec: AdapterSpec
-    task: Task
-    optimizer: AdapterAdamW
-    windows: Windows
-    plan: TrainingPlan
-    identity: dict[str, str | None]
-    forecast: Forecast
-
-
-def _prepare(run: RunConfig, source: setup.ModelSource, base: str, told: Reporter) -> _Parts:
-    require_trackers(run.output.trackers)
-    data = setup.open_data(run, source, rows_read(told))
-    gate = inspect(run, source, data)
-    told.gate(gate)
-    forecast = forecast_run(run, source, data, told)
-    settings = setup.model_settings(data.encoder)
-    model = setup.load_model(run, source, tensors_loaded(told), settings=settings)
-    account = audit_base(model)
-    told.audit(account)
-    spec = setup.add_adapter(run, model, source.base_spec.compute_dtype, source.kind)
-    read_into(run, model, spec, base)
-    setup.set_activations(run, model, forecast.activations)
-    task = setup.make_task(run, model, source, data)
-    optimizer = setup.make_optimizer(run, model)
-    for line in (*setup.packing_notes(run, model), *setup.notes(task, optimizer)):
-        told.say(line)
-    windows = setup.make_windows(run, data, model.config._attn_implementation)
-    plan = setup.training_plan(run, windows, task)
-    identity = {
-        "base_fingerprint": base,
-        "data_fingerprint": data.train.fingerprint,
-        "eval_fingerprint": None if data.held_out is None else data.held_out.fingerprint,
-    }
-    return _Parts(
-        run, source, data, gate, model, account, spec, task, optimizer, windows, plan, identity,
-        forecast,
-    )  # fmt: skip
-
-
 def _run_loop(
-    folder: RunFolder, settings: dict[str, Any], parts: _Parts, console: Console
+    folder: RunFolder, settings: dict[str, Any], parts: Parts, console: Console
 ) -> TrainingOutcome:
     run, source, data = parts.run, parts.source, parts.data
 
@@ -274,7 +213,7 @@ def _finished(
     folder: RunFolder,
     settings: dict[str, Any],
     environment: dict[str, Any],
-    parts: _Parts,
+    parts: Parts,
     outcome: TrainingOutcome,
     memory: dict[str, Any],
 ) -> TrainResult:

@@ -3,13 +3,16 @@
 Recorded when a run begins and kept as it was; each resumption adds its own below `resumed`.
 """
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from qlora_trainer.base.dtype import dtype_name
 from qlora_trainer.base.machine import versions
+from qlora_trainer.errors import UserError
 from qlora_trainer.training.resume import differences
 
 # A change of the others (system, Python, what reads files) moves no bit of a step.
@@ -33,6 +36,21 @@ def describe_environment(
         "model_revision": model_revision,
         "base_fingerprint": base_fingerprint,
     }
+
+
+def base_trained_on(run_folder: Path) -> str | None:
+    """Fingerprint of the base a run was trained on; None where the folder is no run's.
+
+    Raises:
+        UserError: The run does not tell.
+    """
+    file = run_folder / "environment.json"
+    if not (run_folder / "run.yaml").is_file():
+        return None
+    try:
+        return str(json.loads(file.read_text(encoding="utf-8"))["base_fingerprint"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file}: does not tell what base was trained on: {error}") from None
 
 
 def environment_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

@@ -1,54 +1,51 @@
 """A run file made into a run: each function one arrow of "data on its way".
 
-base in NF4 (see `open`) -> adapters -> activations -> optimizer -> windows of micro-batches -> the
-loop. With `open` the only file of this room that reads the configuration; everything they call
-takes plain values. What `open` finds and reads is reached through here as well.
+base in NF4 (`open_model`, `open_data`) -> adapters -> activations -> optimizer -> windows of
+micro-batches (`feed`) -> the loop. These four alone read the configuration in this room; everything
+they call takes plain values. What the other three offer is reached through here as well.
 """
 
-import logging
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import torch
 
 from qlora_trainer.base.layers import decoder_layers, layer_count
 from qlora_trainer.base.packed_attention import takes_example_lengths, why_masked
-from qlora_trainer.base.select import trained_heads
-from qlora_trainer.config.settings import LayerChoice, RunConfig
-from qlora_trainer.data.batches import BatchPlan, collate, row_layout
-from qlora_trainer.data.dataset import EncodedDataset
+from qlora_trainer.config.settings import RunConfig
 from qlora_trainer.data.encode import Encoder
-from qlora_trainer.data.rows import Augmenting, RecordEncoder, RowEncoder
+from qlora_trainer.data.rows import RecordEncoder, RowEncoder
 from qlora_trainer.errors import UserError
-from qlora_trainer.lora.inject import adapter_parameters, inject_adapter
+from qlora_trainer.lora.inject import adapter_parameters, inject_adapter, with_heads
 from qlora_trainer.lora.spec import AdapterSpec
 from qlora_trainer.tasks.causal_lm import CausalLM
 from qlora_trainer.tasks.kind import TaskInputs, TaskKind
-from qlora_trainer.tasks.task import Batch, Task
-from qlora_trainer.training.activations import Activation, ActivationPlan, plan_activations
-from qlora_trainer.training.open import (
-    ModelSource,
-    Progress,
+from qlora_trainer.tasks.task import Task
+from qlora_trainer.training.activations import Activation, plan_activations
+from qlora_trainer.training.feed import collate_rows, eval_batches, make_windows, references
+from qlora_trainer.training.open_data import (
     RunData,
-    base_spec,
-    check_length,
     earlier_adapter,
     encode_sources,
     head_settings,
-    load_model,
     make_encoder,
     open_data,
-    open_model,
     pad_id,
+)
+from qlora_trainer.training.open_model import (
+    ModelSource,
+    Progress,
+    base_spec,
+    check_attention,
+    check_length,
+    load_model,
+    open_model,
 )
 from qlora_trainer.training.optimizer import AdapterAdamW
 from qlora_trainer.training.plan import TrainingPlan
 from qlora_trainer.training.techniques import Techniques, apply_techniques
 from qlora_trainer.training.windows import Windows
 from qlora_trainer.units import format_bytes
-
-logger = logging.getLogger(__name__)
 
 __all__ = [
     "ModelSource",
@@ -58,7 +55,9 @@ __all__ = [
     "adapter_spec",
     "add_adapter",
     "base_spec",
+    "check_attention",
     "check_length",
+    "collate_rows",
     "earlier_adapter",
     "encode_sources",
     "eval_batches",
@@ -68,6 +67,7 @@ __all__ = [
     "make_optimizer",
     "make_task",
     "make_windows",
+    "model_adapter_spec",
     "model_settings",
     "notes",
     "open_data",
@@ -91,12 +91,15 @@ def add_adapter(
     Raises:
         UserError: Layers or modules named in the settings are not there.
     """
-    spec = adapter_spec(run, layer_count(model))
-    if kind is not None and kind.new_head:
-        saved = dict.fromkeys((*spec.modules_to_save, *trained_heads(model)))
-        spec = replace(spec, modules_to_save=tuple(saved))
+    spec = model_adapter_spec(run, model, kind)
     inject_adapter(model, spec, dtype=adapter_dtype(run, compute_dtype), seed=run.train.seed)
     return spec
+
+
+def model_adapter_spec(run: RunConfig, model: Any, kind: TaskKind | None = None) -> AdapterSpec:
+    """The adapter's settings for a model, its task's own head among what is trained in full."""
+    spec = adapter_spec(run, layer_count(model))
+    return with_heads(spec, model) if kind is not None and kind.new_head else spec
 
 
 def adapter_spec(run: RunConfig, layer_count: int) -> AdapterSpec:
@@ -109,28 +112,11 @@ def adapter_spec(run: RunConfig, layer_count: int) -> AdapterSpec:
         dropout=adapter.dropout,
         rslora=adapter.rslora,
         target_modules=targets if isinstance(targets, str) else tuple(targets),
-        layers=_layer_numbers(adapter.layers, layer_count),
+        layers=adapter.layer_numbers(layer_count),
         modules_to_save=tuple(adapter.modules_to_save),
         rank_pattern=adapter.rank_pattern,
         alpha_pattern=adapter.alpha_pattern,
     )
-
-
-def _layer_numbers(choice: str | list[int] | LayerChoice, count: int) -> tuple[int, ...] | None:
-    if isinstance(choice, str):
-        return None
-    if isinstance(choice, list):
-        numbers = choice
-    elif choice.last is not None:
-        numbers = list(range(count - choice.last, count))
-    elif choice.first is not None:
-        numbers = list(range(choice.first))
-    else:
-        assert choice.range is not None  # one of the three is given, the settings see to it
-        numbers = list(range(*choice.range))
-    if not numbers or min(numbers) < 0 or max(numbers) >= count:
-        raise UserError(f"adapter.layers: the model has layers 0 to {count - 1}, not all of these")
-    return tuple(sorted(set(numbers)))
 
 
 def adapter_dtype(run: RunConfig, compute_dtype: torch.dtype) -> torch.dtype:
@@ -157,20 +143,23 @@ def techniques(run: RunConfig) -> Techniques:
 
 def set_activations(
     run: RunConfig, model: Any, solved: Activation | Sequence[Activation] | None = None
-) -> ActivationPlan:
+) -> list[str]:
     """Put the step's techniques on the model; keep, recompute or offload, layer by layer.
 
     Args:
         run: The settings.
         model: Adapters already on it.
         solved: What `train.activations: auto` came to; not looked at otherwise.
+
+    Returns:
+        What keeps its plain path and why, in words for the user.
     """
     wanted: Any = run.train.activations
     if wanted == "auto":
         wanted = "recompute" if solved is None else solved
-    for note in apply_techniques(model, techniques(run)):
-        logger.warning(note)
-    return plan_activations(model, decoder_layers(model), wanted)
+    kept = apply_techniques(model, techniques(run))
+    plan_activations(model, decoder_layers(model), wanted)
+    return kept
 
 
 def model_settings(encoder: RecordEncoder) -> dict[str, Any]:
@@ -240,67 +229,6 @@ def packing_notes(run: RunConfig, model: Any) -> Iterator[str]:
             f"data.mask_free_packing: {type(model).__name__} keeps the mask of the whole packed "
             f"row, because {reason}; its memory grows with the square of data.max_seq_len"
         )
-
-
-def make_windows(run: RunConfig, data: RunData, attention: str | None) -> Windows:
-    """The training data by step."""
-    plan = BatchPlan(
-        data.train.lengths,
-        micro_batch_size=run.train.micro_batch_size,
-        seed=run.train.seed,
-        packing=run.data.packing,
-        capacity=run.data.max_seq_len,
-        order="by_length" if run.data.group_by_length and not run.data.packing else "random",
-    )
-    layout = row_layout(attention)
-    augmenting = data.encoder if isinstance(data.encoder, Augmenting) else None
-
-    def make(number: int) -> Batch:
-        rows = plan.micro_batch(number)
-        if run.data.packing:
-            return collate(data.train, rows, pad_id=data.pad_id, packed=True, layout=layout)
-        single = [index for row in rows for index in row]
-        if augmenting is not None:
-            epoch = number // len(plan)
-            return augmenting.collate_augmented(
-                data.train, single, seed=run.train.seed, epoch=epoch
-            )
-        return collate_rows(run, data, data.train, single)
-
-    return Windows.numbered(len(plan), make, run.train.gradient_accumulation_steps)
-
-
-def eval_batches(run: RunConfig, data: RunData) -> Callable[[], Iterator[Batch]] | None:
-    """Begin a pass over the held-out rows, like lengths together, every row once."""
-    held_out = data.held_out
-    if held_out is None:
-        return None
-    size = run.evaluation.micro_batch_size or run.train.micro_batch_size
-    plan = BatchPlan(held_out.lengths, micro_batch_size=size, order="by_length")
-
-    def begin() -> Iterator[Batch]:
-        for number in range(len(plan)):
-            rows = [index for row in plan.micro_batch(number) for index in row]
-            yield {**collate_rows(run, data, held_out, rows), "row": torch.tensor(rows)}
-
-    return begin
-
-
-def collate_rows(
-    run: RunConfig, data: RunData, dataset: EncodedDataset, rows: Sequence[int]
-) -> Batch:
-    """A batch with one example a row."""
-    if isinstance(data.encoder, Encoder):
-        return collate(dataset, [[index] for index in rows], pad_id=data.pad_id)
-    return cast(RowEncoder, data.encoder).collate(dataset, rows)
-
-
-def references(run: RunConfig, data: RunData) -> Callable[[int], Any] | None:
-    """What the prediction for a held-out row is scored against; None where nothing is scored."""
-    held_out, encoder = data.held_out, data.encoder
-    if isinstance(encoder, Encoder) or held_out is None:
-        return None
-    return lambda index: cast(RowEncoder, encoder).reference(held_out, index)
 
 
 def training_plan(run: RunConfig, windows: Windows, task: Task | None = None) -> TrainingPlan:

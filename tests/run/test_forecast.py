@@ -8,15 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from qlora_trainer.base.load import BaseSpec
 from qlora_trainer.config.settings import RunConfig
 from qlora_trainer.errors import UserError
-from qlora_trainer.lora.spec import AdapterSpec
-from qlora_trainer.memory.foresight import SimulatedRun
-from qlora_trainer.memory.gpus import read_gpu
-from qlora_trainer.memory.program import Accounts, RunShape
-from qlora_trainer.memory.simulate import Trace
-from qlora_trainer.run.forecast import _disk, _on_card, forecast_run
+from qlora_trainer.run.forecast import forecast_run
 from qlora_trainer.run.measure import measure_run
 from qlora_trainer.run.report import Reporter
 from qlora_trainer.run.train import train
@@ -85,40 +79,6 @@ def test_a_run_that_cannot_fit_is_refused_before_its_base_is_loaded(
     told, source = Lines(), setup.open_model(careless)
     forecast_run(careless, source, setup.open_data(careless, source), told)
     assert any("goes on as memory.must_fit is off" in line for line in told.lines)
-
-
-def test_a_disk_too_small_for_the_states_is_told(make_run: Make) -> None:
-    shape = RunShape(BaseSpec("nf4"), AdapterSpec(rank=4, alpha=8))
-    small, large = (
-        SimulatedRun(Trace.empty(), shape, Accounts(trained_bytes=size, optimizer_bytes=2 * size))
-        for size in (10**6, 10**15)
-    )
-    assert _disk(make_run(), small, Reporter()) == []
-    assert "--set output.keep_last=1" in _disk(make_run(), large, Reporter())[0]
-
-
-def test_a_disk_too_small_for_the_merged_export_is_told_and_refuses_nothing(
-    make_run: Make,
-) -> None:
-    shape = RunShape(BaseSpec("nf4"), AdapterSpec(rank=4, alpha=8))
-    for parameters, said in ((10**6, False), (10**15, True)):
-        told = Lines()
-        accounts = Accounts(trained_bytes=1, optimizer_bytes=1, base_parameters=parameters)
-        assert _disk(make_run(), SimulatedRun(Trace.empty(), shape, accounts), told) == []
-        assert ("no room" in told.lines[0]) == said
-
-
-def test_a_card_s_host_memory_is_checked_with_the_rehearsal_unless_there_is_none() -> None:
-    gpu = read_gpu("rtx-3060-12gb")
-    shape = RunShape(BaseSpec("nf4"), AdapterSpec(rank=4, alpha=8))
-    accounts = Accounts(trained_bytes=10**15, optimizer_bytes=10**15)
-    simulated = SimulatedRun(Trace.empty(), shape, accounts)
-    for rehearsed in (True, False):
-        predicted, faults = _on_card(
-            simulated, None, shape, (gpu, gpu.usable_bytes), Lines(), rehearsed=rehearsed
-        )
-        assert [fault.partition(":")[0] for fault in faults] == ["host memory"] * rehearsed
-        assert predicted["host_bytes_by_phase"]["rehearsal"] > 2 * 10**15
 
 
 def test_measured_steps_stand_beside_the_prediction(make_run: Make) -> None:

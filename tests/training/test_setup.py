@@ -10,7 +10,8 @@ import torch
 from qlora_trainer.config.read import check_values
 from qlora_trainer.config.settings import RunConfig
 from qlora_trainer.errors import UserError
-from qlora_trainer.training.open import check_attention, head_settings, open_model
+from qlora_trainer.training.open_data import head_settings
+from qlora_trainer.training.open_model import check_attention, open_model
 from qlora_trainer.training.setup import adapter_dtype
 
 
