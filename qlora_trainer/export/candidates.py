@@ -12,8 +12,9 @@ from typing import Any
 import psutil
 
 from qlora_trainer.errors import UserError
+from qlora_trainer.export.choices import Onto
 from qlora_trainer.export.fresh import compare_in_fresh_process
-from qlora_trainer.export.merge import MergeFigures, Onto, Progress
+from qlora_trainer.export.merge import MergeFigures, Progress
 from qlora_trainer.export.merged import Prepared, write_candidate
 from qlora_trainer.export.proof import ProofRequest, check_limits, choose_by, chosen_rows
 from qlora_trainer.export.reference import References, private_bytes, write_references

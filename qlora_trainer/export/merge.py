@@ -9,7 +9,6 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -31,10 +30,10 @@ from qlora_trainer.export.blocks import (
     torch_threads,
 )
 from qlora_trainer.export.checkpoint import MappedCheckpoint
+from qlora_trainer.export.choices import Onto
 from qlora_trainer.export.plan import Plan, PlannedTensor
 from qlora_trainer.export.shards import DEFAULT_SHARD_BYTES, Announced, ShardWriter
 
-Onto = Literal["original", "dequantized"]
 Progress = Callable[[str, int, int], None]  # tensor, bytes written, bytes in all
 
 

@@ -18,10 +18,10 @@ from qlora_trainer.base.nf4 import NF4Linear
 from qlora_trainer.errors import UserError
 from qlora_trainer.export.adapter import FittedAdapter, fit_adapter
 from qlora_trainer.export.checkpoint import MappedCheckpoint
+from qlora_trainer.export.choices import Onto
 from qlora_trainer.export.companions import copy_companions, write_config
 from qlora_trainer.export.merge import (
     MergeFigures,
-    Onto,
     Progress,
     Quantization,
     write_merged,

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from qlora_trainer.errors import UserError
+from qlora_trainer.export.choices import By
 from qlora_trainer.units import format_bytes
 
 Row = Mapping[str, Tensor]
 Precision = Literal["native", "fp32"]
-By = Literal["auto", "model", "layer"]
 NOT_COUNTED = -100
 _MOST_REFERENCE_BYTES = 2**30
 

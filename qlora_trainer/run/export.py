@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -19,17 +19,17 @@ from qlora_trainer.config.settings import RunConfig
 from qlora_trainer.data.dataset import EncodedDataset
 from qlora_trainer.errors import UserError
 from qlora_trainer.export.adapter_export import export_adapter, merge_adapters
+from qlora_trainer.export.choices import By, Format, JoinedFormat
 from qlora_trainer.export.export import Exported, ExportSource, builtin_proof, export_merged
 from qlora_trainer.export.folder import check_target
 from qlora_trainer.export.gguf_export import export_gguf
-from qlora_trainer.export.proof import By, ProofRequest
+from qlora_trainer.export.proof import ProofRequest
 from qlora_trainer.export.source import last_part
 from qlora_trainer.lora.peft_config import CONFIG_NAME, read_json
 from qlora_trainer.run.adapter_task import adapter_class, label_settings
 from qlora_trainer.run.report import Reporter
 from qlora_trainer.training import setup
 
-Format = Literal["merged", "adapter", "gguf"]
 _PROOF_ROWS = 32
 _MEGABYTE = 10**6
 
@@ -107,7 +107,7 @@ def merge_adapter_folders(
     adapters: Sequence[tuple[str | Path, float]],
     out: str | Path,
     *,
-    format: Literal["merged", "adapter"] = "merged",
+    format: JoinedFormat = "merged",
     dtype: str = "fp16",
     onto: str = "best",
     base: str | None = None,

@@ -13,6 +13,8 @@ import pytest
 from qlora_trainer.cli.app import main
 from qlora_trainer.cli.show import ConsoleReporter
 from qlora_trainer.config.tasks import TaskName
+from qlora_trainer.export import choices, gguf_file, merged
+from qlora_trainer.export.gguf_export import FURTHER_KL
 from qlora_trainer.run.train import TrainResult
 from qlora_trainer.training.plan import TrainingOutcome
 
@@ -145,3 +147,27 @@ def test_doctor_finds_this_machine_good(tmp_path: Path) -> None:
     assert done.returncode == 0
     for topic in ("python", "gpu", "nf4", "ram", "disk", "bitsandbytes"):
         assert topic in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("option", "known"),
+    [
+        ("--format", choices.Format), ("--dtype", choices.Dtype), ("--onto", choices.AskedOnto),
+        ("--gguf-type", choices.GgufType), ("--quantization", choices.Quantization),
+        ("--proof-by", choices.By),
+    ],
+)  # fmt: skip
+def test_an_export_is_asked_for_what_there_is(
+    tmp_path: Path, option: str, known: object, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, told = said(
+        ["export", str(tmp_path), "--out", str(tmp_path / "out"), option, "else"], capsys
+    )
+    assert code == 2
+    assert all(f"'{choice}'" in told for choice in get_args(known))
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_can_be_asked_for_is_what_the_export_can_write() -> None:
+    assert get_args(choices.Dtype) == tuple(merged.DTYPES)
+    assert get_args(choices.GgufType) == tuple(gguf_file.TYPES) == tuple(FURTHER_KL)
