@@ -22,12 +22,8 @@ def evaluate(
         str | None,
         typer.Option(metavar="WAYS", help="score answers: zero-shot,few-shot,tuned or some of it"),
     ] = None,
-    prompt_template: Annotated[
-        str | None, typer.Option(help="text or file with {prompt}, for zero-shot and few-shot")
-    ] = None,
-    examples: Annotated[
-        str | None, typer.Option(metavar="FILE", help="questions and answers few-shot shows")
-    ] = None,
+    prompt_template: Template = None,
+    examples: Examples = None,
     rows: Annotated[int | None, typer.Option(min=1, help="compare on the first N rows")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="longest answer compared")] = 64,
 ) -> None:
