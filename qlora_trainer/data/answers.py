@@ -21,6 +21,8 @@ FORMAT = "question-context"
 _WAY_OUT = "name the columns, for example `columns: {context: passage, answer: span}`"
 _EMPTY: tuple[Any, ...] = (None, "", [], {})
 
+Spans = list[tuple[int, int]]  # characters of each token
+
 
 @dataclass(frozen=True)
 class Asked:
@@ -211,3 +213,14 @@ def _check_place(context: str, text: str, start: int) -> None:
         remedy,
         "answer not at its start",
     )
+
+
+def held_answer(asked: Asked, spans: Spans) -> tuple[int, int] | None:
+    """First and last token of the first answer that these tokens of the context hold whole."""
+    for text, start in zip(asked.answers, asked.starts, strict=True):
+        start += len(text) - len(text.lstrip())  # tokens do not hold the spaces at its ends
+        end = start + len(text.strip())
+        inside = [n for n, (a, b) in enumerate(spans) if a < end and b > start and a < b]
+        if inside and spans[inside[0]][0] <= start and spans[inside[-1]][1] >= end:
+            return inside[0], inside[-1]
+    return None

@@ -5,31 +5,30 @@ the fast tokenizer's offsets: a token is trained if it covers a trained characte
 is lost or doubled where prompt and answer join. If the tokenizer cuts the prompt differently once
 the answer follows (a token across the join, two line breaks that are one token at the end but two
 before a word), the model is not trained on the tokens it will be asked with: the gate counts such
-rows. Labels are made from positions, never from
-token ids: a pad id that equals EOS cannot hide an EOS that must be learned.
+rows. Labels are made from positions, never from token ids: a pad id that equals EOS cannot hide an
+EOS that must be learned.
 
 BOS is put in front of raw text if the tokenizer does so, and never twice; a chat begins as its
 template says. EOS ends raw text, and a chat whose template has no end-of-turn token.
 """
 
-import hashlib
-import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
-import transformers
-
+from qlora_trainer.data.each import encode_each, for_each
 from qlora_trainer.data.faults import RowError
 from qlora_trainer.data.formats import recognise_format, to_shape
+from qlora_trainer.data.identity import identity_hash
 from qlora_trainer.data.messages import Chat, PlainText, Prompted, Shape
-from qlora_trainer.data.spans import SpanTokenizer
+from qlora_trainer.data.spans import SpanTokenizer, Tokenized
 from qlora_trainer.data.template import LOSS_ON, ChatTemplate, Rendered
 from qlora_trainer.data.template_text import choose_template
 from qlora_trainer.errors import UserError
 
 IGNORED = -100  # the label of a position that is not trained, as everywhere in transformers
+_Row = tuple[Shape, list[Rendered]]
 
 
 @dataclass(frozen=True)
@@ -122,27 +121,21 @@ class Encoder:
         self, records: Sequence[Mapping[str, Any]], format: str
     ) -> list[list[Example] | RowError]:
         """Bring records to their shapes and encode those that fit, in one tokenizer call."""
-        shapes: list[Shape | RowError] = []
-        for record in records:
-            try:
-                shapes.append(to_shape(record, format, as_chat=self.as_chat))
-            except RowError as error:
-                shapes.append(error)
-        encoded = iter(self.encode([s for s in shapes if not isinstance(s, RowError)]))
-        return [s if isinstance(s, RowError) else next(encoded) for s in shapes]
+        rows = for_each(
+            records, lambda row: self._rendered(to_shape(row, format, as_chat=self.as_chat))
+        )
+        return encode_each(rows, self._tokenize, self._examples)
 
     @property
     def identity(self) -> str:
         """A hash of all that decides what a row becomes."""
         template = self.template
         parts = {
-            "tokenizer": tokenizer_hash(self.tokenizer),
             "loss_on": self.loss_on,
             "template": template.text if template else None,
             "variables": template.variables if template else None,
-            "transformers": transformers.__version__,
         }
-        return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+        return identity_hash(parts, self.tokenizer)
 
     def encode(self, shapes: Sequence[Shape]) -> list[list[Example] | RowError]:
         """Encode rows in one tokenizer call.
@@ -150,32 +143,24 @@ class Encoder:
         Returns:
             For each row its examples (several if the chat had to be split), or what is wrong.
         """
-        rendered: list[list[Rendered] | RowError] = []
-        for shape in shapes:
-            try:
-                rendered.append(self._render(shape))
-            except RowError as error:
-                rendered.append(error)
-        flat = [part for parts in rendered if isinstance(parts, list) for part in parts]
-        tokenized = iter(self._spans.tokenize(flat))
-        results: list[list[Example] | RowError] = []
-        for shape, parts in zip(shapes, rendered, strict=True):
-            if isinstance(parts, RowError):
-                results.append(parts)
-                continue
-            found = [next(tokenized) for _ in parts]
-            try:
-                is_chat = isinstance(shape, Chat)
-                control = self.template is not None and self.template.holds_control(shape)
-                results.append(
-                    [
-                        self._example(part, *ids, is_chat=is_chat, control=control)
-                        for part, ids in zip(parts, found, strict=True)
-                    ]
-                )
-            except RowError as error:
-                results.append(error)
-        return results
+        return encode_each(for_each(shapes, self._rendered), self._tokenize, self._examples)
+
+    def _rendered(self, shape: Shape) -> _Row:
+        return shape, self._render(shape)
+
+    def _tokenize(self, rows: Sequence[_Row]) -> Iterator[list[Tokenized]]:
+        """Ids and trained spans of every part of each row."""
+        tokenized = iter(self._spans.tokenize([part for _, parts in rows for part in parts]))
+        return ([next(tokenized) for _ in parts] for _, parts in rows)
+
+    def _examples(self, row: _Row, found: list[Tokenized]) -> list[Example]:
+        shape, parts = row
+        is_chat = isinstance(shape, Chat)
+        control = self.template is not None and self.template.holds_control(shape)
+        return [
+            self._example(part, *ids, is_chat=is_chat, control=control)
+            for part, ids in zip(parts, found, strict=True)
+        ]
 
     def encode_prompt(
         self, prompt: str | list[dict[str, Any]], tools: list[dict[str, Any]] | None = None
@@ -255,16 +240,6 @@ def _bos_ids(tokenizer: Any) -> list[int]:
         if whole[start : start + len(plain)] == plain:
             return whole[:start]
     return []
-
-
-def tokenizer_hash(tokenizer: Any) -> str:
-    """A hash of all that decides which ids a text becomes."""
-    if tokenizer.is_fast:
-        text = tokenizer.backend_tokenizer.to_str()
-    else:
-        text = json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    specials = json.dumps(tokenizer.special_tokens_map, sort_keys=True, default=str)
-    return hashlib.sha256(f"{type(tokenizer).__name__}\n{specials}\n{text}".encode()).hexdigest()
 
 
 def choose_pad_id(tokenizer: Any) -> int:

@@ -10,26 +10,27 @@ the first position), as unanswerable questions do (Devlin et al., BERT, section 
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import torch
-import transformers
 
-from qlora_trainer.data.answers import Asked, recognise_questions, to_asked
+from qlora_trainer.data.answers import Asked, Spans, held_answer, recognise_questions, to_asked
 from qlora_trainer.data.dataset import EncodedDataset
-from qlora_trainer.data.encode import Example, tokenizer_hash
+from qlora_trainer.data.each import encode_each, for_each
+from qlora_trainer.data.encode import Example
 from qlora_trainer.data.faults import RowError
-from qlora_trainer.data.padding import padded
+from qlora_trainer.data.identity import identity_hash
+from qlora_trainer.data.padding import pad_rows, padded
 from qlora_trainer.data.rows import Findings
 from qlora_trainer.data.windows import cut_windows, frame_of
 
 _LEAST_CONTEXT = 8  # tokens of context a window must hold, or it tells nothing
 
-Spans = list[tuple[int, int]]  # characters of each token
+_Tokens = tuple[list[int], Spans]
 
 
 class AnswersEncoder:
@@ -75,14 +76,9 @@ class AnswersEncoder:
     @property
     def identity(self) -> str:
         """A hash of all that decides what a record becomes."""
-        parts = {
-            "tokenizer": tokenizer_hash(self.tokenizer),
-            "limits": [self.max_seq_len, self.over_length, self.stride],
-            "typed": self.typed,
-            "labelled": self.labelled,
-            "transformers": transformers.__version__,
-        }
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+        limits = [self.max_seq_len, self.over_length, self.stride]
+        parts = {"limits": limits, "typed": self.typed, "labelled": self.labelled}
+        return identity_hash(parts, self.tokenizer)
 
     def recognise(self, records: Iterable[Mapping[str, Any]], columns: Mapping[str, str]) -> str:
         """See that questions, contexts and answers are there."""
@@ -92,27 +88,14 @@ class AnswersEncoder:
         self, records: Sequence[Mapping[str, Any]], format: str
     ) -> list[list[Example] | RowError]:
         """Check records and tokenize those that are right, in two calls."""
-        rows: list[Asked | RowError] = []
-        for record in records:
-            try:
-                rows.append(to_asked(record, labelled=self.labelled))
-            except RowError as error:
-                rows.append(error)
-        good = [row for row in rows if isinstance(row, Asked)]
-        questions = iter(self._tokenize([row.question for row in good]))
-        contexts = iter(self._tokenize([row.context for row in good]))
-        results: list[list[Example] | RowError] = []
-        for item in rows:
-            if isinstance(item, RowError):
-                results.append(item)
-                continue
-            try:
-                results.append(self._windows(item, next(questions)[0], *next(contexts)))
-            except RowError as error:
-                results.append(error)
-        return results
+        rows = for_each(records, lambda record: to_asked(record, labelled=self.labelled))
+        return encode_each(rows, self._tokenize_both, self._windows)
 
-    def _tokenize(self, texts: list[str]) -> list[tuple[list[int], Spans]]:
+    def _tokenize_both(self, rows: Sequence[Asked]) -> Iterator[tuple[_Tokens, _Tokens]]:
+        questions = self._tokenize([row.question for row in rows])
+        return zip(questions, self._tokenize([row.context for row in rows]), strict=True)
+
+    def _tokenize(self, texts: list[str]) -> list[_Tokens]:
         if not texts:
             return []
         encoded = self.tokenizer(
@@ -126,9 +109,8 @@ class AnswersEncoder:
         pairs = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
         return [(list(ids), list(offsets)) for ids, offsets in pairs]
 
-    def _windows(
-        self, asked: Asked, question: list[int], context: list[int], offsets: Spans
-    ) -> list[Example]:
+    def _windows(self, asked: Asked, tokens: tuple[_Tokens, _Tokens]) -> list[Example]:
+        (question, _), (context, offsets) = tokens
         if not context:
             raise RowError(
                 "the tokenizer knows no character of `context`",
@@ -180,14 +162,9 @@ class AnswersEncoder:
         )
 
     def _answer(self, asked: Asked, spans: Spans, first: int) -> list[int]:
-        """First and last token of the first answer this window holds whole, or no answer."""
-        for text, start in zip(asked.answers, asked.starts, strict=True):
-            start += len(text) - len(text.lstrip())  # tokens do not hold the spaces at its ends
-            end = start + len(text.strip())
-            inside = [n for n, (a, b) in enumerate(spans) if a < end and b > start and a < b]
-            if inside and spans[inside[0]][0] <= start and spans[inside[-1]][1] >= end:
-                return [first + inside[0], first + inside[-1]]
-        return [self._no_answer, self._no_answer]
+        """First and last position of the answer a window holds, or of no answer."""
+        held = held_answer(asked, spans)
+        return [first + token for token in held] if held else [self._no_answer, self._no_answer]
 
     def collate(self, dataset: EncodedDataset, rows: Sequence[int]) -> dict[str, torch.Tensor]:
         """Tensors of one micro-batch, padded on the right, all int64.
@@ -199,19 +176,14 @@ class AnswersEncoder:
             `answer` (B, 2): first and last position of the answer.
         """
         batch = padded([dataset.input_ids(row) for row in rows], self.tokenizer.pad_token_id or 0)
-        shape = tuple(batch["input_ids"].shape)
-        offsets = np.full((*shape, 2), -1, np.int64)
-        types = np.zeros(shape, np.int64)
+        offsets = np.full((*batch["input_ids"].shape, 2), -1, np.int64)
         for number, row in enumerate(rows):
             first, last = dataset.column(row, "context")
             offsets[number, first:last] = dataset.column(row, "offsets").reshape(-1, 2)
-            if self.typed:
-                kinds = dataset.column(row, "types")
-                types[number, : len(kinds)] = kinds
         batch["offsets"] = torch.from_numpy(offsets)
         batch["no_answer"] = torch.full((len(rows),), self._no_answer, dtype=torch.int64)
         if self.typed:
-            batch["token_type_ids"] = torch.from_numpy(types)
+            batch["token_type_ids"] = pad_rows([dataset.column(row, "types") for row in rows], 0)
         if self.labelled:
             answers = np.stack([dataset.column(row, "answer") for row in rows]).astype(np.int64)
             batch["answer"] = torch.from_numpy(answers)

@@ -8,19 +8,19 @@ scored against is the text that was given, not what is left of it after tokenizi
     B rows, S source tokens, T target tokens
 """
 
-import hashlib
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import torch
-import transformers
 
 from qlora_trainer.data.dataset import EncodedDataset
-from qlora_trainer.data.encode import IGNORED, Example, tokenizer_hash
+from qlora_trainer.data.each import encode_each, for_each
+from qlora_trainer.data.encode import IGNORED, Example
 from qlora_trainer.data.faults import RowError
+from qlora_trainer.data.identity import identity_hash
+from qlora_trainer.data.padding import pad_rows, padded
 from qlora_trainer.data.pairs import Pair, recognise_pair_format, to_pair
 from qlora_trainer.data.rows import Findings
 from qlora_trainer.errors import UserError
@@ -69,14 +69,12 @@ class PairEncoder:
     def identity(self) -> str:
         """A hash of all that decides what a record becomes."""
         parts = {
-            "tokenizer": tokenizer_hash(self.tokenizer),
             "languages": [getattr(self.tokenizer, f"{side}_lang", None) for side in ("src", "tgt")],
             "limits": [self.max_source_tokens, self.max_target_tokens, self.over_length],
             "prefix": self.prefix,
             "labelled": self.labelled,
-            "transformers": transformers.__version__,
         }
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+        return identity_hash(parts, self.tokenizer)
 
     def recognise(self, records: Iterable[Mapping[str, Any]], columns: Mapping[str, str]) -> str:
         """Name the format of the first records; see `pairs.recognise_pair_format`."""
@@ -86,24 +84,8 @@ class PairEncoder:
         self, records: Sequence[Mapping[str, Any]], format: str
     ) -> list[list[Example] | RowError]:
         """Bring records to pairs and tokenize those that fit, in two calls."""
-        pairs: list[Pair | RowError] = []
-        for record in records:
-            try:
-                pairs.append(to_pair(record, format, with_target=self.labelled))
-            except RowError as error:
-                pairs.append(error)
-        good = [pair for pair in pairs if isinstance(pair, Pair)]
-        tokens = iter(self._tokenize(good))
-        results: list[list[Example] | RowError] = []
-        for pair in pairs:
-            if isinstance(pair, RowError):
-                results.append(pair)
-                continue
-            try:
-                results.append([self._example(pair, *next(tokens))])
-            except RowError as error:
-                results.append(error)
-        return results
+        pairs = for_each(records, lambda record: to_pair(record, format, with_target=self.labelled))
+        return encode_each(pairs, self._tokenize, self._example)
 
     def _tokenize(self, pairs: Sequence[Pair]) -> list[tuple[list[int], list[int]]]:
         if not pairs:
@@ -128,7 +110,8 @@ class PairEncoder:
             return self.special_ids.issuperset(ids)
         return not self.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
-    def _example(self, pair: Pair, source: list[int], target: list[int]) -> Example:
+    def _example(self, pair: Pair, tokens: tuple[list[int], list[int]]) -> list[Example]:
+        source, target = tokens
         sides = {"source": source, **({"target": target} if self.labelled else {})}
         if empty := [name for name, ids in sides.items() if self._says_nothing(ids)]:
             raise RowError(
@@ -152,13 +135,14 @@ class PairEncoder:
                 lost += over
                 ending = [source[-1]] if source[-1] in self.special_ids else []
                 source = [*source[: self.max_source_tokens - len(ending)], *ending]
-        return Example(
+        example = Example(
             source,
             columns={"target": target},
             reference=pair.target if self.labelled else None,
             lost_tokens=lost,
             too_long=too_long,
         )
+        return [example]
 
     def collate(self, dataset: EncodedDataset, rows: Sequence[int]) -> dict[str, torch.Tensor]:
         """Tensors of one micro-batch, both sides padded on the right.
@@ -167,21 +151,11 @@ class PairEncoder:
             `input_ids` and `attention_mask` (B, S); with targets `labels` (B, T), -100 after each
             target's end. They are not shifted: position t is what the decoder shall say at t.
         """
-        sources = [dataset.input_ids(index) for index in rows]
-        shape = (len(rows), max(len(source) for source in sources))
-        input_ids = np.full(shape, self.tokenizer.pad_token_id, np.int64)
-        mask = np.zeros(shape, np.int64)
-        for number, source in enumerate(sources):
-            input_ids[number, : len(source)] = source
-            mask[number, : len(source)] = 1
-        arrays = {"input_ids": input_ids, "attention_mask": mask}
+        batch = padded([dataset.input_ids(index) for index in rows], self.tokenizer.pad_token_id)
         if self.labelled:
             targets = [dataset.column(index, "target") for index in rows]
-            width = max(len(target) for target in targets)
-            arrays["labels"] = labels = np.full((len(rows), width), IGNORED, np.int64)
-            for number, target in enumerate(targets):
-                labels[number, : len(target)] = target
-        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+            batch["labels"] = pad_rows(targets, IGNORED)
+        return batch
 
     def findings(self, dataset: EncodedDataset) -> Findings:
         """How long targets are, and which were cut or merely repeat their source."""

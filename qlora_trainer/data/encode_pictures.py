@@ -12,7 +12,6 @@ colours are the business of the model's own image processor.
 """
 
 import hashlib
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -20,17 +19,18 @@ from typing import Any
 
 import numpy as np
 import torch
-import transformers
 
 from qlora_trainer.data.dataset import EncodedDataset
+from qlora_trainer.data.each import for_each
 from qlora_trainer.data.encode import Example
-from qlora_trainer.data.faults import RowError, json_kind
-from qlora_trainer.data.formats import rename
+from qlora_trainer.data.faults import RowError
+from qlora_trainer.data.identity import identity_hash
+from qlora_trainer.data.labels import label_settings
+from qlora_trainer.data.picture_records import label_name, picture_path, recognise_pictures
 from qlora_trainer.data.pictures import augment_picture, open_picture
 from qlora_trainer.data.rows import Findings
 from qlora_trainer.errors import UserError
 
-_COLUMNS_HINT = "name the columns, for example `columns: {image: file_name, label: category}`"
 _DIGEST_BYTES = 16
 
 
@@ -64,45 +64,20 @@ class PictureEncoder:
     @property
     def identity(self) -> str:
         """A hash of what decides an example; pixels are made later and are no part of it."""
-        parts = {
-            "labels": self.label_names,
-            "labelled": self.labelled,
-            "transformers": transformers.__version__,
-        }
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+        return identity_hash({"labels": self.label_names, "labelled": self.labelled})
 
     def recognise(self, records: Iterable[Mapping[str, Any]], columns: Mapping[str, str]) -> str:
-        """See that there are pictures and labels.
-
-        Raises:
-            UserError: A field is nowhere.
-        """
-        found: dict[str, None] = {}
-        for record in records:
-            found.update(dict.fromkeys(rename(record, columns)))
-        needed = ("image", "label") if self.labelled else ("image",)
-        if missing := [name for name in needed if name not in found]:
-            raise UserError(
-                f"no {' and no '.join(f'`{name}`' for name in missing)}: the rows have "
-                f"{', '.join(found) or 'no fields'}, needed are {' and '.join(needed)}; "
-                f"{_COLUMNS_HINT}"
-            )
-        return "pictures"
+        """See that there are pictures and labels."""
+        return recognise_pictures(records, columns, labelled=self.labelled)
 
     def encode_rows(
         self, records: Sequence[Mapping[str, Any]], format: str
     ) -> list[list[Example] | RowError]:
         """Open every picture once; what does not open or has no known label is refused."""
-        results: list[list[Example] | RowError] = []
-        for record in records:
-            try:
-                results.append([self._example(record)])
-            except RowError as error:
-                results.append(error)
-        return results
+        return for_each(records, lambda record: [self._example(record)])
 
     def _example(self, record: Mapping[str, Any]) -> Example:
-        path = _picture_path(record)
+        path = picture_path(record)
         label = self._ids[label_name(record, self._ids)] if self.labelled else -1
         open_picture(path)
         digest = _digest(path)
@@ -203,77 +178,6 @@ class PictureEncoder:
 def _digest(path: Path) -> bytes:
     """What tells a picture's file from any other."""
     return hashlib.sha256(path.read_bytes()).digest()[:_DIGEST_BYTES]
-
-
-def label_settings(names: Sequence[str]) -> dict[str, Any]:
-    """What a configuration says of labels."""
-    return {
-        "num_labels": len(names),
-        "id2label": dict(enumerate(names)),
-        "label2id": {name: number for number, name in enumerate(names)},
-    }
-
-
-def find_labels(records: Iterable[Mapping[str, Any]]) -> list[str]:
-    """The label names of the training records, in order; faulty records are told elsewhere.
-
-    Raises:
-        UserError: There are not at least two.
-    """
-    names = set()
-    for record in records:
-        try:
-            names.add(label_name(record, None))
-        except RowError:
-            continue
-    if len(names) < 2:
-        raise UserError(
-            f"data.train: {len(names)} label{'' if len(names) == 1 else 's'} "
-            f"({', '.join(names) or 'none'}) where at least two are needed; put the pictures of "
-            "each class into a folder of its own, or give every row a `label`"
-        )
-    numbers = all(name.isdecimal() for name in names)
-    return sorted(names, key=int) if numbers else sorted(names)
-
-
-def label_name(record: Mapping[str, Any], known: Mapping[str, int] | None) -> str:
-    """A record's label as a name of `known`; a number counts labels from 0 if it is no name.
-
-    Raises:
-        RowError: It is missing, or unknown.
-    """
-    label = record.get("label")
-    if label is None or (isinstance(label, str) and not label.strip()):
-        raise RowError("no `label`", f"add it, drop the row, or {_COLUMNS_HINT}", "no label")
-    if isinstance(label, bool) or not isinstance(label, str | int):
-        problem = f"`label` is {json_kind(label)}, not a name or a number"
-        raise RowError(problem, "give one label a picture", "wrong type")
-    name = str(label).strip()
-    if known is None or name in known:
-        return name
-    if isinstance(label, int) and 0 <= label < len(known):
-        return list(known)[label]
-    names = ", ".join(list(known)[:10]) + (", ..." if len(known) > 10 else "")
-    raise RowError(
-        f"the label {name!r} is not among the labels ({names})",
-        "mend it, drop the row, or add it to task_settings.labels",
-        "unknown label",
-    )
-
-
-def _picture_path(record: Mapping[str, Any]) -> Path:
-    value = record.get("image")
-    if value is None or value == "":
-        raise RowError("no `image`", f"add it, drop the row, or {_COLUMNS_HINT}", "no image")
-    if not isinstance(value, str):
-        raise RowError(
-            f"`image` is {json_kind(value)}, not the path of a file",
-            "save the pictures as PNG or JPEG files and name them",
-            "wrong type",
-        )
-    if value.startswith(("http://", "https://")):
-        raise RowError(f"`image` is an address ({value})", "download it, name the file", "address")
-    return Path(value).expanduser()
 
 
 def _sizes(processor: Any, side: int) -> dict[str, Any]:

@@ -18,11 +18,13 @@ from typing import Any
 
 import numpy as np
 import torch
-import transformers
 
 from qlora_trainer.data.dataset import EncodedDataset
-from qlora_trainer.data.encode import IGNORED, Example, tokenizer_hash
+from qlora_trainer.data.each import encode_each, for_each
+from qlora_trainer.data.encode import IGNORED, Example
 from qlora_trainer.data.faults import RowError
+from qlora_trainer.data.identity import identity_hash
+from qlora_trainer.data.labels import label_settings
 from qlora_trainer.data.padding import padded
 from qlora_trainer.data.rows import Findings
 from qlora_trainer.data.tagged_words import TaggedWords, recognise_tagged_words, to_tagged_words
@@ -82,14 +84,12 @@ class TaggedWordsEncoder:
     def identity(self) -> str:
         """A hash of all that decides what a record becomes."""
         parts = {
-            "tokenizer": tokenizer_hash(self.tokenizer),
             "labels": self.labels,
             "limits": [self.max_seq_len, self.over_length, self.stride],
             "scheme": [self.scheme, self._names is not None],
             "labelled": self.labelled,
-            "transformers": transformers.__version__,
         }
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+        return identity_hash(parts, self.tokenizer)
 
     def recognise(self, records: Iterable[Mapping[str, Any]], columns: Mapping[str, str]) -> str:
         """See that words and tags are there; see `tagged_words.recognise_tagged_words`."""
@@ -99,30 +99,10 @@ class TaggedWordsEncoder:
         self, records: Sequence[Mapping[str, Any]], format: str
     ) -> list[list[Example] | RowError]:
         """Check records and tokenize those that are right, in one call."""
-        rows: list[TaggedWords | RowError] = []
-        for record in records:
-            try:
-                row = to_tagged_words(
-                    record, scheme=self.scheme, names=self._names, labelled=self.labelled
-                )
-                self._check_known(row)
-                rows.append(row)
-            except RowError as error:
-                rows.append(error)
-        good = [row for row in rows if isinstance(row, TaggedWords)]
-        pieces = iter(self._tokenize([row.words for row in good]))
-        results: list[list[Example] | RowError] = []
-        for item in rows:
-            if isinstance(item, RowError):
-                results.append(item)
-                continue
-            try:
-                results.append(self._windows(item, next(pieces)))
-            except RowError as error:
-                results.append(error)
-        return results
+        return encode_each(for_each(records, self._checked), self._tokenize, self._windows)
 
-    def _check_known(self, row: TaggedWords) -> None:
+    def _checked(self, record: Mapping[str, Any]) -> TaggedWords:
+        row = to_tagged_words(record, scheme=self.scheme, names=self._names, labelled=self.labelled)
         for place, tag in enumerate(row.tags):
             if tag not in self._ids:
                 raise RowError(
@@ -131,11 +111,13 @@ class TaggedWordsEncoder:
                     "mend the tag, or list all entity types in task_settings.labels",
                     f"label {tag}",
                 )
+        return row
 
-    def _tokenize(self, sentences: Sequence[Sequence[str]]) -> list[list[list[int]]]:
+    def _tokenize(self, rows: Sequence[TaggedWords]) -> list[list[list[int]]]:
         """The tokens of every word."""
-        if not sentences:
+        if not rows:
             return []
+        sentences = [row.words for row in rows]
         space = " " if self._spaced else ""
         encoded = self.tokenizer(
             [[words[0], *(space + word for word in words[1:])] for words in sentences],
@@ -244,11 +226,7 @@ class TaggedWordsEncoder:
 
     def model_settings(self) -> dict[str, Any]:
         """Labels in the configuration of the model."""
-        return {
-            "num_labels": len(self.labels),
-            "id2label": dict(enumerate(self.labels)),
-            "label2id": dict(self._ids),
-        }
+        return label_settings(self.labels)
 
 
 def _needs_space(tokenizer: Any) -> bool:

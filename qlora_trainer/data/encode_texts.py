@@ -8,20 +8,19 @@ itself is refused.
 B rows, T tokens, K labels
 """
 
-import hashlib
-import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import torch
-import transformers
 
 from qlora_trainer.data.dataset import EncodedDataset
-from qlora_trainer.data.encode import Example, choose_pad_id, tokenizer_hash
+from qlora_trainer.data.each import encode_each, for_each
+from qlora_trainer.data.encode import Example, choose_pad_id
 from qlora_trainer.data.faults import RowError
+from qlora_trainer.data.identity import identity_hash
 from qlora_trainer.data.labelled_texts import (
     LabelledText,
     Problem,
@@ -29,6 +28,7 @@ from qlora_trainer.data.labelled_texts import (
     label_values,
     recognise_labelled_texts,
 )
+from qlora_trainer.data.labels import label_settings
 from qlora_trainer.data.padding import padded
 from qlora_trainer.data.rows import Findings
 
@@ -38,6 +38,7 @@ _PROBLEM_TYPES = {
     "regression": "regression",
 }
 _FEW_ROWS = 10  # of a label hardly teach it
+_Tokens = tuple[list[int], list[int], int]  # ids, token types, how many tokens were cut
 
 
 class LabelledTextsEncoder:
@@ -73,13 +74,11 @@ class LabelledTextsEncoder:
     def identity(self) -> str:
         """A hash of all that decides what a record becomes."""
         parts = {
-            "tokenizer": tokenizer_hash(self.tokenizer),
             "problem": self.problem,
             "labels": self.labels,
             "limits": [self.max_seq_len, self.over_length, self.labelled],
-            "transformers": transformers.__version__,
         }
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+        return identity_hash(parts, self.tokenizer)
 
     def recognise(self, records: Iterable[Mapping[str, Any]], columns: Mapping[str, str]) -> str:
         """Find texts and labels; see `recognise_labelled_texts`."""
@@ -89,30 +88,26 @@ class LabelledTextsEncoder:
         self, records: Sequence[Mapping[str, Any]], format: str
     ) -> list[list[Example] | RowError]:
         """Encode records, single texts in one tokenizer call and pairs in another."""
-        results: list[list[Example] | RowError | None] = []
-        checked: dict[int, tuple[LabelledText, list[float]]] = {}
-        for number, record in enumerate(records):
-            results.append(None)
-            try:
-                row = check_record(record, labelled=self.labelled)
-                values = label_values(row.label, self.problem, self.labels) if self.labelled else []
-                checked[number] = (row, values)
-            except RowError as error:
-                results[number] = error
-        for is_pair in (False, True):
-            rows = {n: row for n, row in checked.items() if (row[0].pair is not None) == is_pair}
-            found = self._tokenize(
-                [row.text for row, _ in rows.values()],
-                [row.pair or "" for row, _ in rows.values()] if is_pair else None,
-            )
-            for (number, (_, values)), (ids, types, lost) in zip(rows.items(), found, strict=True):
-                results[number] = self._example(ids, types, lost, values)
-        return [result for result in results if result is not None]
+        rows = for_each(records, self._checked)
+        return encode_each(rows, self._tokenize_all, self._example)
 
-    def _tokenize(
-        self, texts: list[str], pairs: list[str] | None
-    ) -> Iterable[tuple[list[int], list[int], int]]:
-        """Ids, token types and how many tokens were cut, of each row."""
+    def _checked(self, record: Mapping[str, Any]) -> tuple[LabelledText, list[float]]:
+        row = check_record(record, labelled=self.labelled)
+        values = label_values(row.label, self.problem, self.labels) if self.labelled else []
+        return row, values
+
+    def _tokenize_all(self, rows: list[tuple[LabelledText, list[float]]]) -> list[_Tokens]:
+        found: dict[int, _Tokens] = {}
+        for is_pair in (False, True):
+            texts = {n: row for n, (row, _) in enumerate(rows) if (row.pair is not None) == is_pair}
+            tokens = self._tokenize(
+                [row.text for row in texts.values()],
+                [row.pair or "" for row in texts.values()] if is_pair else None,
+            )
+            found.update(zip(texts, tokens, strict=True))
+        return [found[number] for number in range(len(rows))]
+
+    def _tokenize(self, texts: list[str], pairs: list[str] | None) -> Iterator[_Tokens]:
         if not texts:
             return
         encoded = self.tokenizer(texts, pairs, return_attention_mask=False, verbose=False)
@@ -128,17 +123,16 @@ class LabelledTextsEncoder:
                 ids, types = cut["input_ids"], cut.get("token_type_ids", [])
             yield list(ids), list(types), lost
 
-    def _example(
-        self, ids: list[int], types: list[int], lost: int, values: list[float]
-    ) -> list[Example] | RowError:
+    def _example(self, row: tuple[LabelledText, list[float]], tokens: _Tokens) -> list[Example]:
+        ids, types, lost = tokens
         if not ids:
             remedy = "write a text that the tokenizer knows, or drop the row"
-            return RowError("the tokenizer leaves nothing of the text", remedy, "no tokens")
+            raise RowError("the tokenizer leaves nothing of the text", remedy, "no tokens")
         if ids[-1] == self.pad_id:
             remedy = "remove it from the end of the text"
-            return RowError("ends with the padding token", remedy, "ends with padding")
+            raise RowError("ends with the padding token", remedy, "ends with padding")
         columns: dict[str, list[float] | list[int]] = {
-            "label": values,
+            "label": row[1],
             "token_types": types if any(types) else [],
         }
         return [Example(ids, columns=columns, lost_tokens=lost)]
@@ -214,11 +208,8 @@ class LabelledTextsEncoder:
 
     def model_settings(self) -> dict[str, Any]:
         """Label names, the kind of problem, and the padding that ends a decoder's text."""
-        names = self.labels or ["value"]
         return {
-            "num_labels": len(names),
-            "id2label": dict(enumerate(names)),
-            "label2id": {name: index for index, name in enumerate(names)},
+            **label_settings(self.labels or ["value"]),
             "problem_type": _PROBLEM_TYPES[self.problem],
             "pad_token_id": self.pad_id,
         }

@@ -13,6 +13,9 @@ from qlora_trainer.data.template import Rendered
 from qlora_trainer.data.template_text import special_pattern
 from qlora_trainer.errors import UserError
 
+# Ids of a text, and its spans in tokens with whether a token straddles their start.
+Tokenized = tuple[list[int], list[tuple[int, int, bool]]]
+
 
 class SpanTokenizer:
     """Tokenizes rendered texts with their spans."""
@@ -22,10 +25,8 @@ class SpanTokenizer:
         self._special = special_pattern(tokenizer)
         self._alone = lru_cache(maxsize=1024)(self.tokenize_alone)  # most prompts end alike
 
-    def tokenize(
-        self, parts: Sequence[Rendered]
-    ) -> list[tuple[list[int], list[tuple[int, int, bool]]]]:
-        """Ids of every text, and its spans in tokens with whether a token straddles their start."""
+    def tokenize(self, parts: Sequence[Rendered]) -> list[Tokenized]:
+        """Every text in one call."""
         if not parts:
             return []
         texts = [part.text for part in parts]

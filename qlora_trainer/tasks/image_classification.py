@@ -18,7 +18,9 @@ import transformers
 from torch import Tensor, nn
 
 from qlora_trainer.data.dataset import EncodedDataset
-from qlora_trainer.data.encode_pictures import PictureEncoder, find_labels, label_settings
+from qlora_trainer.data.encode_pictures import PictureEncoder
+from qlora_trainer.data.labels import label_settings
+from qlora_trainer.data.picture_records import find_labels
 from qlora_trainer.errors import UserError
 from qlora_trainer.tasks.class_metrics import (
     class_report,

@@ -11,8 +11,9 @@ from PIL import Image
 from transformers import ViTImageProcessorPil
 
 from qlora_trainer.data.dataset import EncodedDataset, build_dataset
-from qlora_trainer.data.encode_pictures import PictureEncoder, find_labels
+from qlora_trainer.data.encode_pictures import PictureEncoder
 from qlora_trainer.data.faults import FaultLog
+from qlora_trainer.data.picture_records import find_labels
 from qlora_trainer.data.pictures import augment_picture, open_picture
 from qlora_trainer.data.read import DataSource, open_source
 from qlora_trainer.errors import UserError
