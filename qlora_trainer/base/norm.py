@@ -52,9 +52,11 @@ def _normed(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, style: Style) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, eps: float, style: Style, tile_elements: int
+    ) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.eps, ctx.style = eps, style
+        ctx.eps, ctx.style, ctx.tile_elements = eps, style, tile_elements
         width = x.shape[-1]
         rows = x.reshape(-1, width)
         y = torch.empty(
@@ -62,7 +64,7 @@ class _RMSNorm(torch.autograd.Function):
             dtype=x.dtype if style == "gemma" else torch.promote_types(x.dtype, weight.dtype),
             device=x.device,
         )
-        tile = max(1, TILE_ELEMENTS // width)
+        tile = max(1, tile_elements // width)
         for part, out in zip(rows.split(tile), y.split(tile), strict=True):
             n, _ = _normed(part, eps)
             if style == "gemma":
@@ -76,19 +78,19 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         if not ctx.needs_input_grad[0]:
-            return None, None, None, None
+            return None, None, None, None, None
         width = x.shape[-1]
         rows, g = x.reshape(-1, width), grad_y.reshape(-1, width)
         grad_x = torch.empty(rows.shape, dtype=x.dtype, device=x.device)
         factor = _wide(weight) + 1.0 if ctx.style == "gemma" else _wide(weight)
-        tile = max(1, TILE_ELEMENTS // width)
+        tile = max(1, ctx.tile_elements // width)
         parts = (rows.split(tile), g.split(tile), grad_x.split(tile))
         for part, of_part, out in zip(*parts, strict=True):
             n, r = _normed(part, ctx.eps)
             dn = _wide(of_part) * factor
             mean = (dn * n).mean(-1, keepdim=True)
             out.copy_(dn.sub_(n.mul_(mean)).mul_(r))
-        return grad_x.view(x.shape), None, None, None
+        return grad_x.view(x.shape), None, None, None, None
 
 
 class TiledRMSNorm(nn.Module):
@@ -98,15 +100,19 @@ class TiledRMSNorm(nn.Module):
         weight: (D,).
         eps: Added to the mean square.
         style: How the weight is applied.
+        tile_elements: Elements of a tile.
     """
 
-    def __init__(self, weight: nn.Parameter, eps: float, style: Style) -> None:
+    def __init__(
+        self, weight: nn.Parameter, eps: float, style: Style, tile_elements: int = TILE_ELEMENTS
+    ) -> None:
         super().__init__()
         self.weight, self.eps, self.style = weight, eps, style
+        self.tile_elements = tile_elements
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D)."""
-        y: Tensor = _RMSNorm.apply(x, self.weight, self.eps, self.style)
+        y: Tensor = _RMSNorm.apply(x, self.weight, self.eps, self.style, self.tile_elements)
         return y
 
     def extra_repr(self) -> str:
@@ -114,8 +120,14 @@ class TiledRMSNorm(nn.Module):
         return f"{tuple(self.weight.shape)}, eps={self.eps}, style={self.style}"
 
 
-def tile_norms(model: nn.Module) -> tuple[list[str], dict[str, str]]:
+def tile_norms(
+    model: nn.Module, tile_elements: int = TILE_ELEMENTS
+) -> tuple[list[str], dict[str, str]]:
     """Replace the frozen RMSNorms we know, in this instance.
+
+    Args:
+        model: Of transformers.
+        tile_elements: Elements of a tile.
 
     Returns:
         Paths of the replaced ones, and path -> why a norm stays as it is.
@@ -139,6 +151,7 @@ def tile_norms(model: nn.Module) -> tuple[list[str], dict[str, str]]:
             eps = getattr(module, "variance_epsilon", None)
             eps = module.eps if eps is None else eps
             parent, _, name = path.rpartition(".")
-            setattr(model.get_submodule(parent), name, TiledRMSNorm(weight, float(eps), style))
+            tiled = TiledRMSNorm(weight, float(eps), style, tile_elements)
+            setattr(model.get_submodule(parent), name, tiled)
             replaced.append(path)
     return replaced, kept
