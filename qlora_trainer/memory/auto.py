@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from qlora_trainer.base.layers import decoder_layers
 from qlora_trainer.base.load import build_weightless_base
+from qlora_trainer.memory.border import last_that_fits
 from qlora_trainer.memory.foresight import RunShape, simulate_run
 from qlora_trainer.memory.gpus import GpuProfile
 from qlora_trainer.training.activations import Activation
@@ -66,20 +67,19 @@ def choose_activations(
     count = len(decoder_layers(build_weightless_base(config, model_class, shape.base)))
     if count == 0:
         return ()
-    ordered = plans(count)
+    smallest, *larger = plans(count)
 
     def fits(index: int) -> bool:
-        changed = replace(shape, activations=ordered[index])
+        changed = replace(shape, activations=larger[index])
         run = simulate_run(config, changed, gpu, model_class=model_class)
         if gpu is None:
             return budget_bytes is None or run.trace.live().peak_bytes <= budget_bytes
         found = run.on(gpu, budget_bytes=budget_bytes, paged_on_card=paged_on_card)
         return found.fits_without_retry
 
-    if fits(len(ordered) - 1):
-        return ordered[-1]
-    good, bad = 0, len(ordered) - 1
-    while bad - good > 1:
-        middle = (good + bad) // 2
-        good, bad = (middle, bad) if fits(middle) else (good, middle)
-    return ordered[good]
+    def guess(low: int, high: int) -> int:
+        everything_may_be_kept = high == len(larger)
+        return high - 1 if everything_may_be_kept else (low + high) // 2
+
+    last = last_that_fits(len(larger), fits, guess)
+    return larger[last] if last >= 0 else smallest

@@ -1,4 +1,4 @@
-"""The search behind every border: of `qlora profile --fit` and of the table of what fits where.
+"""The search behind every border: of `profile --fit`, of what fits where, of `activations: auto`.
 
 Only what was asked counts: a guess says where to look next, never what the answer is.
 """
