@@ -10,7 +10,7 @@ from rich.table import Table
 
 from qlora_trainer.cli.show import out
 from qlora_trainer.memory.foresight import Foresight
-from qlora_trainer.memory.report import made_by
+from qlora_trainer.memory.picture_data import made_by
 from qlora_trainer.run.budget import Budget
 from qlora_trainer.run.fit import Answer
 from qlora_trainer.run.measure import Comparison

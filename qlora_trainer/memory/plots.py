@@ -6,7 +6,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from qlora_trainer.memory.foresight import Foresight
-from qlora_trainer.memory.report import (
+from qlora_trainer.memory.picture_data import (
     COLOURS,
     OTHER,
     TINTS,

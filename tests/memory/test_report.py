@@ -8,16 +8,9 @@ from matplotlib.image import imread as read_picture
 
 from qlora_trainer.memory.foresight import simulate_run
 from qlora_trainer.memory.gpus import read_gpu
+from qlora_trainer.memory.picture_data import COLOURS, one_step, parts_of, stretches, thinned
 from qlora_trainer.memory.plots import draw_bars, draw_timeline
-from qlora_trainer.memory.report import (
-    COLOURS,
-    Pair,
-    one_step,
-    parts_of,
-    stretches,
-    thinned,
-    write_report,
-)
+from qlora_trainer.memory.report import Pair, write_report
 from tests.memory.models import run_shape, tiny_config
 
 
