@@ -32,7 +32,7 @@ from transformers.modeling_utils import LoadStateDictConfig, get_total_byte_coun
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from qlora_trainer.memory.attention import ANSWERS, attention_for
-from qlora_trainer.memory.cuda_rules import Gpu
+from qlora_trainer.memory.gpus import Gpu
 from qlora_trainer.memory.log import EMPTY_CACHE, RESET_PEAK
 from qlora_trainer.memory.simulate import Trace, simulate
 from qlora_trainer.memory.tracker import AllocationTracker

@@ -21,7 +21,7 @@ from transformers.integrations.sdpa_attention import repeat_kv, use_gqa_in_sdpa
 from transformers.masking_utils import sdpa_mask
 
 from qlora_trainer.base.expanded_attention import FIRST_WITH_GROUPS
-from qlora_trainer.memory.cuda_rules import Gpu
+from qlora_trainer.memory.gpus import Gpu
 from qlora_trainer.memory.tracker import AllocationTracker
 
 # transformers' masks ask the tensors two questions; asking function -> answer

@@ -12,10 +12,23 @@ from pathlib import Path
 import torch
 
 from qlora_trainer.errors import UserError
-from qlora_trainer.memory.cuda_rules import Gpu
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What the rules must know of a card."""
+
+    name: str
+    compute_capability: tuple[int, int]
+    multiprocessors: int
+
+    @property
+    def capability(self) -> int:
+        """As in `sm_86`: 86."""
+        return 10 * self.compute_capability[0] + self.compute_capability[1]
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qlora_trainer.memory.allocator import Block, CachingAllocator, OutOfMemory
-from qlora_trainer.memory.cuda_rules import CudaRules, Gpu
+from qlora_trainer.memory.cuda_rules import CudaRules
+from qlora_trainer.memory.gpus import Gpu
 from qlora_trainer.memory.log import (
     ALLOCATE,
     EMPTY_CACHE,

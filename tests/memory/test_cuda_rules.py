@@ -2,14 +2,14 @@ import pytest
 import torch
 
 from qlora_trainer.memory.attention import choose_kernel
-from qlora_trainer.memory.bitsandbytes_rules import uses_fused_kernel
-from qlora_trainer.memory.cuda_rules import (
-    Gpu,
-    cublas_workspace_bytes,
+from qlora_trainer.memory.attention_workspaces import (
     efficient_backward_kernel,
     efficient_backward_workspace_bytes,
     flash_backward_workspaces,
 )
+from qlora_trainer.memory.bitsandbytes_rules import uses_fused_kernel
+from qlora_trainer.memory.cuda_rules import cublas_workspace_bytes
+from qlora_trainer.memory.gpus import Gpu
 from qlora_trainer.memory.simulate import simulate
 
 T4 = Gpu("T4", (7, 5), 40)
