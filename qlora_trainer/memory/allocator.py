@@ -25,8 +25,7 @@ Not modelled: max_split_size, roundup_power2_divisions, garbage_collection_thres
 default), CUDA graphs' private pools.
 """
 
-from bisect import bisect_left, insort
-from collections.abc import Iterator
+from qlora_trainer.memory.blocks import Block, Pool
 
 MIB = 2**20
 MIN_BLOCK = 512
@@ -46,54 +45,6 @@ class OutOfMemory(Exception):
         self.wanted_bytes = wanted_bytes
         self.allocated_bytes = allocated_bytes
         self.reserved_bytes = reserved_bytes
-
-
-class Block:
-    """A piece of a segment; neighbours are linked so that free ones merge."""
-
-    __slots__ = ("address", "allocated", "events", "next", "pool", "previous", "size", "uses")
-
-    def __init__(self, address: int, size: int, pool: "Pool") -> None:
-        self.address = address
-        self.size = size
-        self.pool = pool
-        self.allocated = False
-        self.previous: Block | None = None
-        self.next: Block | None = None
-        self.uses: set[int] = set()
-        self.events = 0
-
-
-class Pool:
-    """Free blocks of one kind and stream, ordered by size, then address (`BlockComparatorSize`)."""
-
-    __slots__ = ("_keys", "blocks", "is_small", "tail")
-
-    def __init__(self, is_small: bool) -> None:
-        self.is_small = is_small
-        self._keys: list[tuple[int, int]] = []
-        self.blocks: dict[tuple[int, int], Block] = {}
-        self.tail: Block | None = None  # last block of the expandable segment
-
-    def insert(self, block: Block) -> None:
-        """Make `block` available."""
-        key = (block.size, block.address)
-        insort(self._keys, key)
-        self.blocks[key] = block
-
-    def remove(self, block: Block) -> None:
-        """Take `block` out, to use, merge or release it."""
-        key = (block.size, block.address)
-        del self._keys[bisect_left(self._keys, key)]
-        del self.blocks[key]
-
-    def best_fit(self, size: int) -> Block | None:
-        """The smallest free block of at least `size`."""
-        position = bisect_left(self._keys, (size, 0))
-        return self.blocks[self._keys[position]] if position < len(self._keys) else None
-
-    def __iter__(self) -> Iterator[Block]:
-        return iter([self.blocks[key] for key in self._keys])
 
 
 class CachingAllocator:
@@ -141,7 +92,7 @@ class CachingAllocator:
             self._pending.extend((stream, block) for stream in sorted(block.uses))
             block.uses.clear()
         else:
-            self._release_to_pool(block)
+            block.pool.give_back(block)
 
     def record_stream(self, block: Block, stream: int) -> None:
         """Another stream uses the block: not to be reused before that stream's event."""
@@ -156,7 +107,7 @@ class CachingAllocator:
                 continue
             block.events -= 1
             if block.events == 0:
-                self._release_to_pool(block)
+                block.pool.give_back(block)
 
     def empty_cache(self) -> None:
         """Give wholly free segments back to the driver."""
@@ -213,7 +164,7 @@ class CachingAllocator:
     def _grow(self, pool: Pool, size: int) -> Block | None:
         page = SMALL_BUFFER if pool.is_small else LARGE_BUFFER
         tail = pool.tail
-        have = tail.size if tail is not None and self._is_free(tail) else 0
+        have = tail.size if tail is not None and tail.is_free else 0
         extra = (size - have + page - 1) // page * page
         if not self._reserve(extra):
             return None
@@ -249,9 +200,6 @@ class CachingAllocator:
             block.previous.next = None
 
     # ---- blocks ----------------------------------------------------------------------------
-    def _is_free(self, block: Block) -> bool:
-        return not block.allocated and block.events == 0
-
     def _hand_out(self, block: Block, size: int) -> Block:
         remaining = block.size - size
         pool = block.pool
@@ -259,47 +207,8 @@ class CachingAllocator:
             remaining >= MIN_BLOCK if pool.is_small or self.expandable else (remaining > SMALL_SIZE)
         )
         if split:
-            rest = Block(block.address + size, remaining, pool)
-            rest.previous, rest.next = block, block.next
-            if block.next is not None:
-                block.next.previous = rest
-            block.next = rest
-            block.size = size
-            if pool.tail is block:
-                pool.tail = rest
-            pool.insert(rest)
+            pool.split(block, size)
         block.allocated = True
         self.allocated_bytes += block.size
         self.peak_allocated_bytes = max(self.peak_allocated_bytes, self.allocated_bytes)
         return block
-
-    def _release_to_pool(self, block: Block) -> None:
-        pool = block.pool
-        before, after = block.previous, block.next
-        if before is not None and self._is_free(before):
-            pool.remove(before)
-            block.address = before.address
-            block.size += before.size
-            block.previous = before.previous
-            if block.previous is not None:
-                block.previous.next = block
-        if after is not None and self._is_free(after):
-            pool.remove(after)
-            block.size += after.size
-            block.next = after.next
-            if block.next is not None:
-                block.next.previous = block
-            if pool.tail is after:
-                pool.tail = block
-        pool.insert(block)
-
-
-def pinned_bytes(size_bytes: int) -> int:
-    """Host memory a pinned tensor takes: torch rounds each up to a power of two.
-
-    Source: `CachingHostAllocatorImpl::allocate`, aten/src/ATen/core/CachingHostAllocator.h.
-
-    >>> pinned_bytes(3 * 2**20) // 2**20, pinned_bytes(4096), pinned_bytes(0)
-    (4, 4096, 0)
-    """
-    return 1 << (size_bytes - 1).bit_length() if size_bytes > 0 else 0

@@ -10,7 +10,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from qlora_trainer.memory.allocator import Block, CachingAllocator, OutOfMemory
+from qlora_trainer.memory.allocator import CachingAllocator, OutOfMemory
+from qlora_trainer.memory.blocks import Block
 from qlora_trainer.memory.cuda_rules import CudaRules
 from qlora_trainer.memory.gpus import Gpu
 from qlora_trainer.memory.log import (

@@ -10,9 +10,19 @@ import weakref
 import torch
 from torch import Tensor
 
-from qlora_trainer.memory.allocator import pinned_bytes
 from qlora_trainer.memory.tracker import AllocationTracker
 from qlora_trainer.training.offload import Transfers
+
+
+def pinned_bytes(size_bytes: int) -> int:
+    """Host memory a pinned tensor takes: torch rounds each up to a power of two.
+
+    Source: `CachingHostAllocatorImpl::allocate`, aten/src/ATen/core/CachingHostAllocator.h.
+
+    >>> pinned_bytes(3 * 2**20) // 2**20, pinned_bytes(4096), pinned_bytes(0)
+    (4, 4096, 0)
+    """
+    return 1 << (size_bytes - 1).bit_length() if size_bytes > 0 else 0
 
 
 class WatchedTransfers(Transfers):

@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qlora_trainer.memory.allocator import MIB, CachingAllocator, OutOfMemory, pinned_bytes
+from qlora_trainer.memory.allocator import MIB, CachingAllocator, OutOfMemory
+from qlora_trainer.memory.transfers import pinned_bytes
 
 
 def test_sizes_round_up_to_512_bytes():
