@@ -19,35 +19,18 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from qlora_trainer.base.packed_attention import example_lengths, takes_example_lengths
-from qlora_trainer.data.encode import Encoder
+from qlora_trainer.data.encode import IGNORED, Encoder
 from qlora_trainer.errors import UserError
-from qlora_trainer.tasks.kind import EncoderInputs, TaskInputs, TaskKind
-from qlora_trainer.tasks.linear_cross_entropy import (
-    chunk_logits,
-    default_chunk_tokens,
-    linear_cross_entropy,
+from qlora_trainer.tasks.kind import EncoderInputs, TaskInputs, TaskKind, full_length_inputs
+from qlora_trainer.tasks.linear_cross_entropy import chunk_logits, linear_cross_entropy
+from qlora_trainer.tasks.loss_path import (
+    CHUNKED,
+    LossPath,
+    hold_against_model,
+    no_linear_head,
+    token_sums,
 )
-from qlora_trainer.tasks.task import Batch
-
-NOT_TRAINED = -100
-_PROBE_TOKENS = 6
-
-
-@dataclass(frozen=True)
-class LossPath:
-    """How logits come from hidden states: chunked by us, or by the model itself.
-
-    Attributes:
-        chunked: Our loss that never builds all logits; else the model's own logits.
-        reason: Why, in words for the user.
-        logit_scale: What the head's output is multiplied by.
-        softcap: Soft-capping of the logits, if any.
-    """
-
-    chunked: bool
-    reason: str
-    logit_scale: float = 1.0
-    softcap: float | None = None
+from qlora_trainer.tasks.task import Batch, needed_mask
 
 
 def choose_loss_path(model: nn.Module) -> LossPath:
@@ -56,53 +39,24 @@ def choose_loss_path(model: nn.Module) -> LossPath:
     On `meta` there are no logits to compare: the structure alone decides.
     """
     net: Any = model
-    head = net.get_output_embeddings() if hasattr(net, "get_output_embeddings") else None
-    if type(head) is not nn.Linear:
-        kind = "none" if head is None else type(head).__name__
-        return LossPath(False, f"the output head is {kind}, not a plain linear layer")
+    head: Any = net.get_output_embeddings() if hasattr(net, "get_output_embeddings") else None
+    if plain := no_linear_head(head):
+        return plain
     if getattr(net, "base_model", net) is net:
         return LossPath(False, "the model has no decoder apart from its head")
     config = net.config.get_text_config() if hasattr(net.config, "get_text_config") else net.config
     scale = float(getattr(config, "logit_scale", None) or 1.0)
     scale *= float(getattr(config, "lm_head_multiplier", None) or 1.0)
     scale /= float(getattr(config, "logits_scaling", None) or 1.0)
-    path = LossPath(
-        True,
-        "logits are made in chunks of trained tokens",
-        scale,
-        getattr(config, "final_logit_softcapping", None),
-    )
-    if head.weight.is_meta:
-        return path
-    difference = _probe_difference(net, head, path)
-    allowed = {torch.bfloat16: 3e-2, torch.float16: 5e-3}.get(head.weight.dtype, 1e-4)
-    if difference <= allowed:
-        return path
-    return LossPath(
-        False,
-        f"{type(model).__name__} makes its logits in a way we do not know (they differ by "
-        f"{difference:.1%} from head times hidden states); full logits are kept, which needs "
-        "more memory",
-    )
+    path = LossPath(True, CHUNKED, scale, getattr(config, "final_logit_softcapping", None))
 
+    def probe(tokens: Tensor) -> tuple[Tensor, Tensor]:
+        inputs = {"input_ids": tokens, "use_cache": False}
+        own = net(**inputs).logits[0].float()
+        hidden = net.base_model(**inputs).last_hidden_state[0]
+        return own, chunk_logits(hidden, head.weight, head.bias, path.logit_scale, path.softcap)
 
-@torch.no_grad()
-def _probe_difference(model: Any, head: nn.Linear, path: LossPath) -> float:
-    """Largest difference between our logits and the model's own, relative to the largest."""
-    was_training = model.training
-    model.eval()
-    try:
-        step = max(1, head.weight.shape[0] // (_PROBE_TOKENS + 1))
-        tokens = torch.arange(1, _PROBE_TOKENS + 1, device=head.weight.device).mul_(step)
-        inputs = {"input_ids": tokens[None], "use_cache": False}
-        own = model(**inputs).logits[0].float()
-        hidden = model.base_model(**inputs).last_hidden_state[0]
-        ours = chunk_logits(hidden, head.weight, head.bias, path.logit_scale, path.softcap)
-    finally:
-        model.train(was_training)
-    if own.shape != ours.shape:
-        return float("inf")
-    return float((own - ours).abs().max() / own.abs().max().clamp_min(1e-12))
+    return hold_against_model(path, net, head.weight, probe)
 
 
 @dataclass(frozen=True)
@@ -146,21 +100,19 @@ class CausalLM:
         whether a row is packed.
         """
         input_ids, labels = batch["input_ids"], batch["labels"]
-        shifted = nn.functional.pad(labels[:, 1:], (0, 1), value=NOT_TRAINED).reshape(-1)
-        positions = (shifted != NOT_TRAINED).nonzero().squeeze(1)  # (N,)
+        shifted = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED).reshape(-1)
+        positions = (shifted != IGNORED).nonzero().squeeze(1)  # (N,)
         prepared = {
             "input_ids": input_ids,
             "loss_positions": positions,
             "loss_targets": shifted.index_select(0, positions),
+            **needed_mask(batch),
         }
-        mask = batch.get("attention_mask")
-        if mask is not None and not bool(mask.all()):
-            prepared["attention_mask"] = mask
         order = batch.get("position_ids")
         if order is not None and not bool((order == torch.arange(order.shape[1])).all()):
             if self.takes_positions:
                 prepared["position_ids"] = order
-                if self.packs_by_lengths and mask is None and order.shape[0] == 1:
+                if self.packs_by_lengths and "attention_mask" not in batch and order.shape[0] == 1:
                     prepared["attention_mask"] = example_lengths(order)
             elif "attention_mask" not in prepared:
                 raise UserError(
@@ -197,27 +149,14 @@ class CausalLM:
     @torch.no_grad()
     def evaluate(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """Loss and right tokens, summed; the largest logit is found chunk by chunk."""
-        path, net = self.loss_path, _untyped(model)
-        rows, targets = batch["loss_positions"], batch["loss_targets"]
-        head = None
-        if path.chunked:
-            hidden = net.base_model(**_inputs(batch)).last_hidden_state.flatten(0, 1)
-            head = net.get_output_embeddings()
-            chunk = self.chunk_tokens or default_chunk_tokens(head.weight.shape[0])
+        net = _untyped(model)
+        if not self.loss_path.chunked:
+            outputs, head = net(**_inputs(batch)).logits, None
         else:
-            hidden = net(**_inputs(batch)).logits.flatten(0, 1)
-            chunk = self.chunk_tokens or default_chunk_tokens(hidden.shape[-1])
-        loss = torch.zeros((), dtype=torch.float32, device=rows.device)
-        right = torch.zeros((), dtype=torch.int64, device=rows.device)
-        for part, labels in zip(rows.split(chunk), targets.split(chunk), strict=True):
-            logits = hidden.index_select(0, part)
-            if head is not None:
-                logits = chunk_logits(
-                    logits, head.weight, head.bias, path.logit_scale, path.softcap
-                )
-            loss += nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
-            right += (logits.argmax(1) == labels).sum()
-        return {"loss": loss, "token_accuracy": right}
+            outputs = net.base_model(**_inputs(batch)).last_hidden_state
+            layer = net.get_output_embeddings()
+            head = layer.weight, layer.bias
+        return token_sums(outputs.flatten(0, 1), head, batch, self.loss_path, self.chunk_tokens)
 
 
 def _untyped(model: nn.Module) -> Any:
@@ -246,15 +185,8 @@ def weightless_batch(
     config: Any, *, rows: int, tokens: int, padded: bool, settings: Mapping[str, Any]
 ) -> dict[str, Tensor]:
     """Full length, every token trained: the loss then makes the most chunks of logits."""
-    size = (rows, tokens)
-    batch = {
-        "input_ids": torch.zeros(size, dtype=torch.int64),
-        "labels": torch.zeros(size, dtype=torch.int64),
-    }
-    if padded:
-        batch["attention_mask"] = torch.ones(size, dtype=torch.int64)
-        batch["attention_mask"][0, -1] = 0
-    return batch
+    batch = full_length_inputs(rows, tokens, padded=padded)
+    return {**batch, "labels": torch.zeros_like(batch["input_ids"])}
 
 
 KIND = TaskKind(

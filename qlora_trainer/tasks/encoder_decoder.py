@@ -18,15 +18,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlora_trainer.tasks.causal_lm import NOT_TRAINED, LossPath
-from qlora_trainer.tasks.linear_cross_entropy import (
-    chunk_logits,
-    default_chunk_tokens,
-    linear_cross_entropy,
+from qlora_trainer.data.encode import IGNORED
+from qlora_trainer.tasks.linear_cross_entropy import chunk_logits, linear_cross_entropy
+from qlora_trainer.tasks.loss_path import (
+    CHUNKED,
+    LossPath,
+    hold_against_model,
+    no_linear_head,
+    token_sums,
 )
-from qlora_trainer.tasks.task import Batch
+from qlora_trainer.tasks.task import Batch, needed_mask
 
-_PROBE_TOKENS = 6
 Shift = Callable[[Tensor], Tensor]
 
 
@@ -46,23 +48,20 @@ def choose_loss_path(model: nn.Module) -> LossPath:
     if own_shift(model) is None:
         return LossPath(False, f"{kind} shifts labels only inside its forward; full logits kept")
     head = net.get_output_embeddings()
-    if type(head) is not nn.Linear:
-        name = "none" if head is None else type(head).__name__
-        return LossPath(False, f"the output head is {name}, not a plain linear layer")
-    path = LossPath(
-        True, "logits are made in chunks of trained tokens", _logit_scale(net.config), _softcap(net)
-    )
-    if head.weight.is_meta:
-        return path
-    difference = _probe_difference(net, path)
-    allowed = {torch.bfloat16: 3e-2, torch.float16: 5e-3}.get(head.weight.dtype, 1e-4)
-    if difference <= allowed:
-        return path
-    return LossPath(
-        False,
-        f"{kind} makes its logits in a way we do not know (they differ by {difference:.1%} from "
-        "head times hidden states); full logits are kept, which needs more memory",
-    )
+    if plain := no_linear_head(head):
+        return plain
+    path = LossPath(True, CHUNKED, _logit_scale(net.config), _softcap(net))
+
+    def probe(tokens: Tensor) -> tuple[Tensor, Tensor] | None:
+        batch = {"input_ids": tokens, "decoder_input_ids": tokens.flip(1)}
+        try:
+            own = net(**batch, use_cache=False).logits[0].float()
+            hidden, bias = _decoder_states(net, batch)[0], _logit_bias(net)
+            return own, chunk_logits(hidden, head.weight, bias, path.logit_scale, path.softcap)
+        except (TypeError, AttributeError):  # a model whose parts are called in another way
+            return None
+
+    return hold_against_model(path, net, head.weight, probe)
 
 
 def _logit_scale(config: Any) -> float:
@@ -103,28 +102,6 @@ def _decoder_states(net: Any, batch: Batch) -> Tensor:
     return states
 
 
-@torch.no_grad()
-def _probe_difference(net: Any, path: LossPath) -> float:
-    """Largest difference between our logits and the model's own, relative to the largest."""
-    head = net.get_output_embeddings()
-    step = max(1, head.weight.shape[0] // (_PROBE_TOKENS + 1))
-    tokens = torch.arange(1, _PROBE_TOKENS + 1, device=head.weight.device).mul_(step)[None]
-    batch = {"input_ids": tokens, "decoder_input_ids": tokens.flip(1)}
-    was_training = net.training
-    net.eval()
-    try:
-        own = net(**batch, use_cache=False).logits[0].float()
-        hidden = _decoder_states(net, batch)[0]
-        ours = chunk_logits(hidden, head.weight, _logit_bias(net), path.logit_scale, path.softcap)
-    except (TypeError, AttributeError):  # a model whose parts are called in another way
-        return float("inf")
-    finally:
-        net.train(was_training)
-    if own.shape != ours.shape:
-        return float("inf")
-    return float((own - ours).abs().max() / own.abs().max().clamp_min(1e-12))
-
-
 @dataclass(frozen=True)
 class EncoderDecoderLoss:
     """What one model's target tokens cost.
@@ -151,15 +128,12 @@ class EncoderDecoderLoss:
 
         A batch without labels keeps what generation needs.
         """
-        prepared = {"input_ids": batch["input_ids"]}
-        mask = batch.get("attention_mask")
-        if mask is not None and not bool(mask.all()):
-            prepared["attention_mask"] = mask
+        prepared = {"input_ids": batch["input_ids"], **needed_mask(batch)}
         if "labels" not in batch:
             return prepared
         labels = batch["labels"]  # (B, T), aligned with the decoder's *outputs*
         flat = labels.reshape(-1)
-        positions = (flat != NOT_TRAINED).nonzero().squeeze(1)  # (N,)
+        positions = (flat != IGNORED).nonzero().squeeze(1)  # (N,)
         prepared["loss_positions"] = positions
         prepared["loss_targets"] = flat.index_select(0, positions)
         if self.shift is None:
@@ -194,24 +168,12 @@ class EncoderDecoderLoss:
     def evaluate(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """Loss and right tokens, summed; the largest logit is found chunk by chunk."""
         net: Any = model
-        path, head, bias = self.loss_path, None, None
-        if path.chunked:
-            states = _decoder_states(net, batch).flatten(0, 1)
-            head, bias = net.get_output_embeddings(), _logit_bias(net)
-            chunk = self.chunk_tokens or default_chunk_tokens(head.weight.shape[0])
+        if not self.loss_path.chunked:
+            outputs, head = _plain_logits(net, batch), None
         else:
-            states = _plain_logits(net, batch)
-            chunk = self.chunk_tokens or default_chunk_tokens(states.shape[-1])
-        rows, targets = batch["loss_positions"], batch["loss_targets"]
-        loss = torch.zeros((), dtype=torch.float32, device=rows.device)
-        right = torch.zeros((), dtype=torch.int64, device=rows.device)
-        for part, labels in zip(rows.split(chunk), targets.split(chunk), strict=True):
-            logits = states.index_select(0, part)
-            if head is not None:
-                logits = chunk_logits(logits, head.weight, bias, path.logit_scale, path.softcap)
-            loss += nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
-            right += (logits.argmax(1) == labels).sum()
-        return {"loss": loss, "token_accuracy": right}
+            outputs = _decoder_states(net, batch).flatten(0, 1)
+            head = net.get_output_embeddings().weight, _logit_bias(net)
+        return token_sums(outputs, head, batch, self.loss_path, self.chunk_tokens)
 
 
 def _plain_logits(net: Any, batch: Batch) -> Tensor:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from qlora_trainer.data.dataset import EncodedDataset
@@ -84,6 +85,30 @@ class WeightlessBatch(Protocol):
             settings: The run file's `task_settings`.
         """
         ...
+
+
+def full_length_inputs(
+    rows: int, tokens: int, *, padded: bool, typed: bool = False, token: int = 0
+) -> dict[str, Tensor]:
+    """What a weightless batch of texts has whatever the task.
+
+    Args:
+        rows: Rows of the batch.
+        tokens: Tokens of every row.
+        padded: Whether there is a mask; the last token of the first row is then padding.
+        typed: Whether there are token types.
+        token: The id that stands everywhere.
+
+    Returns:
+        `input_ids` and what else is there of `attention_mask`, `token_type_ids`, (B, T) int64.
+    """
+    batch = {"input_ids": torch.full((rows, tokens), token, dtype=torch.int64)}
+    if padded:
+        batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+        batch["attention_mask"][0, -1] = 0
+    if typed:
+        batch["token_type_ids"] = torch.zeros_like(batch["input_ids"])
+    return batch
 
 
 def no_changes(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,8 +21,8 @@ from transformers import AutoModelForQuestionAnswering
 
 from qlora_trainer.data.encode_answers import AnswersEncoder
 from qlora_trainer.tasks.answer_metrics import answer_scores
-from qlora_trainer.tasks.kind import EncoderInputs, TaskInputs, TaskKind
-from qlora_trainer.tasks.task import Batch, Scores
+from qlora_trainer.tasks.kind import EncoderInputs, TaskInputs, TaskKind, full_length_inputs
+from qlora_trainer.tasks.task import Batch, Scores, needed_mask
 
 _METRICS = ("exact_match", "f1", "has_answer_exact_match", "has_answer_f1", "no_answer_accuracy")
 _CANDIDATES = 20  # first and last tokens looked at per window, as in BERT's own script
@@ -55,11 +55,9 @@ class QuestionAnswering:
 
     def prepare(self, batch: Batch) -> dict[str, Tensor]:
         """Leave out the row numbers and a mask that says nothing."""
-        prepared = {name: value for name, value in batch.items() if name != "row"}
-        mask = prepared.get("attention_mask")
-        if mask is not None and bool(mask.all()):
-            del prepared["attention_mask"]
-        return prepared
+        left_out = ("row", "attention_mask")
+        kept = {name: value for name, value in batch.items() if name not in left_out}
+        return {**kept, **needed_mask(batch)}
 
     def loss_weight(self, batch: Batch) -> int:
         """Rows."""
@@ -223,19 +221,13 @@ def weightless_batch(
     config: Any, *, rows: int, tokens: int, padded: bool, settings: Mapping[str, Any]
 ) -> dict[str, Tensor]:
     """Windows of full length."""
-    size = (rows, tokens)
-    batch = {
-        "input_ids": torch.zeros(size, dtype=torch.int64),
-        "attention_mask": torch.ones(size, dtype=torch.int64),
-        "offsets": torch.zeros((*size, 2), dtype=torch.int64),
+    typed = (getattr(config, "type_vocab_size", None) or 0) > 1
+    return {
+        **full_length_inputs(rows, tokens, padded=padded, typed=typed),
+        "offsets": torch.zeros((rows, tokens, 2), dtype=torch.int64),
         "no_answer": torch.zeros(rows, dtype=torch.int64),
         "answer": torch.zeros((rows, 2), dtype=torch.int64),
     }
-    if (getattr(config, "type_vocab_size", None) or 0) > 1:
-        batch["token_type_ids"] = torch.zeros(size, dtype=torch.int64)
-    if padded:
-        batch["attention_mask"][0, -1] = 0
-    return batch
 
 
 KIND = TaskKind(

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from qlora_trainer.data.encode_pairs import PairEncoder
 from qlora_trainer.errors import UserError
 from qlora_trainer.tasks.encoder_decoder import EncoderDecoderLoss
-from qlora_trainer.tasks.kind import EncoderInputs, TaskInputs, TaskKind
+from qlora_trainer.tasks.kind import EncoderInputs, TaskInputs, TaskKind, full_length_inputs
 from qlora_trainer.tasks.task import Batch, Scores
 from qlora_trainer.tasks.text_metrics import TEXT_METRICS, score_texts
 
@@ -137,13 +137,8 @@ def weightless_batch(
     config: Any, *, rows: int, tokens: int, padded: bool, settings: Mapping[str, Any]
 ) -> dict[str, Tensor]:
     """Sources and targets of full length, every target token trained."""
-    batch = {
-        "input_ids": torch.zeros((rows, tokens), dtype=torch.int64),
-        "labels": torch.zeros((rows, settings["max_target_len"]), dtype=torch.int64),
-    }
-    if padded:
-        batch["attention_mask"] = torch.ones((rows, tokens), dtype=torch.int64)
-        batch["attention_mask"][0, -1] = 0
+    batch = full_length_inputs(rows, tokens, padded=padded)
+    batch["labels"] = torch.zeros((rows, settings["max_target_len"]), dtype=torch.int64)
     return batch
 
 

@@ -85,6 +85,15 @@ class ScoredTask(Task, Protocol):
         ...
 
 
+def needed_mask(batch: Batch) -> dict[str, Tensor]:
+    """`attention_mask`, unless it is all ones and says nothing (or is not there).
+
+    Without it transformers takes its fused kernels.
+    """
+    mask = batch.get("attention_mask")
+    return {} if mask is None or bool(mask.all()) else {"attention_mask": mask}
+
+
 def cut_rows(batch: Batch, parts: int) -> list[dict[str, Tensor]]:
     """Cut every tensor of a collated batch along its rows into about so many parts.
 

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from qlora_trainer.base.packed_attention import use_packed_attention
 from qlora_trainer.errors import UserError
-from qlora_trainer.tasks.causal_lm import CausalLM, LossPath, choose_loss_path
+from qlora_trainer.tasks.causal_lm import CausalLM, choose_loss_path
+from qlora_trainer.tasks.loss_path import LossPath
 from qlora_trainer.tasks.task import to_device
 
 COMMON = {

@@ -9,7 +9,8 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from qlora_trainer.base.layers import decoder_layers
 from qlora_trainer.lora.inject import adapter_parameters, inject_adapter
 from qlora_trainer.lora.spec import AdapterSpec
-from qlora_trainer.tasks.causal_lm import CausalLM, LossPath
+from qlora_trainer.tasks.causal_lm import CausalLM
+from qlora_trainer.tasks.loss_path import LossPath
 from qlora_trainer.training.activations import plan_activations
 from qlora_trainer.training.step import seed_random
 from tests.training.tiny import adapted_llama, batch, tiny_llama

@@ -12,7 +12,8 @@ from qlora_trainer.base.layers import decoder_layers
 from qlora_trainer.lora.fuse import fuse_mlps
 from qlora_trainer.lora.inject import adapter_parameters, inject_adapter
 from qlora_trainer.lora.spec import AdapterSpec
-from qlora_trainer.tasks.causal_lm import CausalLM, LossPath
+from qlora_trainer.tasks.causal_lm import CausalLM
+from qlora_trainer.tasks.loss_path import LossPath
 from qlora_trainer.training.activations import plan_activations
 from qlora_trainer.training.offload import Copy, Transfers, piece_sizes
 from qlora_trainer.training.step import seed_random
