@@ -32,7 +32,7 @@ from qlora_trainer.data.labels import label_settings
 from qlora_trainer.data.padding import padded
 from qlora_trainer.data.rows import Findings
 
-_PROBLEM_TYPES = {
+PROBLEM_TYPES: dict[Problem, str] = {  # as transformers calls them
     "single": "single_label_classification",
     "multi": "multi_label_classification",
     "regression": "regression",
@@ -210,6 +210,6 @@ class LabelledTextsEncoder:
         """Label names, the kind of problem, and the padding that ends a decoder's text."""
         return {
             **label_settings(self.labels or ["value"]),
-            "problem_type": _PROBLEM_TYPES[self.problem],
+            "problem_type": PROBLEM_TYPES[self.problem],
             "pad_token_id": self.pad_id,
         }

@@ -1,6 +1,7 @@
-"""A confusion matrix as a picture: rows by their class down, by what they were given across."""
+"""A confusion matrix scored and drawn: rows by their class down, by what they were given across."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,20 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from qlora_trainer.tasks.class_metrics import class_report, counts_of_matrix, matthews
+from qlora_trainer.tasks.task import Scores
+
 _MOST_NUMBERED = 25  # classes whose cells still hold a number one can read
+
+
+def score_matrix(matrix: "np.ndarray[Any, np.dtype[Any]]", names: Sequence[str]) -> Scores:
+    """Figures of (K, K) counts, their table by class, and their picture."""
+    counts = counts_of_matrix(matrix)
+    return Scores(
+        {**counts.averages(), "matthews": matthews(matrix)},
+        class_report(names, counts),
+        {"confusion.png": partial(draw_confusion, matrix, names)},
+    )
 
 
 def draw_confusion(

@@ -9,7 +9,6 @@ B rows, C classes.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,19 +16,19 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from qlora_trainer.data.dataset import EncodedDataset
 from qlora_trainer.data.encode_pictures import PictureEncoder
 from qlora_trainer.data.labels import label_settings
 from qlora_trainer.data.picture_records import find_labels
 from qlora_trainer.errors import UserError
-from qlora_trainer.tasks.class_metrics import (
-    class_report,
-    confusion_matrix,
-    counts_of_matrix,
-    matthews,
-)
-from qlora_trainer.tasks.confusion import draw_confusion
+from qlora_trainer.tasks.class_metrics import confusion_matrix
+from qlora_trainer.tasks.confusion import score_matrix
 from qlora_trainer.tasks.kind import EncoderInputs, TaskInputs, TaskKind
+from qlora_trainer.tasks.labels import (
+    balanced_weights,
+    count_labels,
+    head_labels,
+    known_names,
+)
 from qlora_trainer.tasks.task import Batch, Scores
 
 _TOP = 5
@@ -100,12 +99,7 @@ class ImageClassification:
             np.array([ids[made["label"]] for made in predictions]),
             len(ids),
         )
-        counts = counts_of_matrix(matrix)
-        return Scores(
-            {**counts.averages(), "matthews": matthews(matrix)},
-            class_report(self.label_names, counts),
-            {"confusion.png": partial(draw_confusion, matrix, self.label_names)},
-        )
+        return score_matrix(matrix, self.label_names)
 
     def tell(self, predictions: Sequence[Any], references: Sequence[Any]) -> list[dict[str, Any]]:
         """One label with its probability per picture, and the next likely ones."""
@@ -145,16 +139,6 @@ def _logits(model: nn.Module, batch: Batch) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-def balanced_weights(train: EncodedDataset, classes: int) -> Tensor:
-    """(C,) So that every class counts as much in the sum over all rows; rows on average 1."""
-    labels = [int(train.column(index, "label")[0]) for index in range(len(train))]
-    counts = np.bincount(labels, minlength=classes)
-    present = counts > 0
-    weights = np.zeros(classes, np.float32)
-    weights[present] = len(labels) / (present.sum() * counts[present])
-    return torch.from_numpy(weights)
-
-
 def _encoder(inputs: EncoderInputs) -> PictureEncoder:
     channels = getattr(inputs.config, "num_channels", 3)
     if channels != 3:
@@ -165,7 +149,7 @@ def _encoder(inputs: EncoderInputs) -> PictureEncoder:
     settings = inputs.settings
     names = settings["labels"]
     if names is None:
-        names = _known_names(inputs.config, find_labels(inputs.training_rows()))
+        names = known_names(inputs.config, find_labels(inputs.training_rows()))
     if len(names) < 2:
         raise UserError(f"task_settings.labels = {names}: at least two are needed")
     return PictureEncoder(
@@ -177,18 +161,11 @@ def _encoder(inputs: EncoderInputs) -> PictureEncoder:
     )
 
 
-def _known_names(config: Any, names: list[str]) -> list[str]:
-    """The labels of a model that has been taught these already, in its order, or these."""
-    taught = [config.id2label[index] for index in sorted(config.id2label)]
-    return taught if set(names) <= set(taught) else names
-
-
 def _task(inputs: TaskInputs) -> ImageClassification:
-    model: Any = inputs.model
-    names = tuple(model.config.id2label[index] for index in sorted(model.config.id2label))
+    names = head_labels(inputs.model.config)
     weights = None
     if inputs.settings["class_weights"] == "balanced" and inputs.train is not None:
-        weights = balanced_weights(inputs.train, len(names))
+        weights = balanced_weights(count_labels(inputs.train, "label", len(names)))
     return ImageClassification(_compute_dtype(inputs.model), names, weights)
 
 

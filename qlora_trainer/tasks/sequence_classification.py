@@ -3,15 +3,14 @@
 An encoder's head reads its first token, a decoder's the last that is not padding; both as their
 transformers class does it. Losses are cross-entropy, the mean over labels of binary cross-entropy,
 and the squared error; each is summed over rows. Balanced class weights are scaled so that their
-mean over the training rows is 1 (a row of a class with `n` of `N` rows weighs `N / (K n)`), which
-leaves the size of the loss as it is.
+mean over the training rows is 1 (see `labels.balanced_weights`), which leaves the size of the loss
+as it is.
 
 B rows, T tokens, K labels.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,21 +19,25 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
 from qlora_trainer.data.dataset import EncodedDataset
-from qlora_trainer.data.encode_texts import LabelledTextsEncoder
+from qlora_trainer.data.encode_texts import PROBLEM_TYPES, LabelledTextsEncoder
 from qlora_trainer.data.labelled_texts import Problem, find_problem
 from qlora_trainer.errors import UserError
 from qlora_trainer.tasks.class_metrics import (
     class_report,
     confusion_matrix,
-    counts_of_matrix,
     counts_of_sets,
-    matthews,
     pearson,
     spearman,
 )
-from qlora_trainer.tasks.confusion import draw_confusion
-from qlora_trainer.tasks.kind import EncoderInputs, TaskInputs, TaskKind
-from qlora_trainer.tasks.task import Batch, Scores
+from qlora_trainer.tasks.confusion import score_matrix
+from qlora_trainer.tasks.kind import EncoderInputs, TaskInputs, TaskKind, full_length_inputs
+from qlora_trainer.tasks.labels import (
+    balanced_weights,
+    count_labels,
+    head_labels,
+    known_names,
+)
+from qlora_trainer.tasks.task import Batch, Scores, needed_mask
 
 _AVERAGES = ("macro_precision", "macro_recall", "macro_f1", "micro_f1", "weighted_f1")
 _METRICS: dict[Problem, dict[str, bool]] = {
@@ -43,11 +46,7 @@ _METRICS: dict[Problem, dict[str, bool]] = {
     "regression": {"pearson": True, "spearman": True, "mean_absolute_error": False},
 }
 _BEST: dict[Problem, str] = {"single": "accuracy", "multi": "micro_f1", "regression": "pearson"}
-_PROBLEMS: dict[str, Problem] = {
-    "single_label_classification": "single",
-    "multi_label_classification": "multi",
-    "regression": "regression",
-}
+_PROBLEMS = {kind: problem for problem, kind in PROBLEM_TYPES.items()}
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 
@@ -77,11 +76,8 @@ class SequenceClassification:
 
     def prepare(self, batch: Batch) -> dict[str, Tensor]:
         """Drop a mask that says nothing, and the row numbers."""
-        names = (*_INPUTS, "targets")
-        prepared = {name: batch[name] for name in names if name in batch}
-        if "attention_mask" in prepared and bool(prepared["attention_mask"].all()):
-            del prepared["attention_mask"]
-        return prepared
+        others = {name: batch[name] for name in ("token_type_ids", "targets") if name in batch}
+        return {"input_ids": batch["input_ids"], **needed_mask(batch), **others}
 
     def loss_weight(self, batch: Batch) -> int:
         """Rows."""
@@ -145,14 +141,9 @@ class SequenceClassification:
             return Scores({"accuracy": accuracy, **counts.averages()}, report)
         classes = np.asarray(references, np.int64)
         matrix = confusion_matrix(classes, found.argmax(1), len(self.labels))
-        counts = counts_of_matrix(matrix)
-        metrics = {
-            "accuracy": float(np.trace(matrix) / matrix.sum()),
-            **counts.averages(),
-            "matthews": matthews(matrix),
-        }
-        picture = partial(draw_confusion, matrix, self.labels)
-        return Scores(metrics, class_report(self.labels, counts), {"confusion.png": picture})
+        scores = score_matrix(matrix, self.labels)
+        accuracy = float(np.trace(matrix) / matrix.sum())
+        return replace(scores, metrics={"accuracy": accuracy, **scores.metrics})
 
     def tell(self, predictions: Sequence[Any], references: Sequence[Any]) -> list[dict[str, Any]]:
         """The label with its probability, all labels above one half, or the number."""
@@ -180,17 +171,11 @@ def _regression_scores(found: Any, truth: Any) -> Scores:
     return Scores(metrics, "\n".join(f"{name:<20} {value:.4f}" for name, value in metrics.items()))
 
 
-def balanced_weights(dataset: EncodedDataset, problem: Problem, count: int) -> Tensor:
-    """(K,) N / (K n) for a class with n of all N labels given; 1 for one that never occurs."""
-    rows = np.zeros(count)
-    for index in range(len(dataset)):
-        values = dataset.column(index, "label")
-        if problem == "single":
-            rows[int(values[0])] += 1
-        else:
-            rows += values
-    weights = np.where(rows > 0, rows.sum() / (count * np.maximum(rows, 1)), 1.0)
-    return torch.from_numpy(weights.astype(np.float32))
+def _label_counts(train: EncodedDataset, problem: Problem, labels: int) -> Any:
+    """(K,) How many rows have each label."""
+    if problem == "single":
+        return count_labels(train, "label", labels)
+    return sum((train.column(index, "label") for index in range(len(train))), np.zeros(labels))
 
 
 def _encoder(inputs: EncoderInputs) -> LabelledTextsEncoder:
@@ -204,7 +189,7 @@ def _encoder(inputs: EncoderInputs) -> LabelledTextsEncoder:
     if problem == "auto" or (labels is None and problem != "regression"):
         found, names = find_problem(inputs.training_rows())
         problem = found if problem == "auto" else problem
-        labels = _known_names(inputs.config, names) if labels is None else labels
+        labels = known_names(inputs.config, names) if labels is None else labels
     return LabelledTextsEncoder(
         inputs.tokenizer,
         problem=problem,
@@ -215,20 +200,14 @@ def _encoder(inputs: EncoderInputs) -> LabelledTextsEncoder:
     )
 
 
-def _known_names(config: Any, names: list[str]) -> list[str]:
-    """The labels of a model that has been taught these already, in its order, or these."""
-    taught = [config.id2label[index] for index in sorted(config.id2label)]
-    return taught if set(names) <= set(taught) else names
-
-
 def _task(inputs: TaskInputs) -> SequenceClassification:
     model: Any = inputs.model
-    problem = _PROBLEMS[model.config.problem_type or "single_label_classification"]
-    labels = tuple(model.config.id2label[index] for index in sorted(model.config.id2label))
+    problem = _PROBLEMS[model.config.problem_type or PROBLEM_TYPES["single"]]
+    labels = head_labels(model.config)
     weights = None
     balanced = inputs.settings.get("class_weights") == "balanced" and problem != "regression"
     if balanced and inputs.train is not None:
-        weights = balanced_weights(inputs.train, problem, len(labels))
+        weights = balanced_weights(_label_counts(inputs.train, problem, len(labels)))
     return SequenceClassification(problem, labels, weights)
 
 
@@ -236,13 +215,8 @@ def weightless_batch(
     config: Any, *, rows: int, tokens: int, padded: bool, settings: Mapping[str, Any]
 ) -> dict[str, Tensor]:
     """Full length, one label a row."""
-    size = (rows, tokens)
-    batch = {"input_ids": torch.ones(size, dtype=torch.int64)}
-    if padded:
-        batch["attention_mask"] = torch.ones(size, dtype=torch.int64)
-        batch["attention_mask"][0, -1] = 0
-    if getattr(config, "type_vocab_size", 0):
-        batch["token_type_ids"] = torch.zeros(size, dtype=torch.int64)
+    typed = bool(getattr(config, "type_vocab_size", 0))
+    batch = full_length_inputs(rows, tokens, padded=padded, typed=typed, token=1)
     many = settings.get("problem") == "multi"
     shape = (rows, config.num_labels) if many else (rows,)
     kind = torch.int64 if settings.get("problem") in (None, "auto", "single") else torch.float32
@@ -252,9 +226,8 @@ def weightless_batch(
 
 def _weightless_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     problem = settings.get("problem", "auto")
-    kinds = {name: kind for kind, name in _PROBLEMS.items()}
     changes: dict[str, Any] = {
-        "problem_type": kinds.get(problem, "single_label_classification"),
+        "problem_type": PROBLEM_TYPES.get(problem, PROBLEM_TYPES["single"]),
         "pad_token_id": 0,
     }
     labels = settings.get("labels")

@@ -22,8 +22,9 @@ from qlora_trainer.data.tagged_words import to_tagged_words
 from qlora_trainer.data.tags import check_labels, entity_spans, label_names
 from qlora_trainer.errors import UserError
 from qlora_trainer.tasks.entity_metrics import averages, count_entities, entity_report
-from qlora_trainer.tasks.kind import EncoderInputs, TaskInputs, TaskKind
-from qlora_trainer.tasks.task import Batch, Scores
+from qlora_trainer.tasks.kind import EncoderInputs, TaskInputs, TaskKind, full_length_inputs
+from qlora_trainer.tasks.labels import balanced_weights, count_labels, head_labels
+from qlora_trainer.tasks.task import Batch, Scores, needed_mask
 
 _METRICS = (
     "accuracy",
@@ -63,15 +64,12 @@ class TokenClassification:
         """Find the words' positions; drop a mask that says nothing."""
         labels = batch["labels"].reshape(-1)
         positions = (labels != IGNORED).nonzero().squeeze(1)  # (W,)
-        prepared = {
+        return {
             "input_ids": batch["input_ids"],
             "loss_positions": positions,
             "loss_targets": labels.index_select(0, positions),
+            **needed_mask(batch),
         }
-        mask = batch.get("attention_mask")
-        if mask is not None and not bool(mask.all()):
-            prepared["attention_mask"] = mask
-        return prepared
 
     def loss_weight(self, batch: Batch) -> int:
         """Words."""
@@ -216,38 +214,19 @@ def _encoder(inputs: EncoderInputs) -> TaggedWordsEncoder:
 
 
 def _task(inputs: TaskInputs) -> TokenClassification:
-    config: Any = inputs.model.config
-    labels = tuple(config.id2label[index] for index in range(config.num_labels))
+    labels = head_labels(inputs.model.config)
     weights = None
     if inputs.settings["class_weights"] == "balanced" and inputs.train is not None:
-        weights = balanced_weights(inputs.train, len(labels))
+        weights = balanced_weights(count_labels(inputs.train, "tags", len(labels)))
     return TokenClassification(labels, weights)
-
-
-def balanced_weights(train: Any, labels: int) -> Tensor:
-    """(C,) Words over labels times the words of each label; a label without any counts 0."""
-    counts = torch.zeros(labels, dtype=torch.float64)
-    for index in range(len(train)):
-        tags = torch.from_numpy(train.column(index, "tags").astype("int64"))
-        counts += torch.bincount(tags, minlength=labels)
-    present = counts > 0
-    weights = torch.where(present, counts.sum() / (present.sum() * counts.clamp_min(1)), 0.0)
-    return weights.float()
 
 
 def weightless_batch(
     config: Any, *, rows: int, tokens: int, padded: bool, settings: Mapping[str, Any]
 ) -> dict[str, Tensor]:
     """Full length, a word every token."""
-    size = (rows, tokens)
-    batch = {
-        "input_ids": torch.zeros(size, dtype=torch.int64),
-        "labels": torch.zeros(size, dtype=torch.int64),
-        "attention_mask": torch.ones(size, dtype=torch.int64),
-    }
-    if padded:
-        batch["attention_mask"][0, -1] = 0
-    return batch
+    batch = full_length_inputs(rows, tokens, padded=padded)
+    return {**batch, "labels": torch.zeros_like(batch["input_ids"])}
 
 
 def _weightless_settings(settings: Mapping[str, Any]) -> dict[str, Any]:

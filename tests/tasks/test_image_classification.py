@@ -29,7 +29,7 @@ from qlora_trainer.errors import UserError
 from qlora_trainer.lora.files import load_adapter, save_adapter
 from qlora_trainer.lora.inject import adapter_parameters, inject_adapter
 from qlora_trainer.lora.spec import AdapterSpec
-from qlora_trainer.tasks.image_classification import KIND, balanced_weights, weightless_batch
+from qlora_trainer.tasks.image_classification import KIND, weightless_batch
 from qlora_trainer.tasks.kind import EncoderInputs, TaskInputs
 from qlora_trainer.tasks.task import ScoredTask
 from qlora_trainer.training.optimizer import AdapterAdamW
@@ -189,10 +189,10 @@ def test_rare_classes_can_count_more(data, tmp_path):
     model, _ = adapted("vit", tmp_path / "base")
     encoder = KIND.make_encoder(inputs(data, model.config))
     rows = encoded(data, encoder, tmp_path / "cache")
-    weights = balanced_weights(rows, 3)
-    assert weights.tolist() == pytest.approx([18 / (3 * n) for n in (4, 6, 8)])
     settings = {**SETTINGS, "class_weights": "balanced"}
     task = KIND.make_task(TaskInputs(model, settings, encoder, rows))
+    weights = task.class_weights
+    assert weights.tolist() == pytest.approx([18 / (3 * n) for n in (4, 6, 8)])
     batch = task.prepare(encoder.collate(rows, [0, 17]))
     with torch.no_grad():
         logits = model(pixel_values=batch["pixel_values"]).logits
