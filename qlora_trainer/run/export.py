@@ -1,7 +1,6 @@
 """From a run folder or an adapter folder to a merged checkpoint, an adapter or a GGUF file."""
 
 import dataclasses
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,10 +24,11 @@ from qlora_trainer.export.folder import check_target
 from qlora_trainer.export.gguf_export import export_gguf
 from qlora_trainer.export.proof import ProofRequest
 from qlora_trainer.export.source import last_part
-from qlora_trainer.lora.peft_config import CONFIG_NAME, read_json
+from qlora_trainer.lora.peft_config import CONFIG_NAME, adapter_in, read_json
 from qlora_trainer.run.adapter_task import adapter_class, label_settings
 from qlora_trainer.run.report import Reporter
 from qlora_trainer.training import setup
+from qlora_trainer.training.environment import base_trained_on
 
 _PROOF_ROWS = 32
 _MEGABYTE = 10**6
@@ -182,11 +182,10 @@ def _adapter_folder(folder: Path) -> Path:
     Raises:
         UserError: It is neither.
     """
-    if _is_run(folder):
-        return folder / "adapter"
-    if (folder / CONFIG_NAME).is_file():
-        return folder
-    raise UserError(f"{folder}: is neither a finished run nor an adapter ({CONFIG_NAME})")
+    adapter = adapter_in(folder)
+    if adapter is None:
+        raise UserError(f"{folder}: is neither a finished run nor an adapter ({CONFIG_NAME})")
+    return adapter
 
 
 def open_export(
@@ -243,11 +242,7 @@ def _check_base(folder: Path, base: Path, told: Reporter, *, asked_for: bool) ->
     Raises:
         UserError: It is not, and nobody asked for another.
     """
-    environment = folder / "environment.json"
-    if not environment.is_file():
-        return
-    trained_on = json.loads(environment.read_text(encoding="utf-8")).get("base_fingerprint")
-    if trained_on in (None, base_fingerprint(base)):
+    if base_trained_on(folder) == base_fingerprint(base):
         return
     if not asked_for:
         raise UserError(
