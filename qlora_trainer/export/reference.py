@@ -89,7 +89,7 @@ def write_references(
     columns: list[int] = []
     with (folder / f"reference-{precision}").open("wb") as file:
         for logits in found:
-            file.write(memoryview(logits.contiguous().numpy()))  # type: ignore[arg-type]
+            file.write(logits.contiguous().numpy().data)
             counts.append(logits.shape[0])
             columns.append(logits.shape[1])
     if sum(counts) == 0:
