@@ -19,7 +19,7 @@ def test_the_readme_shows_the_recorded_numbers() -> None:
 def test_the_tables_of_exports_show_ratios_and_the_load_they_were_measured_under(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import readme_tables
+    from tables import common, export
 
     figures = {
         "positions": 90.0, "reference_perplexity": 2.5, "export_perplexity": 2.6, "mean_kl": 1e-3,
@@ -36,10 +36,10 @@ def test_the_tables_of_exports_show_ratios_and_the_load_they_were_measured_under
         },
     }  # fmt: skip
     (tmp_path / "export.json").write_text(json.dumps(found))
-    monkeypatch.setattr(readme_tables, "RESULTS", tmp_path)
-    speed = readme_tables.export_speed()
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
+    speed = export.export_speed()
     assert "| 7B: merging onto original | 3.0 s | 1.50 | 66 MB |" in speed
     assert "7B 0.4" in speed
-    proof = readme_tables.export_proof()
+    proof = export.export_proof()
     assert "| same most likely token | 99.00% | 99.00% |" in proof
     assert "90 positions of held-out rows" in proof

@@ -1,0 +1,65 @@
+"""The exports' tables: the proof, and the merge's time and memory."""
+
+from __future__ import annotations
+
+from tables.common import markdown, result
+
+
+def export_proof() -> str:
+    """Both ways of merging against base + adapter, of a trained run."""
+    found = result("export")["proof"]
+    shown = (
+        ("perplexity of base + adapter", "reference_perplexity", "{:.4f}"),
+        ("perplexity of the export", "export_perplexity", "{:.4f}"),
+        ("mean KL divergence (nats)", "mean_kl", "{:.2e}"),
+        ("same most likely token", "top1_agreement", "{:.2%}"),
+        ("relative difference of logits", "relative_difference", "{:.1e}"),
+    )
+    columns = {
+        f"onto {way}, {precision}": figures
+        for way, part in found["ways"].items()
+        for precision, figures in part.items()
+    }
+    rows = [[label, *(form.format(f[key]) for f in columns.values())] for label, key, form in shown]
+    rows_of = found["rows"]
+    return (
+        f"{markdown(['', *columns], rows)}\n\n{found['base']['name']} with its rank "
+        f"{found['adapter']['rank']} adapter, merged in {found['dtype']}; "
+        f"{rows_of['positions']} positions of {rows_of['from']}, in a new process with plain "
+        f"transformers {found['transformers']}. Native: base + adapter as trained, the export as "
+        f"written. fp32: both sides compute in fp32. `--onto best` kept {found['kept']}."
+    )
+
+
+def export_speed() -> str:
+    """Time and memory of a merge beside copying the files and PEFT's merge."""
+    found = result("export")
+    names = {
+        "copy": "copying the files",
+        "original": "merging onto original",
+        "dequantized": "merging onto dequantized",
+        "peft": "PEFT merge_and_unload, saved",
+    }
+    rows, loads = [], []
+    for size in ("1.1b", "7b"):
+        jobs = found.get(size, {}).get("jobs", {})
+        for job, label in names.items():
+            if job in jobs:
+                part = jobs[job]
+                rows.append(
+                    [
+                        f"{size.upper()}: {label}",
+                        f"{part['seconds']:.1f} s",
+                        f"{part['seconds'] / jobs['copy']['seconds']:.2f}",
+                        f"{part['peak_private_bytes'] / 10**6:,.0f} MB",
+                    ]
+                )
+        if jobs:
+            loads.append(f"{size.upper()} {found[size]['machine']['load_before']:.1f}")
+    head = ["", "time", "over copying", "memory over the imports"]
+    return (
+        f"{markdown(head, rows)}\n\nfp16 from bf16, rank 16 on every linear layer, random "
+        "weights; each job in a fresh process, the base's files out of the page cache before it, "
+        "its own forced to disk after it. Load of the machine's two cores before the jobs (from "
+        f"other work): {', '.join(loads)}."
+    )
