@@ -10,8 +10,8 @@ import weakref
 import torch
 from torch import Tensor
 
+from qlora_trainer.base.transfers import Transfers
 from qlora_trainer.memory.tracker import AllocationTracker
-from qlora_trainer.training.offload import Transfers
 
 
 def pinned_bytes(size_bytes: int) -> int:

@@ -19,7 +19,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qlora_trainer.base.layers import input_embeddings
 from qlora_trainer.base.select import trained_heads
-from qlora_trainer.training.offload import Offload, Transfers
+from qlora_trainer.base.transfers import Transfers
+from qlora_trainer.training.offload import Offload
 
 Activation = Literal["keep", "recompute", "offload"]
 _PLAIN_FORWARD = "_forward_that_keeps_activations"

@@ -1,7 +1,7 @@
 """Offloaded inputs: the gradients of kept layers, the schedule as promised, on real tensors."""
 
 import weakref
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -9,13 +9,13 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from qlora_trainer.base.layers import decoder_layers
+from qlora_trainer.base.transfers import Transfers
 from qlora_trainer.lora.fuse import fuse_mlps
 from qlora_trainer.lora.inject import adapter_parameters, inject_adapter
 from qlora_trainer.lora.spec import AdapterSpec
 from qlora_trainer.tasks.causal_lm import CausalLM
 from qlora_trainer.tasks.loss_path import LossPath
 from qlora_trainer.training.activations import plan_activations
-from qlora_trainer.training.offload import Copy, Transfers, piece_sizes
 from qlora_trainer.training.step import seed_random
 from tests.training.tiny import CPU, adapted_llama, batch, tiny_llama
 
@@ -141,43 +141,3 @@ def test_offload_and_the_fused_mlp_go_together() -> None:
     plan_activations(model, decoder_layers(model), "offload")
     found = gradients(model)
     assert all(torch.equal(expected[name], found[name]) for name in expected)
-
-
-@pytest.mark.parametrize("size", [1, 2**20, 2**20 + 1, 40_000 * 8192, 131_072 * 8192])
-def test_pieces_are_powers_of_two_and_waste_less_than_a_mebibyte(size: int) -> None:
-    pieces = piece_sizes(size)
-    assert all(piece & (piece - 1) == 0 and piece >= 2**20 for piece in pieces)
-    assert 0 <= sum(pieces) - size < 2**20
-
-
-def test_pieces_carry_a_tensor_over_and_back() -> None:
-    tensor = torch.randn(3, 300_001)
-    transfers = Transfers(CPU)
-    pieces, out = transfers.to_host(tensor)
-    out.wait()
-    assert len(pieces) > 1
-    again, back = transfers.to_device(pieces, tensor.shape, tensor.dtype)
-    back.wait()
-    assert torch.equal(again, tensor)
-
-
-def test_the_stream_of_the_models_own_device_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    waited = []
-
-    class Stream:
-        def __init__(self, device: Any = None) -> None:
-            self.device = device
-
-        def wait_event(self, event: Any) -> None:
-            waited.append((self.device, event))
-
-    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
-    second, event = torch.device("cuda:1"), cast("torch.cuda.Event", object())
-    copy = Copy(torch.ones(2), event, second)
-    copy.wait()
-    copy.wait()  # only once
-    assert waited == [(second, event)]
-    del copy
-    broken_off = Copy(torch.ones(2), event, second)
-    del broken_off
-    assert waited == [(second, event)] * 2
