@@ -17,6 +17,7 @@ from qlora_trainer.run.ask import generate, load_trained
 from qlora_trainer.run.prompts import Question, ask_with, read_questions, read_template, source_like
 from qlora_trainer.run.report import Reporter
 from qlora_trainer.tasks.answer_metrics import answer_f1, exact_match
+from qlora_trainer.training.folder import EVALUATION
 
 WAYS = ("zero-shot", "few-shot", "tuned")
 
@@ -90,7 +91,7 @@ def compare_ways(
             trained, asked, adapter=tuned, max_new_tokens=max_new_tokens, raw=True
         )
         table[way] = _figures(answers[way], questions)
-    target = Path(out) if out is not None else Path(folder) / "evaluation"
+    target = Path(out) if out is not None else Path(folder) / EVALUATION
     _write(target, table, answers, questions)
     return Compared(table, target)
 

@@ -18,6 +18,7 @@ from qlora_trainer.run.report import Reporter, rows_read
 from qlora_trainer.tasks.task import ScoredTask, to_device
 from qlora_trainer.training import setup
 from qlora_trainer.training.evaluate import Evaluation, examine
+from qlora_trainer.training.folder import EVALUATION
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def evaluate_run(
     told = reporter or Reporter()
     trained = load_trained(folder, reporter=told)
     evaluation = evaluate_trained(trained, data, adapter=adapter, reporter=told)
-    target = Path(out) if out is not None else Path(folder) / "evaluation"
+    target = Path(out) if out is not None else Path(folder) / EVALUATION
     write_evaluation(evaluation, target)
     return Evaluated(evaluation, target)
 

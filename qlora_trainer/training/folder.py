@@ -11,6 +11,7 @@ states/            saved states to resume from
 adapter/           the trained adapter (the best one where there are held-out rows)
 adapter-last/      the adapter of the last step, where the best one is an earlier one
 best-predictions.json  what that adapter said of the held-out rows, for tasks that predict
+evaluation/        what `qlora evaluate` found of the finished run
 loss.png           the loss curves
 result.json        how the run ended; there only when it is complete
 """
@@ -31,6 +32,7 @@ from qlora_trainer.errors import UserError
 from qlora_trainer.training.lock import FolderLock
 
 BEST_PREDICTIONS = "best-predictions.json"
+EVALUATION = "evaluation"
 MARKER = ".qlora-run"  # tells a run folder from any folder that happens to hold a run.yaml
 _DISCARDED = ".discarded-"
 # In the order they are discarded: cut short, no state is left to be taken for a later run's, and
@@ -40,6 +42,7 @@ _OURS = (
     "adapter",
     "adapter-last",
     BEST_PREDICTIONS,
+    EVALUATION,
     "trackers",
     "failed-batch",
     ".rehearsal",

@@ -40,7 +40,7 @@ def test_a_run_to_go_on_with_is_not_discarded(tmp_path: Path) -> None:
 def test_restart_removes_only_what_a_run_wrote(tmp_path: Path) -> None:
     RunFolder(tmp_path, restart=False).close()
     (tmp_path / "notes.txt").write_text("mine")
-    ours = ("states", ".rehearsal", "earlier.json", "best-predictions.json")
+    ours = ("states", ".rehearsal", "earlier.json", "best-predictions.json", "evaluation")
     for name in ours:
         (tmp_path / name).mkdir()
     with RunFolder(tmp_path, restart=True) as folder:
