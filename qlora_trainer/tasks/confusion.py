@@ -51,7 +51,8 @@ def draw_confusion(
             colour = "white" if shares[down, across] > 0.5 else "black"
             number = str(int(matrix[down, across]))
             axes.text(across, down, number, ha="center", va="center", color=colour, fontsize=8)
-    figure.savefig(picture)
+    # Tight: the layout of square axes beside a colour bar leaves long labels out of the picture.
+    figure.savefig(picture, bbox_inches="tight")
 
 
 def _short(name: str) -> str:

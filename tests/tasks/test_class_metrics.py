@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from qlora_trainer.tasks.class_metrics import (
     class_report,
@@ -82,3 +83,12 @@ def test_labels_that_look_like_formulas_are_drawn_as_they_are(tmp_path: Path) ->
     picture = tmp_path / "confusion.png"
     draw_confusion(matrix(), [r"$\frac{$", "$a_b$", "c", "_d^"], picture)
     assert picture.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_long_labels_stand_whole_in_the_picture(tmp_path: Path) -> None:
+    names = ["comp.sys.ibm.pc.hardware", "ankle boot", "c", "d"]
+    draw_confusion(matrix(), names, tmp_path / "confusion.png")
+    with Image.open(tmp_path / "confusion.png") as picture:
+        pixels = np.asarray(picture.convert("L"))
+    border = (pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1])
+    assert all(edge.min() == 255 for edge in border), "something is cut off"
