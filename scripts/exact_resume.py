@@ -14,46 +14,23 @@ import argparse
 import json
 import os
 import random
-import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-ADAPTER = Path("adapter") / "adapter_model.safetensors"
+from training_process import (
+    ADAPTER,
+    bits_different,
+    last_step_seconds,
+    remove_run,
+    start,
+    steps_logged,
+    train_command,
+)
+
 SLOWEST_STEP_SECONDS = 600.0
-
-
-def bits_different(one: bytes, other: bytes) -> int:
-    r"""Bits that differ; where one is longer, all of its surplus.
-
-    >>> bits_different(b"\x00\x0f", b"\x00\x0e"), bits_different(b"ab", b"a")
-    (1, 8)
-    """
-    surplus = 8 * abs(len(one) - len(other))
-    size = min(len(one), len(other))
-    first, second = int.from_bytes(one[:size], "big"), int.from_bytes(other[:size], "big")
-    return surplus + bin(first ^ second).count("1")
-
-
-def start(command: list[str]) -> subprocess.Popen[bytes]:
-    """Start a training process, quietly."""
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-
-
-def steps_logged(folder: Path) -> int:
-    """Last step in the metrics, 0 without any; a line cut by a kill does not count."""
-    try:
-        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        return 0
-    for line in reversed(lines):
-        try:
-            return int(json.loads(line)["step"])
-        except (ValueError, KeyError):
-            continue
-    return 0
 
 
 def kill_and_resume(command: list[str], folder: Path, *, kills: int, seed: int) -> dict[str, Any]:
@@ -94,19 +71,6 @@ def kill_and_resume(command: list[str], folder: Path, *, kills: int, seed: int) 
     }
 
 
-def last_step_seconds(folder: Path) -> float:
-    """How long the last logged step took."""
-    try:
-        for line in reversed((folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()):
-            try:
-                return float(json.loads(line)["seconds"])
-            except (ValueError, KeyError):
-                continue
-    except FileNotFoundError:
-        pass
-    return 1.0
-
-
 def main() -> int:
     """Command line: both runs, the comparison as JSON."""
     parser = argparse.ArgumentParser(description="Kill, resume, compare.")
@@ -117,9 +81,7 @@ def main() -> int:
     parser.add_argument("--set", action="append", default=[], dest="overrides")
     arguments = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    command = [sys.executable, "-m", "qlora_trainer", "train", str(arguments.run_file)]
-    for override in arguments.overrides:
-        command += ["--set", override]
+    command = train_command(arguments.run_file, arguments.overrides)
     folders = {name: Path("runs") / f"exact-resume-{name}" for name in ("alone", "killed")}
 
     def as_run(name: str) -> list[str]:
@@ -141,12 +103,6 @@ def main() -> int:
     arguments.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     print(f"{report['kills']} kills, {report['bits_different']} bits different", flush=True)
     return 0 if report["bits_different"] == 0 else 1
-
-
-def remove_run(folder: Path) -> None:
-    """Remove what an earlier benchmark left in one of the two folders above."""
-    if (folder / ".qlora-run").is_file():
-        shutil.rmtree(folder)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ is named here, all faults in one message, and not met as a crash inside a loader
 """
 
 import json
-import struct
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,26 +13,15 @@ from typing import Any
 
 import torch
 
+from qlora_trainer.base.shard_header import TensorHeader, check_header, strange_shards
 from qlora_trainer.errors import UserError
-from qlora_trainer.units import format_bytes
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-_MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 _FLOATS = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
 }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class TensorHeader:
-    """What a shard's header says of one tensor."""
-
-    file: str
-    dtype: str
-    shape: tuple[int, ...]
-    size_bytes: int
 
 
 @dataclass(frozen=True)
@@ -121,6 +109,10 @@ def _read_json(path: Path, faults: list[str]) -> dict[str, Any]:
             f"{path.name} is broken at line {error.lineno}, column {error.colno}: {error.msg}; "
             "fetch it again or mend it there"
         )
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits; too deep
+        faults.append(f"{path.name} cannot be read ({_first_sentence(error)}); fetch it again")
+    except OSError as error:
+        faults.append(f"{path.name} cannot be read: {error.strerror}")
     else:
         if isinstance(content, dict):
             return content
@@ -139,7 +131,7 @@ def _read_tensors(folder: Path, faults: list[str]) -> dict[str, TensorHeader]:
         return {}
     tensors: dict[str, TensorHeader] = {}
     for shard, expected in sorted(shards.items()):
-        found = _read_header(folder / shard, faults)
+        found = check_header(folder / shard, faults)
         if found is None:
             continue
         if expected is not None and (absent := sorted(expected - found.keys())):
@@ -158,12 +150,19 @@ def _read_index(path: Path, faults: list[str]) -> dict[str, set[str] | None]:
     if not isinstance(weight_map, dict) or not weight_map:
         faults.append(f"{path.name} has no weight_map; fetch it again")
         return {}
+    if strange := strange_shards(weight_map):
+        faults.extend(f"{path.name} {fault}" for fault in strange)
+        return {}
     shards: dict[str, set[str] | None] = {}
     for name, shard in weight_map.items():
-        names = shards.setdefault(str(shard), set())
+        names = shards.setdefault(shard, set())
         assert names is not None
         names.add(name)
     return shards
+
+
+def _first_sentence(error: Exception) -> str:
+    return str(error).partition(";")[0]
 
 
 def _no_weights(folder: Path) -> str:
@@ -181,47 +180,3 @@ def _no_weights(folder: Path) -> str:
             "revision refs/pr/N), or convert it with https://huggingface.co/spaces/safetensors/convert"
         )
     return f"there are no weights: neither {SINGLE_FILE} nor {INDEX_FILE}"
-
-
-def _read_header(path: Path, faults: list[str]) -> dict[str, TensorHeader] | None:
-    """The tensors a shard holds, or None and a fault when it is not a whole safetensors file."""
-    way_out = "fetch it again (a download resumes)"
-    if not path.is_file():
-        faults.append(f"{path.name} is missing; {way_out}")
-        return None
-    size_bytes = path.stat().st_size
-    with path.open("rb") as file:
-        start = file.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-        if not 0 < length <= min(size_bytes - 8, _MAX_HEADER_BYTES):
-            kind = "is empty" if size_bytes == 0 else "has no safetensors header"
-            text = start + file.read(200)
-            if text.startswith(b"version https://git-lfs"):
-                kind, way_out = "is only a Git LFS pointer", "run `git lfs pull` in the folder"
-            faults.append(f"{path.name} {kind} ({size_bytes} bytes); {way_out}")
-            return None
-        raw = file.read(length)
-    try:
-        header = json.loads(raw)
-        tensors = {
-            name: _tensor_header(path.name, entry)
-            for name, entry in header.items()
-            if name != "__metadata__"
-        }
-        end = max((entry["data_offsets"][1] for name, entry in header.items()
-                   if name != "__metadata__"), default=0)  # fmt: skip
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
-        faults.append(f"{path.name} has a broken safetensors header; {way_out}")
-        return None
-    if 8 + length + end != size_bytes:
-        faults.append(
-            f"{path.name} has {format_bytes(size_bytes)} ({size_bytes} bytes) where its header "
-            f"says {format_bytes(8 + length + end)} ({8 + length + end} bytes); {way_out}"
-        )
-        return None
-    return tensors
-
-
-def _tensor_header(file: str, entry: dict[str, Any]) -> TensorHeader:
-    start, stop = entry["data_offsets"]
-    return TensorHeader(file, str(entry["dtype"]), tuple(entry["shape"]), int(stop) - int(start))

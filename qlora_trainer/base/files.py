@@ -31,7 +31,7 @@ def sync_folder(folder: Path) -> None:
 
 def _give_usual_mode(path: Path, mode: int) -> None:
     # tempfile makes private names; what others may read is the user's umask to decide.
-    mask = os.umask(0)
+    mask = os.umask(0o077)  # can only be read by setting it; strict, for other threads' files
     os.umask(mask)
     path.chmod(mode & ~mask)
 
@@ -88,6 +88,7 @@ def put_in_place(filled: Path, folder: Path, aside: Path) -> None:
     """
     for root, _, names in os.walk(filled):
         for name in names:
+            _give_usual_mode(Path(root, name), 0o666)  # safetensors makes its files private
             sync_file(Path(root, name))
         sync_folder(Path(root))
     if folder.exists():

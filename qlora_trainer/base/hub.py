@@ -20,6 +20,7 @@ from huggingface_hub import HfApi, constants, errors, hf_hub_download, snapshot_
 from huggingface_hub.utils._validators import validate_repo_id
 
 from qlora_trainer.base.checkpoint import INDEX_FILE, SINGLE_FILE
+from qlora_trainer.base.shard_header import strange_shards
 from qlora_trainer.errors import UserError
 from qlora_trainer.units import format_bytes
 
@@ -209,8 +210,11 @@ def _index_shards(source: str, revision: str | None, cache_dir: Path | None) -> 
     path = hf_hub_download(source, INDEX_FILE, revision=revision, cache_dir=cache_dir)
     try:
         content: Any = json.loads(Path(path).read_text(encoding="utf-8"))
-        return sorted({str(shard) for shard in content["weight_map"].values()})
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        # The names become patterns of what to fetch, so a `*` here would fetch anything.
+        if strange := strange_shards(content["weight_map"]):
+            raise UserError.from_faults(f"{source}: {INDEX_FILE} cannot be followed", strange)
+        return sorted(set(content["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{source}: its {INDEX_FILE} is broken ({error})") from error
 
 

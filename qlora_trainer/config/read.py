@@ -28,6 +28,7 @@ _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
 )
 
+_MOST_ENTRIES = 10_000  # a few lines of YAML can repeat themselves into billions
 _YAML_ERRORS = (yaml.YAMLError, ValueError, TypeError, RecursionError)
 
 
@@ -159,7 +160,7 @@ def _walk(node: yaml.Node, place: Place, lines: dict[Place, int]) -> Iterable[st
     if isinstance(node, yaml.SequenceNode):
         for index, item in enumerate(node.value):
             here = (*place, index)
-            lines[here] = item.start_mark.line + 1
+            _note(lines, here, item.start_mark.line + 1)
             yield from _walk(item, here, lines)
     if not isinstance(node, yaml.MappingNode):
         return
@@ -168,8 +169,14 @@ def _walk(node: yaml.Node, place: Place, lines: dict[Place, int]) -> Iterable[st
         line = key.start_mark.line + 1
         if here in lines:
             yield f"line {line}: {'.'.join(map(str, here))} stands on line {lines[here]} already"
-        lines[here] = line
+        _note(lines, here, line)
         yield from _walk(value, here, lines)
+
+
+def _note(lines: dict[Place, int], place: Place, line: int) -> None:
+    lines[place] = line
+    if len(lines) > _MOST_ENTRIES:
+        raise ValueError(f"more than {_MOST_ENTRIES} entries, counting what aliases (*) repeat")
 
 
 def _apply_override(values: dict[str, Any], override: str) -> Place:

@@ -20,7 +20,15 @@ from typing import Any
 from qlora_trainer.data.conll import read_conll
 from qlora_trainer.data.faults import Fault, FaultLog, json_kind
 from qlora_trainer.data.squad import is_squad, read_squad
-from qlora_trainer.data.text_lines import Row, looks_utf16, not_utf8, open_binary, read_lines
+from qlora_trainer.data.text_lines import (
+    MOST_LINE_BYTES,
+    Row,
+    looks_utf16,
+    not_utf8,
+    open_binary,
+    read_lines,
+    too_long,
+)
 
 _BUFFER_CHARS = 1 << 20
 _ONE_PER_LINE = "write one JSON object per line (JSONL), or one list of objects"
@@ -53,7 +61,10 @@ def read_json_lines(path: Path, faults: FaultLog) -> Iterator[Row]:
 
 
 def read_json_list(
-    path: Path, faults: FaultLog, buffer_chars: int = _BUFFER_CHARS
+    path: Path,
+    faults: FaultLog,
+    buffer_chars: int = _BUFFER_CHARS,
+    most_chars: int = MOST_LINE_BYTES,
 ) -> Iterator[Row]:
     """The objects of one JSON list, parsed out of a moving buffer."""
     with open_binary(path) as handle:
@@ -86,6 +97,9 @@ def read_json_list(
                     faults.add(Fault(f"{path}:{at}", problem, "mend the list", "broken JSON"))
                     return
                 want *= 2  # so that one huge row costs linear time
+                if len(buffer) - position > most_chars:
+                    faults.add(too_long(f"{path}:{line} (after {number} whole rows)", most_chars))
+                    return
             except RecursionError:
                 faults.add(Fault(f"{path}:{line}", "JSON nested too deeply", "flatten the row"))
                 return

@@ -11,6 +11,10 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from qlora_trainer.data.faults import Fault, FaultLog
+from qlora_trainer.units import format_bytes
+
+# No row is as long, and a few kilobytes of gzip can hold a line that fills any memory.
+MOST_LINE_BYTES = 1 << 28
 
 
 @dataclass(frozen=True)
@@ -39,16 +43,27 @@ def not_utf8(path: Path, line: int, error: UnicodeDecodeError) -> Fault:
     )
 
 
+def too_long(where: str, most_bytes: int) -> Fault:
+    """The fault of a row that is too long to be one."""
+    problem = f"a row of more than {format_bytes(most_bytes)}"
+    return Fault(where, problem, "write one row per line, and long texts as several rows")
+
+
 def looks_utf16(path: Path) -> bool:
     """Whether a file begins with a byte order mark of UTF-16."""
     with open_binary(path) as handle:
         return handle.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
-def read_lines(path: Path, faults: FaultLog) -> Iterator[tuple[int, str]]:
+def read_lines(
+    path: Path, faults: FaultLog, most_bytes: int = MOST_LINE_BYTES
+) -> Iterator[tuple[int, str]]:
     """Number and text of every line; a line that is not UTF-8 becomes a fault and is left out."""
     with open_binary(path) as handle:
-        for number, raw in enumerate(handle, 1):
+        for number, raw in enumerate(iter(lambda: handle.readline(most_bytes), b""), 1):
+            if len(raw) == most_bytes:
+                faults.add(too_long(f"{path}:{number}", most_bytes))
+                return
             try:
                 yield number, raw.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:

@@ -4,17 +4,22 @@ What the base's folder has and the weights' reader or the tokenizer may need goe
 tokenizer of the adapter's folder, where there is one, comes over it, since training may have given
 it tokens or a chat template. `config.json` is the base's own text with only what must change
 changed: no quantization, the dtype written, the model class, the vocabulary.
+
+A link that leads out of its folder is not followed: a folder from elsewhere could have any file of
+this machine copied into what is published.
 """
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import constants
 
 from qlora_trainer.base.checkpoint import read_config_file
+from qlora_trainer.errors import UserError
 
 _WEIGHTS = (
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".npz",
@@ -35,7 +40,11 @@ _DTYPE_NAMES = {
 
 
 def companions(base: Path, adapter: Path | None) -> dict[str, Path]:
-    """What goes along: name in the export -> the file or folder it is copied from."""
+    """What goes along: name in the export -> the file or folder it is copied from.
+
+    Raises:
+        UserError: Some of it is a link that leads out of its folder.
+    """
     chosen: dict[str, Path] = {}
     for entry in sorted(base.iterdir()):
         left = entry.name.endswith(_WEIGHTS) or entry.name in _REWRITTEN
@@ -46,7 +55,25 @@ def companions(base: Path, adapter: Path | None) -> dict[str, Path]:
         for name in _TOKENIZER:
             if (adapter / name).exists():
                 chosen[name] = adapter / name
+    _refuse_links_away(chosen.values())
     return chosen
+
+
+def _refuse_links_away(chosen: Iterable[Path]) -> None:
+    """Refuse links out of the folder they stand in; a hub cache's lead into the cache itself."""
+    cache = Path(constants.HF_HUB_CACHE).resolve()
+    faults = []
+    for source in chosen:
+        home = source.parent.resolve()
+        # models--NAME/snapshots/COMMIT/FILE -> models--NAME/blobs/HASH, wherever the cache stands
+        places = (home, cache, *([home.parents[1]] if home.parent.name == "snapshots" else []))
+        faults += [
+            f"{file}: leads to {target}; put a copy in its place if it belongs to the model"
+            for file in (source, *(source.rglob("*") if source.is_dir() else ()))
+            if not any((target := file.resolve()).is_relative_to(place) for place in places)
+        ]
+    if faults:
+        raise UserError.from_faults("links out of the folder, which an export won't copy", faults)
 
 
 def companion_bytes(base: Path, adapter: Path | None) -> int:
@@ -74,6 +101,7 @@ def copy_tokenizer(base: Path | None, adapter: Path, out: Path) -> None:
         for name in _TOKENIZER:
             source = None if folder is None else folder / name
             if source is not None and source.is_file():
+                _refuse_links_away([source])
                 shutil.copyfile(source, out / name)
 
 

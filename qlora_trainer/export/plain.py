@@ -209,7 +209,9 @@ def _of_gguf(job: Mapping[str, Any]) -> dict[str, Any]:
     if job["config_folder"] is not None:
         from transformers import AutoConfig
 
-        arguments["config"] = AutoConfig.from_pretrained(job["config_folder"])
+        arguments["config"] = AutoConfig.from_pretrained(
+            job["config_folder"], trust_remote_code=bool(job["trust_remote_code"])
+        )
     return arguments
 
 

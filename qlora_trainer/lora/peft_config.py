@@ -117,6 +117,8 @@ def read_json(path: Path) -> dict[str, Any]:
         raise UserError(
             f"{path}, line {error.lineno}, column {error.colno}: not JSON: {error.msg}"
         ) from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits; too deep
+        raise UserError(f"{path}: cannot be read ({error}); write it again") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     if not isinstance(value, dict):

@@ -180,3 +180,50 @@ def test_a_configuration_with_a_value_of_the_wrong_type_is_refused(folder: Path)
     (folder / "config.json").write_text(json.dumps({**config, "hidden_size": "wide"}))
     with pytest.raises(UserError, match=r"(?s)config\.json does not describe a llama.*hidden_size"):
         load_config(folder)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../stolen.safetensors", "/etc/stolen.safetensors", "a/../../stolen.safetensors",
+     "model.bin", "*.safetensors", "..\\stolen.safetensors", ".hidden.safetensors", 7],
+)  # fmt: skip
+def test_an_index_names_only_safetensors_below_its_folder(folder: Path, name: object) -> None:
+    first = shard(folder, 0)
+    if isinstance(name, str) and "*" not in name and not name.startswith("/"):
+        target = folder / name
+        (folder / "a").mkdir()
+        target.write_bytes(first.read_bytes())
+    index = folder / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"] = {
+        tensor: name if file == first.name else file
+        for tensor, file in content["weight_map"].items()
+    }
+    index.write_text(json.dumps(content))
+    assert f"names {str(name)!r}, which is no safetensors file in its folder" in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]},
+        {"dtype": "F32", "shape": [2], "data_offsets": [4, -4]},
+        {"dtype": "F32", "shape": [-1], "data_offsets": [0, -4]},
+        {"dtype": "F32", "shape": [2**40, 2**40], "data_offsets": [0, 8]},
+        {"dtype": "F32", "shape": "2", "data_offsets": [0, 8]},
+        {"dtype": 32, "shape": [2], "data_offsets": [0, 8]},
+        {"dtype": "F32", "shape": [2], "data_offsets": [0, 8, 16]},
+        {"dtype": "F32", "shape": [2.0], "data_offsets": [0.0, 8.0]},
+        [],
+    ],
+)
+def test_a_header_that_places_a_tensor_elsewhere_is_broken(folder: Path, entry: object) -> None:
+    header = json.dumps({"x": entry}).encode()
+    shard(folder, 0).write_bytes(struct.pack("<Q", len(header)) + header + bytes(8))
+    assert "has a broken safetensors header" in refusal(folder)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a": ' + "9" * 5000 + "}"])
+def test_json_that_breaks_readers_is_refused(folder: Path, text: str) -> None:
+    (folder / "config.json").write_text(text)
+    assert "config.json cannot be read (" in refusal(folder)

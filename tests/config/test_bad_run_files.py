@@ -111,3 +111,12 @@ def test_bad_run_file_is_told_what_is_wrong(case: str, tmp_path: Path) -> None:
         read_run_file(path)
     for words in ("instance of", "dictionary", "pattern '", "tagged-union"):
         assert words not in str(caught.value)
+
+
+def test_aliases_that_repeat_themselves_into_billions_are_refused_at_once(tmp_path: Path) -> None:
+    bomb = ["a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1]"]
+    bomb += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 10)]
+    file = tmp_path / "run.yaml"
+    file.write_text("\n".join(bomb))
+    with pytest.raises(UserError, match=r"more than 10000 entries, counting what aliases"):
+        read_run_file(file)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from qlora_trainer.data.faults import FaultLog
 from qlora_trainer.data.files import file_type, read_file, read_json_list
+from qlora_trainer.data.text_lines import read_lines
 
 ROWS = [{"text": "one"}, {"text": 'zwei\nLinien, "quoted" ünïcödé 🙂'}, {"text": "three"}]
 
@@ -132,3 +133,15 @@ def test_memory_does_not_grow_with_the_file(tmp_path, name):
         tracemalloc.stop()
     assert count == 5_000
     assert peak_bytes < 8 * 2**20  # the file has 20 MB
+
+
+@pytest.mark.parametrize("start", [b"", b"["])
+def test_a_row_that_would_fill_the_memory_is_refused(tmp_path, start):
+    path, faults = tmp_path / "rows.json.gz", FaultLog()
+    path.write_bytes(gzip.compress(start + b'{"text": "' + b"x" * (1 << 20)))
+    if start:
+        rows = read_json_list(path, faults, buffer_chars=1 << 10, most_chars=1 << 16)
+    else:
+        rows = read_lines(path, faults, most_bytes=1 << 16)
+    assert list(rows) == []
+    assert [fault.problem for fault in faults.faults] == ["a row of more than 64.0 KiB"]

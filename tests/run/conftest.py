@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,37 +33,38 @@ def tiny_model(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def make_run(tiny_model: Path, tmp_path: Path) -> Callable[..., RunConfig]:
-    """Settings of a small run, with sections changed."""
+def tiny_run(base: Path, place: Path, /, **sections: dict[str, Any]) -> RunConfig:
+    """Settings of a small run in a folder, with sections changed."""
     rows = [
         {"messages": [{"role": "user", "content": f"What is {n} plus {n}?"},
                       {"role": "assistant", "content": f"It is {2 * n}."}]}
         for n in range(24)
     ]  # fmt: skip
-    data = tmp_path / "rows.jsonl"
+    data = place / "rows.jsonl"
     data.write_text("\n".join(map(json.dumps, rows)))
+    settings: Settings = {
+        "model": {"source": str(base), "device": "cpu"},
+        "adapter": {"rank": 4},
+        "data": {
+            "train": str(data),
+            "eval_fraction": 0.25,
+            "max_seq_len": 128,
+            "cache_folder": str(place / "cache"),
+        },
+        "train": {
+            "max_steps": 4,
+            "micro_batch_size": 4,
+            "gradient_accumulation_steps": 1,
+            "learning_rate": 1e-2,
+        },
+        "output": {"folder": str(place / "run")},
+    }
+    for section, values in sections.items():
+        settings.setdefault(section, {}).update(values)
+    return check_values(settings)
 
-    def make(**sections: dict[str, Any]) -> RunConfig:
-        settings: Settings = {
-            "model": {"source": str(tiny_model), "device": "cpu"},
-            "adapter": {"rank": 4},
-            "data": {
-                "train": str(data),
-                "eval_fraction": 0.25,
-                "max_seq_len": 128,
-                "cache_folder": str(tmp_path / "cache"),
-            },
-            "train": {
-                "max_steps": 4,
-                "micro_batch_size": 4,
-                "gradient_accumulation_steps": 1,
-                "learning_rate": 1e-2,
-            },
-            "output": {"folder": str(tmp_path / "run")},
-        }
-        for section, values in sections.items():
-            settings.setdefault(section, {}).update(values)
-        return check_values(settings)
 
-    return make
+@pytest.fixture
+def make_run(tiny_model: Path, tmp_path: Path) -> Callable[..., RunConfig]:
+    """Settings of a small run, with sections changed."""
+    return partial(tiny_run, tiny_model, tmp_path)

@@ -3,9 +3,10 @@ import sys
 
 import pytest
 from benchmark_quickstart import comparisons, training_figures
-from exact_resume import bits_different, kill_and_resume, steps_logged
+from exact_resume import kill_and_resume
 from hypothesis import given
 from hypothesis import strategies as st
+from training_process import bits_different, steps_logged
 
 
 @given(st.binary(min_size=1, max_size=40), st.data())

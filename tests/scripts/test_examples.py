@@ -9,11 +9,11 @@ import pytest
     [
         "assets_translation",
         "environment",
-        "exact_resume",
         "film_reviews",
         "intervals",
         "repin",
         "steps",
+        "training_process",
     ],
 )
 def test_the_examples_in_a_script_hold(name):
