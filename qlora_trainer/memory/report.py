@@ -1,13 +1,13 @@
 """The prediction as a picture: one self-contained HTML page, readable on a phone and in print.
 
 Stacked bars of each configuration against the card's line, the memory timeline of one step with its
-phases, the tensors at the peak, predicted beside measured. Text is HTML and only shapes are drawn,
-so that nothing shrinks with the screen. No script, no network, nothing to install.
+phases, the tensors at the peak, host RAM and disk, predicted beside measured. Text is HTML and only
+shapes are drawn, so that nothing shrinks with the screen. No script, no network, nothing to
+install.
 `memory/plots.py` draws the same as PNGs.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from html import escape
 
 from qlora_trainer.memory.foresight import Foresight
@@ -15,12 +15,12 @@ from qlora_trainer.memory.picture_data import (
     COLOURS,
     OTHER,
     TINTS,
-    made_by,
     one_step,
     parts_of,
     stretches,
     thinned,
 )
+from qlora_trainer.memory.report_tables import Pair, disk, pairs_table, phases, tensors, verdicts
 from qlora_trainer.units import format_bytes
 
 _STYLE = """
@@ -64,15 +64,6 @@ tr,.row,.time{break-inside:avoid}}
 """
 
 
-@dataclass(frozen=True)
-class Pair:
-    """One line of predicted beside measured, in bytes."""
-
-    name: str
-    predicted_bytes: int
-    measured_bytes: int
-
-
 def write_report(
     configurations: Mapping[str, Foresight],
     *,
@@ -95,7 +86,7 @@ def write_report(
     if configurations:
         name, first = next(iter(configurations.items()))
         sections += [
-            _verdicts(configurations, measured),
+            verdicts(configurations, measured),
             "<h2>What fills the card</h2>",
             _legend((part, COLOURS.get(part, OTHER)) for part in _all_parts(configurations)),
             _bars(configurations, measured),
@@ -104,10 +95,14 @@ def write_report(
             sections += [f"<h2>One training step: {escape(name)}</h2>", _timeline(first)]
         sections += [
             f"<h2>Alive at the peak, in {escape(first.peak_phase)}: {escape(name)}</h2>",
-            _tensors(first),
+            tensors(first),
+            f"<h2>By phase, on the card and in host RAM: {escape(name)}</h2>",
+            phases(first),
+            f"<h2>On disk at most: {escape(name)}</h2>",
+            disk(first),
         ]
     if pairs:
-        sections += ["<h2>Predicted against measured</h2>", _pairs(pairs)]
+        sections += ["<h2>Predicted against measured</h2>", pairs_table(pairs)]
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
@@ -123,41 +118,6 @@ def _all_parts(found: Mapping[str, Foresight]) -> list[str]:
     for item in found.values():
         names |= dict.fromkeys(parts_of(item))
     return list(names)
-
-
-def _table(heads: Sequence[str], rows: Iterable[Sequence[str]], numbers: Sequence[int]) -> str:
-    """A table whose rows become lists on a narrow screen; cells are HTML already."""
-
-    def style(column: int) -> str:
-        return ' class="n"' if column in numbers else ""
-
-    head = "".join(f"<th{style(i)}>{text}</th>" for i, text in enumerate(heads))
-    body = "".join(
-        "<tr>"
-        + "".join(
-            f'<td{style(i)} data-of="{heads[i]}"><span>{cell}</span></td>'
-            for i, cell in enumerate(row)
-        )
-        + "</tr>"
-        for row in rows
-    )
-    return f'<table class="wide"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
-
-
-def _verdicts(found: Mapping[str, Foresight], measured: Mapping[str, int]) -> str:
-    heads = ["configuration", "allocated", "reserved", "CUDA context", "total", "verdict"]
-    if measured:
-        heads.append("measured reserved")
-    rows = []
-    for name, item in found.items():
-        sizes = [item.allocated_bytes, item.reserved_bytes, item.context_bytes, item.total_bytes]
-        style = {"fits": "", "tight": "tight", "does not fit": "bad"}[item.verdict]
-        row = [escape(name), *map(format_bytes, sizes)]
-        row.append(f'<span class="{style}">{item.verdict}</span>')
-        if measured:
-            row.append(format_bytes(measured[name]) if name in measured else "-")
-        rows.append(row)
-    return _table(heads, rows, (1, 2, 3, 4, 6))
 
 
 def _legend(colours: Iterable[tuple[str, str]]) -> str:
@@ -223,27 +183,3 @@ def _timeline(found: Foresight) -> str:
         '<p class="note">Solid: allocated. Dashed: reserved. From left to right every allocation '
         "and release, not seconds.</p>"
     )
-
-
-def _tensors(found: Foresight) -> str:
-    rows = [
-        [
-            format_bytes(tensor.total_bytes),
-            f"{tensor.count:,}",
-            escape(tensor.component),
-            escape(tensor.operator),
-            escape(made_by(tensor)),
-        ]
-        for tensor in found.alive[:25]
-    ]
-    return _table(["together", "tensors", "component", "operator", "made by"], rows, (0, 1))
-
-
-def _pairs(pairs: Sequence[Pair]) -> str:
-    rows = []
-    for pair in pairs:
-        measured = pair.measured_bytes
-        error = f"{pair.predicted_bytes / measured - 1:+.2%}" if measured else "-"
-        sizes = (format_bytes(pair.predicted_bytes), format_bytes(measured))
-        rows.append([escape(pair.name), *sizes, error])
-    return _table(["", "predicted", "measured", "difference"], rows, (1, 2, 3))

@@ -8,7 +8,8 @@ from qlora_trainer.config.settings import RunConfig
 from qlora_trainer.errors import UserError
 from qlora_trainer.memory.foresight import Foresight
 from qlora_trainer.memory.plots import draw_bars, draw_timeline
-from qlora_trainer.memory.report import Pair, write_report
+from qlora_trainer.memory.report import write_report
+from qlora_trainer.memory.report_tables import Pair
 from qlora_trainer.run.measure import Comparison
 
 

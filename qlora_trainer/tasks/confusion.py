@@ -6,8 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 from qlora_trainer.tasks.class_metrics import class_report, counts_of_matrix, matthews
 from qlora_trainer.tasks.task import Scores
@@ -32,6 +30,10 @@ def draw_confusion(
 
     A figure of its own, no pyplot: drawing must not touch the user's plots or need a display.
     """
+    # Here, as matplotlib takes half a second that commands which draw nothing need not wait.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     count = len(names)
     side = min(16.0, 3.5 + 0.45 * count)
     figure = Figure(figsize=(side + 1, side), dpi=110, layout="constrained")

@@ -10,7 +10,9 @@ from qlora_trainer.memory.foresight import simulate_run
 from qlora_trainer.memory.gpus import read_gpu
 from qlora_trainer.memory.picture_data import COLOURS, one_step, parts_of, stretches, thinned
 from qlora_trainer.memory.plots import draw_bars, draw_timeline
-from qlora_trainer.memory.report import Pair, write_report
+from qlora_trainer.memory.report import write_report
+from qlora_trainer.memory.report_tables import Pair
+from qlora_trainer.units import format_bytes
 from tests.memory.models import run_shape, tiny_config
 
 
@@ -54,6 +56,16 @@ def test_the_step_shown_is_one_whole_step(run):
     assert [phase for phase, _, _ in stretches(step)][-1] == "optimizer step"
     assert len([s for s in stretches(step) if s[0] == "optimizer step"]) == 1
     assert max(thinned(step, 50))[0] == max(step)[0]
+
+
+def test_host_ram_and_disk_stand_on_the_page(run, page):
+    for phase in ("rehearsal", "save", "merge"):
+        assert f"<span>{phase}</span>" in page
+        assert format_bytes(run.host_bytes_by_phase[phase]) in page
+    for artefact, size in run.disk_peak_bytes.items():
+        assert f"<span>{artefact}</span>" in page
+        assert format_bytes(size) in page
+    assert format_bytes(run.host_peak_bytes) in page
 
 
 def test_predicted_stands_beside_measured():
