@@ -6,6 +6,7 @@ moment after its making belongs to a process just starting. What another machine
 folder, a container) cannot be looked at from here and is respected.
 """
 
+import contextlib
 import json
 import os
 import socket
@@ -53,9 +54,14 @@ class FolderLock:
             json.dump(asdict(self._me), stream)
 
     def release(self) -> None:
-        """Let others take it; a lock that is no longer ours stays."""
-        if _holder(self._file) == self._me:
-            self._file.unlink(missing_ok=True)
+        """Let others take it; a lock that is no longer ours stays.
+
+        So does one on a disk that cannot be written any more, which is told where it first hurt:
+        nobody is kept out by the lock of a process that is gone.
+        """
+        with contextlib.suppress(OSError):
+            if _holder(self._file) == self._me:
+                self._file.unlink(missing_ok=True)
 
 
 def _this_process() -> Holder:

@@ -74,3 +74,15 @@ def test_only_our_own_lock_is_released(tmp_path: Path) -> None:
     write_lock(file, os.getppid())
     lock.release()
     assert file.exists()
+
+
+def test_a_lock_that_cannot_be_removed_hides_no_other_error(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    lock = FolderLock(folder / "run.lock")
+    folder.rename(tmp_path / "away")
+    folder.write_text("a file where the folder was")
+    lock.release()
+    folder.unlink()
+    (tmp_path / "away").rename(folder)
+    assert (folder / "run.lock").exists()
