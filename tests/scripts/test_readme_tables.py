@@ -43,3 +43,25 @@ def test_the_tables_of_exports_show_ratios_and_the_load_they_were_measured_under
     proof = export.export_proof()
     assert "| same most likely token | 99.00% | 99.00% |" in proof
     assert "90 positions of held-out rows" in proof
+
+
+def test_the_table_of_tasks_says_random_weights_seeds_and_what_was_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tables import common, tasks
+
+    case = {
+        "task": "seq2seq-lm", "model": "t5", "weights": "random", "data": "django-en-de",
+        "means": {"chrf": {"before": 1.0, "ours": 30.0, "peft": 40.0},
+                  "bleu": {"before": 0.0, "ours": 9.96, "peft": 9.0}},
+        "trained_share": 0.25, "seconds": 90.0, "runs": [{}, {}],
+    }  # fmt: skip
+    found = {"translation": case, "pictures": {"skipped": "no pictures here"}}
+    (tmp_path / "tasks.json").write_text(json.dumps(found))
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
+    table = tasks.tasks()
+    assert "t5, random weights; django-en-de; mean of 2 seeds | chrF | 1.0 | 30.0 | 40.0" in table
+    assert "| BLEU | 0.0 | 10.0 | 9.0 |" in table
+    assert "25.0% | 1.5 |" in table
+    assert "ours over PEFT's is 0.750" in table
+    assert "`pictures` was not run (no pictures here)." in table
