@@ -110,10 +110,10 @@ def main() -> int:
             print(f"{name}: skipped, {why}")
         else:
             figures[name] = figures_of(case, given.steps)
-            for metric, found in figures[name]["means"].items():
-                print(f"{name} ({case.weights} base): {metric} {found}", flush=True)
         ordered = {name: figures[name] for name in CASES if name in figures}
         given.json.write_text(json.dumps(ordered, indent=1) + "\n", encoding="utf-8")
+        for metric, found in figures[name].get("means", {}).items():
+            print(f"{name} ({case.weights} base): {metric} {found}", flush=True)
     return 0
 
 
