@@ -9,16 +9,19 @@ not hold one. `answer_start` counts characters from 0. A text that does not stan
 to is refused, with the places where it does stand: a shifted answer would teach wrong words.
 """
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from qlora_trainer.data.faults import RowError, json_kind
 from qlora_trainer.data.formats import rename
+from qlora_trainer.data.messages import check_text
 from qlora_trainer.errors import UserError
 
 FORMAT = "question-context"
 _WAY_OUT = "name the columns, for example `columns: {context: passage, answer: span}`"
+_WHOLE = re.compile(r"-?\d{1,18}")
 _EMPTY: tuple[Any, ...] = (None, "", [], {})
 
 Spans = list[tuple[int, int]]  # characters of each token
@@ -113,6 +116,7 @@ def _text(record: Mapping[str, Any], name: str) -> str:
     if not isinstance(value, str):
         problem = f"`{name}` is {json_kind(value)}, not a string"
         raise RowError(problem, "write it as text", f"{name} kind")
+    check_text(value, name)
     if not value.strip():
         raise RowError(f"`{name}` is empty", "write it or drop the row", f"empty {name}")
     return value
@@ -170,6 +174,7 @@ def _answer_text(text: Any) -> str:
     if not isinstance(text, str):
         problem = f"an answer is {json_kind(text)}, not a string"
         raise RowError(problem, "write its text as it stands in the context", "answer kind")
+    check_text(text, "answers")
     if not text.strip():
         remedy = "where the context holds no answer, leave the list of answers empty"
         raise RowError("an answer is empty", remedy, "empty answer")
@@ -177,7 +182,7 @@ def _answer_text(text: Any) -> str:
 
 
 def _start(start: Any) -> int:
-    if isinstance(start, str) and start.strip().lstrip("-").isdecimal():  # a CSV cell
+    if isinstance(start, str) and _WHOLE.fullmatch(start.strip()):  # a CSV cell
         return int(start)
     if isinstance(start, float) and start.is_integer():  # a column with gaps
         return int(start)

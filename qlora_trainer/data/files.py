@@ -13,6 +13,7 @@ import gzip
 import json
 import re
 import sys
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from qlora_trainer.data.text_lines import (
 )
 
 _BUFFER_CHARS = 1 << 20
+_HUGE = "a number of more than 4300 digits"  # as many as Python reads
 _ONE_PER_LINE = "write one JSON object per line (JSONL), or one list of objects"
 
 
@@ -56,6 +58,9 @@ def read_json_lines(path: Path, faults: FaultLog) -> Iterator[Row]:
             continue
         except RecursionError:
             faults.add(Fault(where, "JSON nested too deeply", "flatten the row", "too deep"))
+            continue
+        except ValueError:
+            faults.add(Fault(where, _HUGE, "write it as text", "huge number"))
             continue
         yield from _as_row(value, where, faults)
 
@@ -102,6 +107,9 @@ def read_json_list(
                     return
             except RecursionError:
                 faults.add(Fault(f"{path}:{line}", "JSON nested too deeply", "flatten the row"))
+                return
+            except ValueError:
+                faults.add(Fault(f"{path}:{line}", _HUGE, "write it as text"))
                 return
 
 
@@ -209,8 +217,8 @@ def read_parquet(path: Path, faults: FaultLog) -> Iterator[Row]:
                 for record in batch.to_pylist():
                     number += 1
                     yield Row(without_nulls(record), f"{path} row {number}")
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
-        problem = f"not a whole Parquet file ({str(error).splitlines()[0]})"
+    except (pa.ArrowException, OSError, ValueError, OverflowError, MemoryError) as error:
+        problem = f"not a whole Parquet file ({str(error).partition(chr(10))[0]})"
         faults.add(Fault(f"{path}", problem, "write or download the file again", "broken Parquet"))
 
 
@@ -253,7 +261,7 @@ def read_file(path: Path, faults: FaultLog) -> Iterator[Row]:
             faults.add(Fault(f"{path}:1", "not UTF-8 but UTF-16", remedy, "not UTF-8"))
             return
         yield from reader(path, faults)
-    except (gzip.BadGzipFile, EOFError) as error:
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         faults.add(Fault(str(path), f"broken gzip file ({error})", "write or download it again"))
-    except PermissionError as error:
+    except OSError as error:
         faults.add(Fault(str(path), f"cannot be read ({error.strerror})", "mend its permissions"))

@@ -151,6 +151,8 @@ def _alpaca(record: Mapping[str, Any], as_chat: bool) -> Shape:
     messages: list[dict[str, Any]] = []
     if system := record.get("system"):
         messages.append({"role": "system", "content": check_text(system, "system")})
+    if not isinstance(history, list):
+        raise RowError("`history` must be a list of [question, answer] pairs", "mend the row")
     for pair in history:
         if not isinstance(pair, (list, tuple)) or len(pair) != 2:
             raise RowError("`history` must be a list of [question, answer] pairs", "mend the row")

@@ -9,6 +9,7 @@ make it `multi`, fractions `regression`, everything else `single`. A row that do
 """
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -19,6 +20,8 @@ from qlora_trainer.data.messages import check_text
 from qlora_trainer.errors import UserError
 
 Problem = Literal["single", "multi", "regression"]
+_HIGHEST_CLASS = 100_000  # beyond, it is an identity or a measurement
+_NUMBER = re.compile("[0-9]{1,9}")
 _MOST_LABELS = 1000  # more than these are no classes but texts or numbers
 _WAY_OUT = "name the columns, for example `columns: {text: review, label: stars}`"
 
@@ -110,6 +113,12 @@ def find_problem(records: Iterable[Mapping[str, Any]]) -> tuple[Problem, list[st
         )
     if all(isinstance(item, int) for item in seen):
         highest = max(int(item) for item in seen)
+        if highest >= _HIGHEST_CLASS:
+            raise UserError(
+                f"data.train: class number {highest}: classes are counted from 0, so a head would "
+                "have that many; for numbers set task_settings.problem: regression, for classes "
+                "list them in task_settings.labels"
+            )
         names = [str(number) for number in range(highest + 1)]
     else:
         names = sorted(map(str, seen))
@@ -149,7 +158,7 @@ def label_values(label: Any, problem: Problem, names: Sequence[str]) -> list[flo
 def _number(label: Any) -> float:
     try:
         value = float(label) if isinstance(label, (int, float, str)) else math.nan
-    except ValueError:
+    except (ValueError, OverflowError):
         value = math.nan
     if not math.isfinite(value) or isinstance(label, bool):
         remedy = "write a number, or set task_settings.problem: single for classes"
@@ -168,7 +177,7 @@ def _class(label: Any, names: Sequence[str]) -> int:
         raise RowError(f"class {label} is none of {len(names)}", remedy, "unknown class")
     if isinstance(label, str) and label in names:
         return names.index(label)
-    if isinstance(label, str) and label.isascii() and label.isdigit() and int(label) < len(names):
+    if isinstance(label, str) and _NUMBER.fullmatch(label) and int(label) < len(names):
         return int(label)  # from a table of text, such as CSV
     if not isinstance(label, str):
         remedy = "write its name or class number; for numbers set task_settings.problem: regression"

@@ -86,7 +86,7 @@ def check_messages(value: Any, name: str) -> list[dict[str, Any]]:
     if isinstance(value, str):
         try:
             value = json.loads(value)  # CSV and some Parquet files keep the list as JSON text
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             value = str(value)
     if not isinstance(value, list):
         problem = f"`{name}` is {json_kind(value)}, not a list of messages"
@@ -154,7 +154,7 @@ def _call(call: Any, name: str) -> dict[str, Any]:
         function = dict(call.get("function") or call)
         arguments = function.get("arguments") or {}
         arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
-    except (json.JSONDecodeError, TypeError, ValueError, AttributeError) as error:
+    except (TypeError, ValueError, AttributeError, RecursionError) as error:
         raise RowError(f"`{name}` has a broken tool call ({error})", remedy, "tool call") from error
     if not isinstance(function.get("name"), str) or not isinstance(arguments, Mapping):
         raise RowError(f"`{name}` has a tool call without name or arguments", remedy, "tool call")
@@ -183,7 +183,7 @@ def _tools(tools: Any) -> list[dict[str, Any]] | None:
     if isinstance(tools, str):
         try:
             tools = json.loads(tools) if tools.strip() else None
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise RowError(f"`tools` is broken JSON: {error}", "mend it", "tools") from error
     if not tools:
         return None

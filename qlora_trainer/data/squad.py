@@ -42,6 +42,10 @@ def read_squad(path: Path, faults: FaultLog) -> Iterator[Row]:
         problem = f"broken JSON: {error.msg} at column {error.colno}"
         faults.add(Fault(where, problem, "write or download the file again", "broken JSON"))
         return
+    except (ValueError, RecursionError) as error:
+        problem = f"JSON that cannot be read ({str(error).partition(';')[0]})"
+        faults.add(Fault(f"{path}", problem, "write or download the file again", "broken JSON"))
+        return
     for number, article in _objects(articles, f"{path}", "data", "article", faults):
         place = f"{path} article {number}"
         paragraphs = article.get("paragraphs")

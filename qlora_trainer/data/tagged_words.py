@@ -7,6 +7,7 @@ from typing import Any
 
 from qlora_trainer.data.faults import RowError, json_kind
 from qlora_trainer.data.formats import rename
+from qlora_trainer.data.messages import check_text
 from qlora_trainer.data.tags import to_iob2
 from qlora_trainer.errors import UserError
 
@@ -78,6 +79,7 @@ def to_tagged_words(
         if not isinstance(word, str):
             problem = f"word {place} is {json_kind(word)}, not a string"
             raise RowError(problem, "write every word as a string", "word kind")
+        check_text(word, f"tokens[{place - 1}]")
         if not word.strip():
             remedy = "drop the word and its tag"
             raise RowError(f"word {place} of {len(words)} is empty", remedy, "empty word")
@@ -100,7 +102,7 @@ def _as_list(value: Any, name: str) -> list[Any]:
         if value.lstrip().startswith("[") and value.rstrip().endswith("]") and len(value) > 2:
             try:
                 parsed = json.loads(value)
-            except json.JSONDecodeError:
+            except (ValueError, RecursionError):
                 return value.split()
             return parsed if isinstance(parsed, list) else value.split()
         return value.split()

@@ -27,6 +27,11 @@ from qlora_trainer.data.faults import RowError
 from qlora_trainer.data.messages import Chat, Shape
 from qlora_trainer.data.template_text import special_pattern, with_fixed_date
 
+# What a template's own expressions may raise; its sandbox lets it reach nothing else.
+_REFUSALS = (
+    jinja2.TemplateError, TypeError, LookupError, ValueError, AttributeError, ArithmeticError,
+    RecursionError, MemoryError, NotImplementedError, AssertionError,
+)  # fmt: skip
 LOSS_ON = ("assistant", "last", "completion", "all")
 
 
@@ -241,7 +246,7 @@ class ChatTemplate:
                 "broken template",
                 everywhere=True,
             ) from error
-        except (jinja2.TemplateError, TypeError, KeyError, ValueError, AttributeError) as error:
+        except _REFUSALS as error:
             raise RowError(
                 f"the chat template refuses the row ({error})",
                 "change the row's roles or their order, or name another template under "

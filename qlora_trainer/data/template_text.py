@@ -31,7 +31,10 @@ def with_fixed_date(template: str) -> str:
     """The template with every `strftime_now(...)` written out for one fixed day."""
 
     def written(match: re.Match[str]) -> str:
-        return repr(_FIXED_DATE.strftime(match.group(2)))
+        try:
+            return repr(_FIXED_DATE.strftime(match.group(2)))
+        except ValueError:  # no format of a date: the template is refused when it is rendered
+            return match.group(0)
 
     return re.sub(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)", written, template)
 

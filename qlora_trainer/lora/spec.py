@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from qlora_trainer.errors import UserError
 
+_MOST = 1e30  # a whole number of JSON may be too long for any float
 ALL_LINEAR = "all-linear"
 
 
@@ -84,7 +85,7 @@ class AdapterSpec:
         faults += [
             f"{name} = {value!r}: must be a finite number other than 0 (0 trains nothing)"
             for name, value in alphas.items()
-            if isinstance(value, bool) or not math.isfinite(value) or value == 0
+            if isinstance(value, bool) or not 0 < abs(value) < _MOST
         ]
         if not 0 <= self.dropout < 1:
             faults.append(f"dropout = {self.dropout!r}: must be at least 0 and less than 1")
@@ -94,7 +95,7 @@ class AdapterSpec:
         for expression in expressions:
             try:
                 re.compile(expression)
-            except re.error as error:
+            except (re.error, OverflowError, RecursionError) as error:
                 faults.append(f"{expression!r} is not a regular expression: {error}")
         return faults
 
