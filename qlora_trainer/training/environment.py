@@ -49,7 +49,7 @@ def base_trained_on(run_folder: Path) -> str | None:
         return None
     try:
         return str(json.loads(file.read_text(encoding="utf-8"))["base_fingerprint"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{file}: does not tell what base was trained on: {error}") from None
 
 

@@ -114,7 +114,7 @@ class RunFolder:
             return json.loads(file.read_text(encoding="utf-8"))
         except FileNotFoundError:
             return None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise UserError(
                 f"{file}: cannot be read ({error}); put it back, or pass --restart to discard "
                 "the run"
@@ -211,7 +211,7 @@ class RunFolder:
             return None
         try:
             settings = yaml.safe_load(run_file.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
             raise UserError(
                 f"{run_file}: cannot be read ({error}); pass --restart to discard the run"
             ) from None

@@ -193,9 +193,12 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
     if file.exists():
         for line in file.read_bytes().splitlines():
             try:
-                records.append(json.loads(line))
-            except ValueError:  # not JSON, or bytes that are no text
+                record = json.loads(line)
+                if not isinstance(record["step"], int) or not isinstance(record["kind"], str):
+                    break
+            except (ValueError, TypeError, KeyError, RecursionError):  # not JSON, or not ours
                 break
+            records.append(record)
     return records
 
 

@@ -100,7 +100,7 @@ def _stop_ids(folder: Path) -> tuple[int, ...]:
         given = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
     except FileNotFoundError:
         return ()
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise UserError(f"{file}: is not a JSON object: {error}") from None
     return tuple(given) if isinstance(given, list) else () if given is None else (given,)
 
@@ -110,7 +110,7 @@ def _read_tokenizer(resolved: ResolvedModel, model: Any) -> Any:
         return AutoTokenizer.from_pretrained(
             str(resolved.folder), local_files_only=True, trust_remote_code=model.trust_remote_code
         )
-    except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError) as error:
+    except Exception as error:  # the tokenizers library raises nothing more particular
         raise UserError(
             f"model.source = {model.source!r}: its tokenizer cannot be read from "
             f"{resolved.folder}: {error}"

@@ -135,7 +135,9 @@ def newest_good_state(states: Path, say: Callable[[str], None]) -> SavedState | 
     for step, folder in _listed(states):
         try:
             saved = _read(folder, step)
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        except (
+            OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError,
+        ) as error:  # fmt: skip
             broken.append(f"{folder}: {error}")
             continue
         for line in broken:
