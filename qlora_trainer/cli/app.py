@@ -15,6 +15,7 @@ from qlora_trainer.cli.flags import SweepingCommand
 from qlora_trainer.cli.options import STOPPED, Overrides, RunFile
 from qlora_trainer.errors import UserError
 
+_NO_MEMORY = "DefaultCPUAllocator: can't allocate memory"  # torch says it as a RuntimeError
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -31,6 +32,17 @@ def main() -> None:
         from qlora_trainer.cli.show import show_error
 
         show_error(str(error))
+        sys.exit(2)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and _NO_MEMORY not in str(error):
+            raise
+        from qlora_trainer.cli.show import show_error
+
+        show_error(
+            "the system gives this process no more memory; what was saved stands. Close other "
+            "programs, raise the limit (ulimit -v), or lower train.micro_batch_size or "
+            "data.max_seq_len; then run the same command again"
+        )
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
