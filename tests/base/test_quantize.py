@@ -55,6 +55,49 @@ def test_rebuilt_weight_equals_bitsandbytes_bit_for_bit(
     assert torch.equal(dequantize_nf4(ours, shape, 64, dtype), bnb.dequantize_4bit(codes, state))
 
 
+def hard_weight(shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+    """Random values among which whole blocks are zero, or very small or very large."""
+    flat = random_weight(shape, torch.float32).to(dtype).view(-1)
+    kind = (torch.arange(flat.numel()) // 64) % 5
+    limits = torch.finfo(dtype)
+    flat[kind == 1] = 0
+    flat[kind == 2] *= 1024 * limits.smallest_normal  # avx512_bf16 flushes what is smaller
+    flat[kind == 3] = (flat[kind == 3].float().clamp(-1, 1) * min(limits.max / 2, 1e30)).to(dtype)
+    flat[kind == 4] = -flat[kind == 4].abs()
+    return flat.view(shape)
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("block_size", BLOCK_SIZES)
+def test_codes_scales_and_values_equal_bitsandbytes_everywhere(
+    block_size: int, double_quant: bool
+) -> None:
+    """All shapes and dtypes; values by bitsandbytes' reference (its `backends/default/ops.py`).
+
+    Its CPU kernel is asked as well where it is right: rows of whole blocks.
+    """
+    table = bnb.get_4bit_type("nf4", "cpu")
+    for shape in (*SHAPES, (3, 1120), (4, block_size)):
+        for dtype in DTYPES:
+            weight = hard_weight(shape, dtype)
+            codes, state = bnb.quantize_4bit(
+                weight, blocksize=block_size, compress_statistics=double_quant, quant_type="nf4"
+            )
+            ours = quantize_nf4(weight, block_size=block_size, double_quant=double_quant)
+            assert torch.equal(ours.codes, codes.view(-1)), (shape, dtype)
+            assert torch.equal(ours.absmax, state.absmax), (shape, dtype)
+            numbers = torch.stack([codes.view(-1) >> 4, codes.view(-1) & 15], dim=1).view(-1)
+            scales = state.absmax
+            if double_quant:
+                scales = bnb.dequantize_blockwise(state.absmax, state.state2) + state.offset
+            scales = scales.float().repeat_interleave(block_size)[: weight.numel()]
+            expected = (table[numbers.long()][: weight.numel()] * scales).view(shape).to(dtype)
+            found = dequantize_nf4(ours, shape, block_size, dtype)
+            assert torch.equal(found, expected), (shape, dtype)
+            if shape[1] % block_size == 0:
+                assert torch.equal(found, bnb.dequantize_4bit(codes, state)), (shape, dtype)
+
+
 @pytest.mark.parametrize("block_size", [32, 64, 512])
 @pytest.mark.parametrize("shape", [*SHAPES, (64, 32), (8, 160), (3, 1120)])
 def test_rebuilt_weight_equals_the_formula_written_out(
@@ -137,9 +180,10 @@ def test_a_transposed_view_is_quantized_in_its_own_order() -> None:
     assert torch.equal(quantize_nf4(weight.t()).codes, quantize_nf4(weight.t().contiguous()).codes)
 
 
-@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
-def test_a_weight_that_is_not_finite_is_refused(broken: float) -> None:
-    weight = random_weight((64, 64), torch.float32)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("broken", [float("nan"), float("inf"), float("-inf")])
+def test_a_weight_that_is_not_finite_is_refused(broken: float, dtype: torch.dtype) -> None:
+    weight = random_weight((64, 64), dtype)
     weight[3, 5] = broken
     with pytest.raises(ValueError, match="not finite"):
         quantize_nf4(weight)
