@@ -23,3 +23,7 @@ class UserError(Exception):
         if len(faults) > shown:
             lines.append(f"  ... and {len(faults) - shown} more")
         return cls("\n".join([f"{title} ({len(faults)} fault{'s' * (len(faults) != 1)}):", *lines]))
+
+
+class ToldElsewhereError(UserError):
+    """A fault that the main process of several tells; the others leave without a word."""

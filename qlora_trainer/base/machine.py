@@ -43,19 +43,26 @@ def versions() -> dict[str, str]:
     }
 
 
-def choose_device(requested: str) -> torch.device:
+def choose_device(requested: str, number: int = 0) -> torch.device:
     """The device for `auto`, `cpu`, `cuda` or `cuda:N`.
+
+    Args:
+        requested: As in the run file.
+        number: The GPU that `auto` and `cuda` mean; of several processes each has its own.
 
     Raises:
         ValueError: A GPU is asked for and torch finds none, or none of that number.
     """
     gpus = torch.cuda.device_count()
     if requested == "auto":
-        return torch.device("cuda", 0) if gpus else torch.device("cpu")
+        return torch.device("cuda", number) if gpus else torch.device("cpu")
     device = torch.device(requested)
-    if device.type == "cuda" and (device.index or 0) >= gpus:
+    if device.type != "cuda":
+        return device
+    index = number if device.index is None else device.index
+    if index >= gpus:
         raise ValueError(f"torch finds {gpus} GPUs; `qlora doctor` says why")
-    return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
+    return torch.device("cuda", index)
 
 
 def host_memory_bytes() -> tuple[int, int]:

@@ -13,7 +13,7 @@ import typer
 from qlora_trainer.cli import ask, evaluate, export, profile
 from qlora_trainer.cli.flags import SweepingCommand
 from qlora_trainer.cli.options import STOPPED, Overrides, RunFile
-from qlora_trainer.errors import UserError
+from qlora_trainer.errors import ToldElsewhereError, UserError
 
 _NO_MEMORY = "DefaultCPUAllocator: can't allocate memory"  # torch says it as a RuntimeError
 app = typer.Typer(
@@ -28,6 +28,8 @@ def main() -> None:
     """Run the command line; a user's fault is one readable message and exit code 2."""
     try:
         app()
+    except ToldElsewhereError:
+        sys.exit(2)
     except UserError as error:
         from qlora_trainer.cli.show import show_error
 
@@ -127,7 +129,8 @@ def train(
 
     with ConsoleReporter() as reporter:
         result = train_adapter(config, restart=restart, reporter=reporter)
-        reporter.show_result(result)
+        if result.is_main:
+            reporter.show_result(result)
     if not result.outcome.complete:
         raise typer.Exit(STOPPED)  # so that what follows in a script does not take it for done
 

@@ -48,6 +48,9 @@ def profile(
     report: Annotated[
         Path | None, typer.Option(metavar="OUT.html", help="write a page, and its pictures as PNG")
     ] = None,
+    processes: Annotated[
+        int, typer.Option(min=1, help="processes that make the run together, a card each")
+    ] = 1,
     measure: Annotated[
         bool, typer.Option("--measure", help="run two real steps here and compare; needs weights")
     ] = False,
@@ -67,14 +70,17 @@ def profile(
         raise UserError(f"--report {report}: name a file ending in .html")
     with _quick_imports(compiler=measure):
         from qlora_trainer.run import foresee
+    from qlora_trainer.run.shares import require_passes
 
     runs = list(foresee.sweep(run_file, model, overrides or (), axes or ()))
+    for _, config in runs:
+        require_passes(config, processes)
     if measure:
         _measure(runs[0][1], report, as_json=as_json)
         return
     from qlora_trainer.run.budget import choose_card
 
-    card = choose_card(gpu, budget)
+    card = choose_card(gpu, budget, processes)
     if questions:
         verdicts = _fit(runs[0][1], card, questions, as_json=as_json)
     else:

@@ -58,6 +58,12 @@ def show_foresight(foresight: Foresight, *, as_json: bool, notes: Sequence[str] 
         f"{'which count on the card' if foresight.paged_on_card else 'in host RAM'}\n"
         f"  host RAM        {format_bytes(foresight.host_peak_bytes)}"
     )
+    if foresight.processes > 1:
+        count = foresight.processes
+        out.print(
+            f"  {count} processes     each takes this of its card; on one machine together "
+            f"{format_bytes(count * foresight.host_peak_bytes)} of host RAM"
+        )
     if foresight.pinned_bytes:
         out.print(
             f"  pinned host     {format_bytes(foresight.pinned_bytes)} of layer inputs; "

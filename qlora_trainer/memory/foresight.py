@@ -61,6 +61,7 @@ class Foresight:
         moved_bytes: Over PCIe, both ways together, in one optimizer step.
         host_bytes_by_phase: Host RAM of each phase; see `artefacts.host_bytes_by_phase`.
         disk_peak_bytes: Artefact -> most bytes at one time; see `artefacts.disk_peak_bytes`.
+        processes: How many make the run together; all sizes but those of the disk are one's.
     """
 
     gpu: str
@@ -87,6 +88,7 @@ class Foresight:
     host_bytes_by_phase: dict[str, int] = field(default_factory=dict)
     disk_peak_bytes: dict[str, int] = field(default_factory=dict)
     timeline: tuple[tuple[int, int, str], ...] = field(default=(), repr=False)
+    processes: int = 1
 
     @property
     def total_bytes(self) -> int:
@@ -185,10 +187,11 @@ class SimulatedRun:
             trained_parameters=self.accounts.trained_parameters,
             large_unquantized=self.accounts.large_unquantized,
             pinned_bytes=self.accounts.pinned_bytes,
-            moved_bytes=self.accounts.moved_bytes * self.shape.accumulation,
+            moved_bytes=self.accounts.moved_bytes * self.shape.own_accumulation,
             host_bytes_by_phase=host_bytes_by_phase(self.accounts),
             disk_peak_bytes=disk_peak_bytes(self.accounts, self.shape.keep_last),
             timeline=tuple(free.timeline),
+            processes=self.shape.processes,
         )
 
     def _host_bytes(self) -> int:

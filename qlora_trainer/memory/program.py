@@ -29,6 +29,7 @@ from qlora_trainer.tasks.kind import TaskInputs
 from qlora_trainer.tasks.task import Batch, Task
 from qlora_trainer.training.activations import Activation, plan_activations
 from qlora_trainer.training.optimizer import AdapterAdamW, OptimizerKind
+from qlora_trainer.training.processes import ALONE, Processes
 from qlora_trainer.training.step import StepResult, train_step
 from qlora_trainer.training.techniques import Techniques, apply_techniques
 
@@ -63,6 +64,7 @@ class RunShape:
         task_settings: As in the run file.
         techniques: What replaces modules of the model.
         keep_last: Saved states kept, as in the run file.
+        processes: How many share the window; what is foreseen is the main one's memory.
     """
 
     base: BaseSpec
@@ -79,6 +81,12 @@ class RunShape:
     task_settings: Mapping[str, Any] = field(default_factory=dict)
     techniques: Techniques = field(default_factory=Techniques)
     keep_last: int = 2
+    processes: int = 1
+
+    @property
+    def own_accumulation(self) -> int:
+        """Forward passes of the main process per optimizer step."""
+        return len(Processes(count=self.processes).share(self.accumulation))
 
 
 @dataclass
@@ -147,7 +155,9 @@ class Program:
         model.train()
         tracker.mark(RESET_PEAK)
         for step in range(2):
-            window = [batch] * (min(shape.accumulation, 2) if step else 1)
+            processes = Processes(count=shape.processes)
+            most = min(shape.own_accumulation, 2) if step else 1
+            window = [batch] * (most * shape.processes)
             watch_step(
                 tracker,
                 model,
@@ -156,9 +166,10 @@ class Program:
                 optimizer=optimizer,
                 device=torch.device("meta"),
                 step=step,
+                processes=processes,
             )
             accounts.pinned_bytes = transfers.most_bytes
-            accounts.moved_bytes, transfers.moved_bytes = transfers.moved_bytes // len(window), 0
+            accounts.moved_bytes, transfers.moved_bytes = transfers.moved_bytes // most, 0
         tracker.set_phase("evaluation")
         model.eval()
         task.evaluate(model, {name: part.to("meta") for name, part in batch.items()})
@@ -228,6 +239,7 @@ def watch_step(
     optimizer: AdapterAdamW,
     device: torch.device,
     step: int,
+    processes: Processes = ALONE,
 ) -> None:
     """One training step with its phases marked: the same for weightless and for real tensors."""
 
@@ -246,6 +258,7 @@ def watch_step(
         device=device,
         step=step,
         check=before_update,
+        processes=processes,
     )
 
 

@@ -31,11 +31,13 @@ class Card:
         gpu: Its profile.
         free_bytes: Free for this process; None where only the profile is known.
         free_because: Where that number comes from.
+        processes: How many make the run together, each on such a card.
     """
 
     gpu: GpuProfile
     free_bytes: int | None
     free_because: str
+    processes: int = 1
 
 
 @dataclass(frozen=True)
@@ -47,20 +49,23 @@ class Budget:
         budget_bytes: For this process, its CUDA context included.
         paged_on_card: Managed memory counts on the card (Windows).
         notes: Where the number comes from, and what the system makes of it.
+        processes: How many make the run together, each on such a card.
     """
 
     gpu: GpuProfile
     budget_bytes: int
     paged_on_card: bool
     notes: tuple[str, ...]
+    processes: int = 1
 
 
-def choose_card(key: str | None, free: str | None) -> Card:
+def choose_card(key: str | None, free: str | None, processes: int = 1) -> Card:
     """The card to foresee for.
 
     Args:
         key: A card's profile; None takes the card of this machine.
         free: What of it is free, such as `7.5 GiB`; None takes what is free now, or its profile.
+        processes: How many make the run together, each on such a card.
 
     Raises:
         UserError: No such card, no card here, or the budget is no size.
@@ -72,13 +77,13 @@ def choose_card(key: str | None, free: str | None) -> Card:
     if free_bytes == 0:
         raise UserError("--budget: nothing fits into 0 bytes")
     if key is not None:
-        return Card(read_gpu(key), free_bytes, "--budget")
+        return Card(read_gpu(key), free_bytes, "--budget", processes)
     here = gpu_of_this_machine(torch.device("cuda", 0)) if torch.cuda.is_available() else None
     if here is None:
         raise UserError("there is no GPU here to foresee for; name one with --gpu")
     if free_bytes is not None:
-        return Card(here[0], free_bytes, "--budget")
-    return Card(here[0], here[1], "free now")
+        return Card(here[0], free_bytes, "--budget", processes)
+    return Card(here[0], here[1], "free now", processes)
 
 
 def budget_of(card: Card, run: RunConfig, *, platform: str = sys.platform) -> Budget:
@@ -98,7 +103,7 @@ def budget_of(card: Card, run: RunConfig, *, platform: str = sys.platform) -> Bu
         notes.insert(
             0, f"{format_bytes(card.free_bytes)} of the card for the run: {card.free_because}"
         )
-        return Budget(card.gpu, card.free_bytes, windows, tuple(notes))
+        return Budget(card.gpu, card.free_bytes, windows, tuple(notes), card.processes)
     share, why = _desktop_share(run, windows)
     budget = card.gpu.usable_bytes - share
     if budget <= 0:
@@ -107,7 +112,7 @@ def budget_of(card: Card, run: RunConfig, *, platform: str = sys.platform) -> Bu
             f"{format_bytes(card.gpu.usable_bytes)}; take less"
         )
     notes.insert(0, f"of the card's {format_bytes(card.gpu.usable_bytes)} the desktop has {why}")
-    return Budget(card.gpu, budget, windows, tuple(notes))
+    return Budget(card.gpu, budget, windows, tuple(notes), card.processes)
 
 
 def _desktop_share(run: RunConfig, windows: bool) -> tuple[int, str]:

@@ -14,7 +14,7 @@ from qlora_trainer.config.read import read_run_file
 from qlora_trainer.config.settings import RunConfig
 from qlora_trainer.errors import UserError
 from qlora_trainer.lora.files import read_adapter_config, restore_adapter
-from qlora_trainer.lora.inject import adapted_layers
+from qlora_trainer.lora.inject import adapted_layers, adapter_parameters
 from qlora_trainer.lora.spec import AdapterSpec
 from qlora_trainer.run.report import Reporter
 from qlora_trainer.tasks.task import Task
@@ -22,6 +22,7 @@ from qlora_trainer.training import setup
 from qlora_trainer.training.environment import base_trained_on
 from qlora_trainer.training.evaluate import evaluate
 from qlora_trainer.training.folder import RunFolder
+from qlora_trainer.training.processes import Processes
 
 _FILE = "earlier.json"
 
@@ -34,15 +35,17 @@ class Earlier:
         run: How it was trained.
         source: Its model.
         data: Its rows.
+        processes: Those that score them together.
     """
 
     run: RunConfig
     source: setup.ModelSource
     data: setup.RunData
+    processes: Processes
 
     def score(self, model: Any, task: Task) -> dict[str, float]:
         """The task's metrics on these rows, as the model is now."""
-        batches = setup.eval_batches(self.run, self.data)
+        batches = setup.eval_batches(self.run, self.data, self.processes)
         assert batches is not None  # `open_earlier` sees to it
         return evaluate(
             model,
@@ -50,6 +53,7 @@ class Earlier:
             task=task,
             device=self.source.device,
             references=setup.references(self.run, self.data),
+            processes=self.processes,
         )
 
 
@@ -122,7 +126,7 @@ def _other_sizes(model: Any, spec: AdapterSpec, found: AdapterSpec) -> list[str]
     return settings + modules
 
 
-def open_earlier(run: RunConfig, told: Reporter) -> Earlier | None:
+def open_earlier(run: RunConfig, told: Reporter, processes: Processes) -> Earlier | None:
     """The held-out rows of the run an adapter comes from, if there are any.
 
     Raises:
@@ -143,13 +147,16 @@ def open_earlier(run: RunConfig, told: Reporter) -> Earlier | None:
     here = run.model.model_dump(include={"device", "attention", "compute_dtype"})
     model = earlier.model.model_copy(update=here)
     earlier = earlier.model_copy(update={"model": model})
-    source = setup.open_model(earlier)
-    return Earlier(earlier, source, setup.open_data(earlier, source))
+    with processes.main_first():
+        source = setup.open_model(earlier, processes.local_rank)
+        return Earlier(earlier, source, setup.open_data(earlier, source), processes)
 
 
 def score_before(earlier: Earlier | None, folder: RunFolder, model: Any, task: Task) -> None:
     """Score the earlier rows once, before the first step of the run."""
-    if earlier is not None and folder.read_json(_FILE) is None:
+    if earlier is None:
+        return
+    if earlier.processes.from_main(folder.read_json(_FILE)) is None:
         folder.write_json(_FILE, {"before": earlier.score(model, task)})
 
 
@@ -159,8 +166,12 @@ def score_after(
     """Score the earlier rows with the adapter that is kept, and say what has changed."""
     if earlier is None:
         return
-    restore_adapter(model, folder.path / "adapter")
-    before = (folder.read_json(_FILE) or {})["before"]
+    with earlier.processes.together():
+        if earlier.processes.is_main:
+            restore_adapter(model, folder.path / "adapter")
+    for parameter in adapter_parameters(model).values():
+        earlier.processes.take_from_main(parameter)
+    before = earlier.processes.from_main(folder.read_json(_FILE))["before"]
     after = earlier.score(model, task)
     folder.write_json(_FILE, {"before": before, "after": after})
     shown = ", ".join(

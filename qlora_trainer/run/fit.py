@@ -71,7 +71,7 @@ def solve(
         setup.check_length(run, config)
     fitter = Fitter(
         task_config(run, config),
-        run_shape(run, config, budget.gpu),
+        run_shape(run, config, budget.gpu, budget.processes),
         budget.gpu,
         budget_bytes=budget.budget_bytes,
         paged_on_card=budget.paged_on_card,
@@ -134,6 +134,7 @@ def _models(run: RunConfig, budget: Budget, told: Reporter) -> list[Answer]:
                 budget.gpu,
                 budget_bytes=budget.budget_bytes,
                 paged_on_card=budget.paged_on_card,
+                processes=budget.processes,
             )
         except UserError as error:
             answers.append(Answer("models", file.stem, (), str(error), None))

@@ -35,6 +35,7 @@ from qlora_trainer.tasks.task import Batch
 from qlora_trainer.training import setup
 from qlora_trainer.training.activations import Activation
 from qlora_trainer.training.optimizer import AdapterAdamW
+from qlora_trainer.training.processes import ALONE, Processes
 from qlora_trainer.units import format_bytes
 
 _STEP_PHASES = ("forward", "backward", "optimizer step")
@@ -52,6 +53,7 @@ class Forecast:
         first_window: Micro-batches of the first step, once it has been watched.
         first_step: What it took, likewise.
         activations: What was foreseen for the layers; `auto` is solved.
+        processes: Those of the run; what is foreseen and measured is one's.
     """
 
     device: str
@@ -61,6 +63,7 @@ class Forecast:
     first_window: Sequence[Batch] = ()
     first_step: list[Live] = field(default_factory=list)
     activations: Activation | Sequence[Activation] = "recompute"
+    processes: Processes = ALONE
 
     def watch(
         self, model: Any, optimizer: AdapterAdamW
@@ -70,7 +73,7 @@ class Forecast:
             return None
 
         def begin(window: Sequence[Batch]) -> AbstractContextManager[None]:
-            self.first_window = window
+            self.first_window = [window[index] for index in self.processes.share(len(window))]
             return watched_step(model, optimizer, self.torch_device, self.first_step)
 
         return begin
@@ -118,9 +121,13 @@ def _pair(what: str, predicted: int, measured: int) -> dict[str, Any]:
 
 
 def forecast_run(
-    run: RunConfig, source: setup.ModelSource, data: setup.RunData, told: Reporter
+    run: RunConfig,
+    source: setup.ModelSource,
+    data: setup.RunData,
+    told: Reporter,
+    processes: Processes = ALONE,
 ) -> Forecast:
-    """Say what a run will need, before its base is loaded.
+    """Say what a run will need, before its base is loaded; of several processes each.
 
     Raises:
         UserError: It cannot fit, and `memory.must_fit` is on; with every lack and the way out.
@@ -131,7 +138,8 @@ def forecast_run(
 
     def foresee_batch(batch: Batch, count: int) -> int:
         size = batch.get("input_ids", next(iter(batch.values()))).shape
-        exact = replace(shape, micro_batch_size=size[0], seq_len=size[-1], accumulation=count)
+        exact = replace(shape, micro_batch_size=size[0], seq_len=size[-1],
+                        accumulation=count * processes.count)  # fmt: skip
         live = simulate_run(
             config, exact, gpu, model_class=source.kind.auto_class, batch=batch
         ).trace.live()
@@ -139,13 +147,15 @@ def forecast_run(
 
     config = task_config(run, source.config, setup.model_settings(data.encoder))
     shape = _shape_of_data(run, run_shape(run, source.config, gpu), data)
+    shape = replace(shape, processes=processes.count)
+    sharing = processes.local_count
     try:
         shape = with_auto(
             run,
             config,
             shape,
             gpu,
-            here[1] if here else int(0.9 * host_memory_bytes()[1]),
+            here[1] if here else int(0.9 * host_memory_bytes()[1]) // sharing,
             paged_on_card=sys.platform == "win32",
         )
         if run.train.activations == "auto":
@@ -153,12 +163,14 @@ def forecast_run(
         simulated = simulate_run(config, shape, gpu, model_class=source.kind.auto_class)
     except (UnforeseeableOperator, RuntimeError) as error:
         told.say(f"memory: this model cannot be foreseen, so nothing is promised: {error}")
-        return Forecast(name, source.device, None, foresee_batch)
+        return Forecast(name, source.device, None, foresee_batch, processes=processes)
     if here is None:
-        predicted, faults = room_on_cpu(simulated, config, shape, told)
+        predicted, faults = room_on_cpu(simulated, config, shape, told, sharing=sharing)
     else:
         rehearsed = run.memory.rehearse != "never"
-        predicted, faults = room_on_card(simulated, config, shape, here, told, rehearsed=rehearsed)
+        predicted, faults = room_on_card(
+            simulated, config, shape, here, told, rehearsed=rehearsed, sharing=sharing
+        )
     predicted["disk_peak_bytes"] = disk_of_all(run, simulated, data)
     faults += room_on_disk(run, simulated, told)
     if faults and run.memory.must_fit:
@@ -169,7 +181,10 @@ def forecast_run(
         told.say(f"does not fit, and goes on as memory.must_fit is off: {fault}")
     if source.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(source.device)
-    return Forecast(name, source.device, predicted, foresee_batch, activations=shape.activations)
+    return Forecast(
+        name, source.device, predicted, foresee_batch, activations=shape.activations,
+        processes=processes,
+    )  # fmt: skip
 
 
 def _counted(plan: str | Sequence[str]) -> str:

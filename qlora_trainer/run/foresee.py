@@ -71,6 +71,7 @@ def foresee_run(
     expandable_segments: bool = False,
     paged_on_card: bool = False,
     with_timeline: bool = False,
+    processes: int = 1,
 ) -> Foresight:
     """What a run will need on a card; every sequence at `data.max_seq_len`.
 
@@ -81,6 +82,7 @@ def foresee_run(
         expandable_segments: Of the allocator's configuration.
         paged_on_card: Managed memory counts on the card, as on Windows.
         with_timeline: Keep the course of allocated and reserved memory.
+        processes: How many make the run together; the memory is of one of them.
 
     Raises:
         UserError: The model is not there or cannot have these settings.
@@ -90,8 +92,9 @@ def foresee_run(
     kind = task_kind(run.task)
     changed = task_config(run, config)
     shape = with_auto(
-        run, changed, run_shape(run, config, gpu), gpu, budget_bytes, paged_on_card=paged_on_card
-    )
+        run, changed, run_shape(run, config, gpu, processes), gpu, budget_bytes,
+        paged_on_card=paged_on_card,
+    )  # fmt: skip
     return simulate_run(changed, shape, gpu, model_class=kind.auto_class).on(
         gpu,
         budget_bytes=budget_bytes,
@@ -162,7 +165,7 @@ def task_config(run: RunConfig, config: Any, found: Mapping[str, Any] | None = N
     return changed
 
 
-def run_shape(run: RunConfig, config: Any, gpu: GpuProfile | None) -> RunShape:
+def run_shape(run: RunConfig, config: Any, gpu: GpuProfile | None, processes: int = 1) -> RunShape:
     """The settings of a run that decide its memory, on a card or (None) on a CPU."""
     compute_dtype = compute_dtype_for(
         run.model.compute_dtype,
@@ -188,4 +191,5 @@ def run_shape(run: RunConfig, config: Any, gpu: GpuProfile | None) -> RunShape:
         task_settings=run.task_settings.model_dump(),
         padded=run.train.micro_batch_size > 1 and not run.data.packing,
         keep_last=run.output.keep_last,
+        processes=processes,
     )

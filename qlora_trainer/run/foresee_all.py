@@ -54,6 +54,7 @@ def _foresee(asked: tuple[RunConfig, Budget], with_timeline: bool) -> Foresight:
         budget_bytes=allowed.budget_bytes,
         paged_on_card=allowed.paged_on_card,
         with_timeline=with_timeline,
+        processes=allowed.processes,
     )
 
 

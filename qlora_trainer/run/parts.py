@@ -14,10 +14,12 @@ from qlora_trainer.run.check import inspect
 from qlora_trainer.run.continued import read_into
 from qlora_trainer.run.forecast import Forecast, forecast_run
 from qlora_trainer.run.report import Reporter, rows_read, tensors_loaded
+from qlora_trainer.run.shares import idle_notes, require_passes, require_same_run
 from qlora_trainer.tasks.task import Task
 from qlora_trainer.training import setup
 from qlora_trainer.training.optimizer import AdapterAdamW
 from qlora_trainer.training.plan import TrainingPlan
+from qlora_trainer.training.processes import Processes
 from qlora_trainer.training.trackers import require_trackers
 from qlora_trainer.training.windows import Windows
 
@@ -29,6 +31,7 @@ class Parts:
     Attributes:
         identity: Fingerprints of base and data, which saved states are tied to.
         forecast: What memory it was foreseen to need.
+        processes: Those that make the run together.
     """
 
     run: RunConfig
@@ -44,9 +47,12 @@ class Parts:
     plan: TrainingPlan
     identity: dict[str, str | None]
     forecast: Forecast
+    processes: Processes
 
 
-def prepare(run: RunConfig, source: setup.ModelSource, base: str, told: Reporter) -> Parts:
+def prepare(
+    run: RunConfig, source: setup.ModelSource, base: str, told: Reporter, processes: Processes
+) -> Parts:
     """Make all of them, telling what is found on the way; nothing is written yet.
 
     Args:
@@ -54,15 +60,25 @@ def prepare(run: RunConfig, source: setup.ModelSource, base: str, told: Reporter
         source: The model.
         base: Its fingerprint.
         told: Told of data, memory and base.
+        processes: Those that make the run together.
 
     Raises:
         UserError: The data, the model or the memory at hand does not allow the run.
     """
-    require_trackers(run.output.trackers)
-    data = setup.open_data(run, source, rows_read(told))
+    require_passes(run, processes.count)
+    if processes.is_main:
+        require_trackers(run.output.trackers)
+    with processes.main_first():
+        data = setup.open_data(run, source, rows_read(told))
+    identity = {
+        "base_fingerprint": base,
+        "data_fingerprint": data.train.fingerprint,
+        "eval_fingerprint": None if data.held_out is None else data.held_out.fingerprint,
+    }
+    require_same_run(run, source, identity, processes)
     gate = inspect(run, source, data)
     told.gate(gate)
-    forecast = forecast_run(run, source, data, told)
+    forecast = forecast_run(run, source, data, told, processes)
     settings = setup.model_settings(data.encoder)
     model = setup.load_model(run, source, tensors_loaded(told), settings=settings)
     account = audit_base(model)
@@ -72,16 +88,16 @@ def prepare(run: RunConfig, source: setup.ModelSource, base: str, told: Reporter
     plain = setup.set_activations(run, model, forecast.activations)
     task = setup.make_task(run, model, source, data)
     optimizer = setup.make_optimizer(run, model)
-    for line in (*plain, *setup.packing_notes(run, model), *setup.notes(task, optimizer)):
+    for line in (
+        *idle_notes(run, processes),
+        *plain,
+        *setup.packing_notes(run, model),
+        *setup.notes(task, optimizer),
+    ):
         told.say(line)
     windows = setup.make_windows(run, data, model.config._attn_implementation)
     plan = setup.training_plan(run, windows, task)
-    identity = {
-        "base_fingerprint": base,
-        "data_fingerprint": data.train.fingerprint,
-        "eval_fingerprint": None if data.held_out is None else data.held_out.fingerprint,
-    }
     return Parts(
         run, source, data, gate, model, account, spec, task, optimizer, windows, plan, identity,
-        forecast,
+        forecast, processes,
     )  # fmt: skip

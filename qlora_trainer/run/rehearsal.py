@@ -12,10 +12,12 @@ from qlora_trainer.training import setup
 from qlora_trainer.training.plan import Rehearsal
 
 
-def rehearsal_of(run: RunConfig, data: setup.RunData, model: Any, device: torch.device) -> (
-    Rehearsal | None
-):  # fmt: skip
+def rehearsal_of(
+    run: RunConfig, data: setup.RunData, model: Any, device: torch.device, processes: int = 1
+) -> Rehearsal | None:
     """The longest batches of a run; None where nothing is to be rehearsed.
+
+    Of several processes each rehearses, so there is a batch for each.
 
     By default a run on a CPU is not: memory there does not end in an error that could be caught
     (the system swaps, or kills), and the longest step may take minutes.
@@ -39,7 +41,8 @@ def rehearsal_of(run: RunConfig, data: setup.RunData, model: Any, device: torch.
             **setup.collate_rows(run, data, data.held_out, chosen),
             "row": torch.tensor(chosen),
         }
-    return Rehearsal([batch] * min(run.train.gradient_accumulation_steps, 2), held_out)
+    count = min(run.train.gradient_accumulation_steps, 2 * processes)
+    return Rehearsal([batch] * count, held_out)
 
 
 def _longest(lengths: Any, count: int) -> list[int]:

@@ -33,8 +33,12 @@ def room_on_card(
     told: Reporter,
     *,
     rehearsed: bool,
+    sharing: int = 1,
 ) -> tuple[dict[str, Any], list[str]]:
-    """Numbers for `memory.json`, and what is lacking of a card and of host memory."""
+    """Numbers for `memory.json`, and what is lacking of a card and of host memory.
+
+    Host memory is shared by so many processes on this machine.
+    """
     gpu, free = here
     windows = sys.platform == "win32"
     found = simulated.on(gpu, budget_bytes=free, paged_on_card=windows)
@@ -49,7 +53,7 @@ def room_on_card(
             f"the card: {format_bytes(found.total_bytes)} needed, {format_bytes(free)} free; "
             + _way_out(fitter)
         )
-    free_ram = host_memory_bytes()[1]
+    free_ram = host_memory_bytes()[1] // sharing
     most = max(found.host_bytes, found.host_bytes_by_phase["rehearsal" if rehearsed else "save"])
     more = most - psutil.Process().memory_info().rss
     if more > free_ram:
@@ -70,15 +74,16 @@ def room_on_card(
 
 
 def room_on_cpu(
-    simulated: SimulatedRun, config: Any, shape: RunShape, told: Reporter
+    simulated: SimulatedRun, config: Any, shape: RunShape, told: Reporter, *, sharing: int = 1
 ) -> tuple[dict[str, Any], list[str]]:
     """Numbers for `memory.json`, and what is lacking of host memory, where the run computes."""
-    total, free = host_memory_bytes()
+    total, free = (size // sharing for size in host_memory_bytes())
     live = simulated.trace.live()
     peak = max(live.peak_bytes, *live.by_phase.values())
     told.say(
         f"memory: {format_bytes(peak)} foreseen for base, adapters and batches, of "
         f"{format_bytes(free)} available RAM"
+        + (f" for each of {sharing} processes" if sharing > 1 else "")
     )
     faults = []
     if peak > free:

@@ -1,4 +1,7 @@
-"""Training from a run file to an adapter, in a run folder that explains itself."""
+"""Training from a run file to an adapter, in a run folder that explains itself.
+
+Several processes make one run together: all compute, the main one writes and tells.
+"""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,9 +37,11 @@ from qlora_trainer.training.environment import (
     with_resumption,
 )
 from qlora_trainer.training.folder import RunFolder
+from qlora_trainer.training.launch import join_processes
 from qlora_trainer.training.log import RunLog
 from qlora_trainer.training.loop import run_training
 from qlora_trainer.training.plan import Run, TrainingOutcome
+from qlora_trainer.training.processes import Processes
 from qlora_trainer.training.resume import compare_settings, require_same_run, require_same_things
 from qlora_trainer.training.scaler import LossScaler
 from qlora_trainer.training.trackers import open_trackers
@@ -52,6 +57,7 @@ class TrainResult:
         outcome: Steps, best step, why it ended.
         metrics: Final figures, among them `loss_before` and `loss` where rows are held out.
         task: What was learned.
+        is_main: False in those of several processes that have only computed.
     """
 
     folder: Path
@@ -59,12 +65,15 @@ class TrainResult:
     outcome: TrainingOutcome
     metrics: dict[str, float]
     task: str = "causal-lm"
+    is_main: bool = True
 
 
 def train(
     run: RunConfig, *, restart: bool = False, reporter: Reporter | None = None
 ) -> TrainResult:
     """Train an adapter, or go on with an unfinished run in the same folder.
+
+    Where a launcher has started several processes, all call this and make one run together.
 
     Args:
         run: The settings.
@@ -74,13 +83,20 @@ def train(
     Raises:
         UserError: Something only the user can mend; what was saved so far stays.
     """
-    told = reporter or Reporter()
     refuse_own_folder(run)
-    with RunFolder(Path(run.output.folder).expanduser(), restart=restart) as folder:
-        earlier = with_todays_defaults(folder.earlier_settings)
+    with join_processes(run.model.device) as processes, processes.together():
+        told = reporter if reporter is not None and processes.is_main else Reporter()
+        return _train(run, told, processes, restart=restart)
+
+
+def _train(run: RunConfig, told: Reporter, processes: Processes, *, restart: bool) -> TrainResult:
+    path = Path(run.output.folder).expanduser()
+    with RunFolder(path, restart=restart, writes=processes.is_main) as folder:
+        earlier = with_todays_defaults(processes.from_main(folder.earlier_settings))
         if earlier is not None:
             run = at_the_same_commit(run, earlier)
-        source = setup.open_model(run)
+        with processes.main_first():
+            source = setup.open_model(run, processes.local_rank)
         settings = resolved_settings(run, source.resolved.revision)
         base = base_fingerprint(source.resolved.folder)
         environment = describe_environment(
@@ -88,6 +104,7 @@ def train(
             source.base_spec.compute_dtype,
             model_revision=source.resolved.revision,
             base_fingerprint=base,
+            processes=processes.count,
         )
         environment["evaluation"] = {
             "micro_batch_size": run.evaluation.micro_batch_size or run.train.micro_batch_size,
@@ -95,8 +112,8 @@ def train(
         }
         if earlier is not None:
             environment = _resumed(folder, earlier, settings, environment, told)
-        parts = prepare(run, source, base, told)
-        old_rows = open_earlier(run, told)
+        parts = prepare(run, source, base, told, processes)
+        old_rows = open_earlier(run, told, processes)
         folder.begin()
         folder.write_settings(settings)
         folder.write_json("environment.json", environment)
@@ -104,6 +121,11 @@ def train(
         folder.write_json("audit.json", parts.account.to_json())
         score_before(old_rows, folder, parts.model, parts.task)
         outcome = _run_loop(folder, settings, parts, told.console())
+        if not processes.is_main:
+            if outcome.complete:
+                score_after(old_rows, folder, parts.model, parts.task, told)
+            adapter = folder.path / "adapter" if outcome.complete else None
+            return TrainResult(folder.path, adapter, outcome, {}, settings["task"], is_main=False)
         memory = parts.forecast.compare(told)
         folder.write_json("memory.json", memory)
         with folder.writing():
@@ -116,7 +138,8 @@ def train(
         if outcome.best_evaluation is not None and predicts:
             free_memory()
             alike = always_alike(environment)
-            said = prove_saved(folder.path, outcome.best_evaluation, source.device, alike=alike)
+            with processes.busy():
+                said = prove_saved(folder.path, outcome.best_evaluation, source.device, alike=alike)
             told.say(said)
             folder.write_json("result.json", {**folder.read_json("result.json"), "proof": said})
         return result
@@ -167,8 +190,9 @@ def _run_loop(
         if source.kind.new_head:  # label names: whoever loads the head must know what it says
             parts.model.config.save_pretrained(target)
 
+    processes = parts.processes
     trackers = open_trackers(
-        run.output.trackers,
+        run.output.trackers if processes.is_main else (),
         folder.path / "trackers",
         run_name=folder.path.name,
         settings={
@@ -179,7 +203,7 @@ def _run_loop(
         },
     )
     log = RunLog(
-        folder.path / "metrics.jsonl",
+        folder.path / "metrics.jsonl" if processes.is_main else None,
         total_steps=parts.plan.total_steps,
         every_steps=run.output.log_every_steps,
         console=console,
@@ -198,12 +222,15 @@ def _run_loop(
                 save_adapter=save,
                 identity=parts.identity,
                 log=log,
-                eval_batches=setup.eval_batches(run, data),
+                eval_batches=setup.eval_batches(run, data, processes),
                 scaler=LossScaler() if source.base_spec.compute_dtype == torch.float16 else None,
                 references=setup.references(run, data),
                 decode=None if source.tokenizer is None else source.tokenizer.decode,
-                rehearsal=rehearsal_of(run, data, parts.model, source.device),
+                rehearsal=rehearsal_of(
+                    run, data, parts.model, source.device, processes=processes.count
+                ),
                 watch=parts.forecast.watch(parts.model, parts.optimizer),
+                processes=processes,
             ),
             parts.plan,
         )

@@ -3,7 +3,7 @@
 fp16 overflow: halve the loss scale, same step again. Out of memory: halve the micro-batch (a packed
 row between its examples), double their number, same step again; the window's loss is a sum over its
 own trained tokens, so the result is the same. A loss that is not finite: nothing moves, the batch
-is kept for whoever looks into it.
+is kept for whoever looks into it. Of several processes all try again, or none.
 """
 
 import math
@@ -19,6 +19,7 @@ from qlora_trainer.errors import UserError
 from qlora_trainer.tasks.task import Batch, Task, cut_rows
 from qlora_trainer.training.checks import LearningChecks
 from qlora_trainer.training.optimizer import AdapterAdamW
+from qlora_trainer.training.processes import ALONE, Processes
 from qlora_trainer.training.scaler import LossScaler
 from qlora_trainer.training.step import StepResult, train_step
 
@@ -47,11 +48,13 @@ class StepRunner:
         failure_folder: Path,
         decode: Decode | None,
         say: Callable[[str], None],
+        processes: Processes = ALONE,
     ) -> None:
         self._model, self._task, self._optimizer = model, task, optimizer
         self._checks, self._device, self._seed = checks, device, seed
         self._max_grad_norm, self._scaler = max_grad_norm, scaler
         self._failure_folder, self._decode, self._say = failure_folder, decode, say
+        self._processes = processes
         self.micro_batch_parts = 1
 
     def run(
@@ -125,6 +128,7 @@ class StepRunner:
                 max_grad_norm=self._max_grad_norm,
                 loss_scale=self._scaler.scale if self._scaler is not None else 1.0,
                 check=check,
+                processes=self._processes,
             )
         except torch.OutOfMemoryError as error:
             message = str(error).split(". ")[0]
@@ -163,7 +167,8 @@ class StepRunner:
         if not (math.isfinite(loss) and math.isfinite(norm)):
             what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient is {norm}"
             folder = self._failure_folder
-            replace_folder(folder, lambda path: _save_batch(path, window, self._decode))
+            if self._processes.is_main:
+                replace_folder(folder, lambda path: _save_batch(path, window, self._decode))
             raise UserError(
                 f"step {step}: {what}; nothing was updated and the batch is kept in {folder}. "
                 "Usual causes: a learning rate too high (train.learning_rate), a row of garbage "
@@ -171,7 +176,8 @@ class StepRunner:
                 "(model.compute_dtype: bf16 or fp32)"
             )
         if verify:
-            self._checks.require_gradients()
+            with self._processes.together():
+                self._checks.require_gradients()
         return True
 
 

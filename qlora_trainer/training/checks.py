@@ -57,7 +57,9 @@ class LearningChecks:
                 "Leave them out with adapter.target_modules, or try train.activations: keep",
                 silent,
             )
-        new = sorted(unreached - self._named)
+        # One without a module that ran here may have learned from another process' rows.
+        idle = {name for name in unreached if self._witnesses[name].grad is None}
+        new = sorted(idle - self._named)
         if new:
             self._named.update(new)
             shown = ", ".join(new[:5]) + (f", ... ({len(new)} in all)" if len(new) > 5 else "")

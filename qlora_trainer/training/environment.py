@@ -25,6 +25,7 @@ def describe_environment(
     *,
     model_revision: str | None,
     base_fingerprint: str,
+    processes: int = 1,
 ) -> dict[str, Any]:
     """Describe this process for `environment.json`."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
@@ -33,6 +34,7 @@ def describe_environment(
         "device": name,
         "compute_dtype": dtype_name(compute_dtype),
         "threads": torch.get_num_threads(),
+        "processes": processes,
         "model_revision": model_revision,
         "base_fingerprint": base_fingerprint,
     }
@@ -74,5 +76,6 @@ def always_alike(environment: Mapping[str, Any]) -> bool:
 
 def _what_computes(environment: Mapping[str, Any]) -> dict[str, Any]:
     kept = {name: environment.get(name) for name in ("device", "compute_dtype", "threads")}
+    kept["processes"] = environment.get("processes", 1)  # where none are told, one
     found = environment.get("versions", {})
     return kept | {f"versions.{name}": found.get(name) for name in _VERSIONS_THAT_COMPUTE}

@@ -2,9 +2,11 @@
 
 Every metric is weighted by trained tokens (or rows) exactly, whatever the evaluation's micro-batch;
 nothing grows with the size of the held-out set but the predictions of tasks that score them
-together. A batch that does not fit is cut in halves, which changes no sum.
+together. A batch that does not fit is cut in halves, which changes no sum. Several processes
+exchange the sums of each batch and add them in its place, so that they change no bit.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 
 from qlora_trainer.errors import UserError
 from qlora_trainer.tasks.task import Batch, ScoredTask, Scores, Task, cut_rows, to_device
+from qlora_trainer.training.processes import ALONE, Processes
 
 References = Callable[[int], Any]
 
@@ -51,9 +54,13 @@ def evaluate(
     device: torch.device,
     say: Callable[[str], None] = print,
     references: References | None = None,
+    processes: Processes = ALONE,
 ) -> dict[str, float]:
     """The metrics of `examine`."""
-    return examine(model, batches, task=task, device=device, say=say, references=references).metrics
+    return examine(
+        model, batches, task=task, device=device, say=say, references=references,
+        processes=processes,
+    ).metrics  # fmt: skip
 
 
 @torch.no_grad()
@@ -65,6 +72,7 @@ def examine(
     device: torch.device,
     say: Callable[[str], None] = print,
     references: References | None = None,
+    processes: Processes = ALONE,
 ) -> Evaluation:
     """Mean of the task's metrics over all trained tokens or rows, and what is scored together.
 
@@ -72,11 +80,13 @@ def examine(
 
     Args:
         model: On `device`.
-        batches: Collated, on the host; with `row`, the number of each row, for scored tasks.
+        batches: Collated, on the host; with `row`, the number of each row, for scored tasks. Of
+            several processes each has its share (`Processes.share`).
         task: The metrics.
         device: Where the model is.
         say: Told once when memory makes batches smaller.
         references: By row number; scored tasks alone have them.
+        processes: All of them examine together.
 
     Raises:
         UserError: No token of any batch counts, the loss is not finite, or one row does not fit.
@@ -85,12 +95,18 @@ def examine(
     model.eval()
     scored = task if references is not None and isinstance(task, ScoredTask) else None
     gathered, parts = _Gathered(), 1
+    of_batches: list[_Gathered] = []
     try:
-        for batch in batches:
-            while not _try(model, cut_rows(batch, parts), task, scored, device, gathered):
-                parts = _smaller(batch, parts, device, say)
+        with processes.together():
+            for batch in batches:
+                of_batches += [_Gathered()] if processes.count > 1 else []
+                place = of_batches[-1] if of_batches else gathered
+                while not _try(model, cut_rows(batch, parts), task, scored, device, place):
+                    parts = _smaller(batch, parts, device, say)
     finally:
         model.train(was_training)
+    if processes.count > 1:
+        gathered = _of_all(of_batches, processes)
     if gathered.weight == 0:
         raise UserError("data.eval: no token of the held-out rows is trained on; nothing to score")
     metrics = {name: float(value) / gathered.weight for name, value in gathered.sums.items()}
@@ -106,6 +122,24 @@ def examine(
     scores = scored.score(predictions, [references(row) for row in order])
     rows = {"rows": float(len(order))}
     return Evaluation({**metrics, **scores.metrics, **rows}, scores, predictions)
+
+
+def _of_all(of_batches: list[_Gathered], processes: Processes) -> _Gathered:
+    """What all processes have gathered, added batch by batch in the order of the data."""
+    mine = [
+        [{name: float(value) for name, value in part.sums.items()}, part.weight,
+         list(part.predictions.items())]
+        for part in of_batches
+    ]  # fmt: skip
+    whole = _Gathered()
+    for turn in itertools.zip_longest(*processes.gather(mine)):
+        for sums, weight, predictions in filter(None, turn):
+            whole.weight += weight
+            whole.predictions.update(predictions)
+            for name, value in sums.items():
+                added = torch.tensor(value, dtype=torch.float64)
+                whole.sums[name] = whole.sums[name] + added if name in whole.sums else added
+    return whole
 
 
 def _try(

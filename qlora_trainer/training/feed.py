@@ -16,6 +16,7 @@ from qlora_trainer.data.encode import Encoder
 from qlora_trainer.data.rows import Augmenting, RowEncoder
 from qlora_trainer.tasks.task import Batch
 from qlora_trainer.training.open_data import RunData
+from qlora_trainer.training.processes import ALONE, Processes
 from qlora_trainer.training.windows import Windows
 
 
@@ -47,8 +48,13 @@ def make_windows(run: RunConfig, data: RunData, attention: str | None) -> Window
     return Windows.numbered(len(plan), make, run.train.gradient_accumulation_steps)
 
 
-def eval_batches(run: RunConfig, data: RunData) -> Callable[[], Iterator[Batch]] | None:
-    """Begin a pass over the held-out rows, like lengths together, every row once."""
+def eval_batches(
+    run: RunConfig, data: RunData, processes: Processes = ALONE
+) -> Callable[[], Iterator[Batch]] | None:
+    """Begin a pass over this process' share of the held-out rows.
+
+    Like lengths stand together; every row is in one batch of one process.
+    """
     held_out = data.held_out
     if held_out is None:
         return None
@@ -56,7 +62,7 @@ def eval_batches(run: RunConfig, data: RunData) -> Callable[[], Iterator[Batch]]
     plan = BatchPlan(held_out.lengths, micro_batch_size=size, order="by_length")
 
     def begin() -> Iterator[Batch]:
-        for number in range(len(plan)):
+        for number in processes.share(len(plan)):
             rows = [index for row in plan.micro_batch(number) for index in row]
             yield {**collate_rows(run, data, held_out, rows), "row": torch.tensor(rows)}
 

@@ -64,15 +64,20 @@ class RunFolder:
     Args:
         path: The folder.
         restart: What a run left there is to be discarded, once `begin` is called.
+        writes: False for all but the main process of a run: nothing is touched then, nor looked at.
 
     Attributes:
         path: The folder.
         earlier_settings: The settings of an unfinished run to go on with, or None.
     """
 
-    def __init__(self, path: Path, *, restart: bool) -> None:
+    def __init__(self, path: Path, *, restart: bool, writes: bool = True) -> None:
         self.path = path
         self._restart = restart
+        self._lock: FolderLock | None = None
+        self.earlier_settings: dict[str, Any] | None = None
+        if not writes:
+            return
         self._lock = self._claim()
         try:
             self.earlier_settings = None if restart else self._earlier()
@@ -88,7 +93,8 @@ class RunFolder:
 
     def close(self) -> None:
         """Let other processes write to the folder."""
-        self._lock.release()
+        if self._lock is not None:
+            self._lock.release()
 
     def begin(self) -> None:
         """Make room for what is about to be written: with `restart` the earlier run goes now.
@@ -98,6 +104,8 @@ class RunFolder:
         Raises:
             UserError: The earlier run cannot be discarded; it stands as it was.
         """
+        if self._lock is None:
+            return
         for leftover in self.path.glob(f"{_DISCARDED}*"):  # of a process cut short
             shutil.rmtree(leftover, ignore_errors=True)
         if self._restart:
@@ -110,6 +118,8 @@ class RunFolder:
             UserError: It is damaged.
         """
         file = self.path / name
+        if self._lock is None:
+            return None
         try:
             return json.loads(file.read_text(encoding="utf-8"))
         except FileNotFoundError:
@@ -130,6 +140,8 @@ class RunFolder:
         self._write(name, json.dumps(content, indent=2, ensure_ascii=False))
 
     def _write(self, name: str, text: str) -> None:
+        if self._lock is None:
+            return
         with self.writing(name):
             write_text_atomically(self.path / name, text)
 

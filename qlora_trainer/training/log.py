@@ -81,7 +81,7 @@ class RunLog:
 
     def __init__(
         self,
-        metrics_file: Path,
+        metrics_file: Path | None,
         *,
         total_steps: int,
         every_steps: int = 1,
@@ -125,7 +125,8 @@ class RunLog:
             step: Where the run stands.
             evaluated: False where the evaluation at this step is still to come (again).
         """
-        cut_metrics(self._file, step, evaluated=evaluated)
+        if self._file is not None:
+            cut_metrics(self._file, step, evaluated=evaluated)
         self._show(step, "")
 
     def say(self, line: str) -> None:
@@ -165,6 +166,8 @@ class RunLog:
         self.say(f"step {step}: held-out {shown}")
 
     def _write(self, record: Mapping[str, Any]) -> None:
+        if self._file is None:
+            return
         line = json.dumps(record)
         try:
             with self._file.open("a", encoding="utf-8") as file:

@@ -8,6 +8,7 @@ of the step, so a resumed run cannot tell that it was interrupted.
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 from qlora_trainer.base.host_memory import give_back_free_memory
 from qlora_trainer.errors import UserError
@@ -22,7 +23,7 @@ from qlora_trainer.training.resume import require_same_things
 from qlora_trainer.training.saver import Saver
 from qlora_trainer.training.schedule import learning_rate_factor
 from qlora_trainer.training.signals import StopRequest, stop_on_signals
-from qlora_trainer.training.state import newest_good_state, restore
+from qlora_trainer.training.state import newest_good_state, restore, start_alike
 
 
 def run_training(run: Run, plan: TrainingPlan) -> TrainingOutcome:
@@ -55,8 +56,10 @@ class _Loop:
             failure_folder=run.folder / "failed-batch",
             decode=run.decode,
             say=run.log.say,
+            processes=run.processes,
         )
         self._course = Course()
+        self._stopped_by: str | None = None
         self._watch = run.watch
 
     def run(self) -> TrainingOutcome:
@@ -74,7 +77,7 @@ class _Loop:
                     found = self._measure()
                     course.first_evaluation = None if found is None else found.metrics
                 self._train(stop)
-                return self._finish(stop)
+                return self._finish()
             # Whatever it is (a disk, the card, a fault of ours), what is good is kept and the error
             # goes on. Leaving at once (a second Ctrl-C) is no Exception and saves nothing.
             except Exception:
@@ -89,12 +92,19 @@ class _Loop:
             if self._due(plan.evaluate_every_steps) and course.last_evaluation_step != course.step:
                 self._evaluate()
                 verify = True
-            if self._due(plan.save_every_steps) or self._saver.is_overdue():
+            overdue, self._stopped_by = self._agreed(stop)
+            if self._due(plan.save_every_steps) or overdue:
                 self._saver.save(course)
-            if course.step >= plan.total_steps or course.stopped_early or stop:
+                _, self._stopped_by = self._agreed(stop)  # that took a while
+            if course.step >= plan.total_steps or course.stopped_early or self._stopped_by:
                 return
             self._step(verify)
             verify = False
+
+    def _agreed(self, stop: StopRequest) -> tuple[bool, str | None]:
+        """Whether a save is overdue by the main process' clock, and what signal any has got."""
+        found = self._run.processes.gather([self._saver.is_overdue(), stop.signal_name])
+        return found[0][0], next((signal for _, signal in found if signal), None)
 
     def _due(self, every: int | None) -> bool:
         step = self._course.step
@@ -102,18 +112,28 @@ class _Loop:
 
     def _resume(self) -> Course:
         run = self._run
+        with run.processes.together():
+            trainer = self._read_state() if run.processes.is_main else None
+        trainer = start_alike(run.processes, run.optimizer, trainer)
+        if trainer is None:
+            return self._course
+        self._course = Course(**trainer["course"])
+        self._steps.micro_batch_parts = self._course.micro_batch_parts
+        if run.scaler is not None and trainer["scaler"] is not None:
+            run.scaler.load(trainer["scaler"])
+        self._saver.saved_step = trainer["step"]
+        run.log.say(f"resuming after step {trainer['step']} of {self._plan.total_steps}")
+        return self._course
+
+    def _read_state(self) -> dict[str, Any] | None:
+        """Read the newest state into the optimizer; what it says of the loop, if there is one."""
+        run = self._run
         saved = newest_good_state(self._saver.states, run.log.say)
         if saved is None:
-            return self._course
+            return None
         require_same_things(saved.trainer["identity"], run.identity, where=str(saved.folder))
         restore(saved, run.optimizer)
-        self._course = Course(**saved.trainer["course"])
-        self._steps.micro_batch_parts = self._course.micro_batch_parts
-        if run.scaler is not None and saved.trainer["scaler"] is not None:
-            run.scaler.load(saved.trainer["scaler"])
-        self._saver.saved_step = saved.step
-        run.log.say(f"resuming after step {saved.step} of {self._plan.total_steps}")
-        return self._course
+        return saved.trainer
 
     def _step(self, verify: bool) -> None:
         run, plan, step = self._run, self._plan, self._course.step
@@ -183,6 +203,7 @@ class _Loop:
                 device=run.device,
                 say=run.log.say,
                 references=run.references,
+                processes=run.processes,
             )
         run.log.evaluation(self._course.step, found.metrics)
         return found
@@ -216,10 +237,10 @@ class _Loop:
                 f"{best:.4f} (step {course.best_step}) in {plan.patience} evaluations"
             )
 
-    def _finish(self, stop: StopRequest) -> TrainingOutcome:
+    def _finish(self) -> TrainingOutcome:
         run, course = self._run, self._course
         complete = course.stopped_early or course.step >= self._plan.total_steps
-        reason = f"stopped by {stop.signal_name}; the same command goes on from here"
+        reason = f"stopped by {self._stopped_by}; the same command goes on from here"
         if complete:
             reason = "stopped early" if course.stopped_early else "all steps done"
         self._saver.save(course)  # before anything that can fail

@@ -53,15 +53,19 @@ class ModelSource:
     stop_ids: tuple[int, ...]
 
 
-def open_model(run: RunConfig) -> ModelSource:
+def open_model(run: RunConfig, local_rank: int = 0) -> ModelSource:
     """Find the model and read what is light: configuration and tokenizer.
+
+    Args:
+        run: The settings.
+        local_rank: This process' number on the machine, and so of its card.
 
     Raises:
         UserError: It is not there, is broken, or does not fit the device or the settings.
     """
     model, kind = run.model, task_kind(run.task)
     try:
-        device = choose_device(model.device)
+        device = choose_device(model.device, local_rank)
     except ValueError as error:
         raise UserError(f"model.device = {model.device!r}: {error}") from None
     check_attention(model.attention, device)

@@ -13,6 +13,7 @@ from qlora_trainer.tasks.task import Batch, Task
 from qlora_trainer.training.attempt import Decode
 from qlora_trainer.training.log import RunLog
 from qlora_trainer.training.optimizer import AdapterAdamW
+from qlora_trainer.training.processes import ALONE, Processes
 from qlora_trainer.training.scaler import LossScaler
 from qlora_trainer.training.schedule import Schedule
 from qlora_trainer.training.windows import Windows
@@ -125,13 +126,15 @@ class Run:
         save_adapter: Fills a folder with the adapter as it is now.
         identity: Recorded with each state (data fingerprint, settings, ...); must be JSON.
         log: What is shown and kept.
-        eval_batches: Begins a pass over the held-out batches; None where there are none.
+        eval_batches: Begins a pass over this process' share of the held-out batches; None where
+            there are none.
         references: What the prediction for a held-out row is scored against, by its number, for
             a task whose predictions are scored.
         scaler: For fp16.
         decode: Token ids to text, for a batch that failed.
         rehearsal: What is tried before the first step of a process; None tries nothing.
         watch: Entered around the first step of a process, with its window, to measure it.
+        processes: Those that make this run together; the main one alone writes.
     """
 
     model: nn.Module
@@ -149,3 +152,4 @@ class Run:
     decode: Decode | None = None
     rehearsal: Rehearsal | None = None
     watch: Callable[[Sequence[Batch]], AbstractContextManager[None]] | None = None
+    processes: Processes = ALONE

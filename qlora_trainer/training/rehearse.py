@@ -42,22 +42,21 @@ def rehearse(run: Run, rehearsal: Rehearsal, steps: StepRunner, *, step: int) ->
     began = time.perf_counter()
     before = _Snapshot(run)
     folder = run.folder / _FOLDER
-    shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed here
+    if run.processes.is_main:
+        shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed here
     try:
         if _weight(run, rehearsal.window):
             steps.rehearse(rehearsal.window)
         if rehearsal.held_out is not None and _weight(run, [rehearsal.held_out]):
             examine(
                 run.model, [rehearsal.held_out], task=run.task, device=run.device,
-                say=run.log.say, references=run.references,
+                say=run.log.say, references=run.references, processes=run.processes,
             )  # fmt: skip
-        run.save_adapter(_made(folder / "adapter"))
-        saved = save_state(
-            folder / "states", step, optimizer=run.optimizer, trainer={}, keep_last=1
-        )
-        written = sum(file.stat().st_size for file in saved.iterdir())
+        with run.processes.together():
+            written = _save(run, folder, step) if run.processes.is_main else 0
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        if run.processes.is_main:
+            shutil.rmtree(folder, ignore_errors=True)
         before.put_back(run)
     run.log.say(
         f"rehearsed in {format_seconds(time.perf_counter() - began)}: a step on "
@@ -67,9 +66,12 @@ def rehearse(run: Run, rehearsal: Rehearsal, steps: StepRunner, *, step: int) ->
     )
 
 
-def _made(folder: Path) -> Path:
-    folder.mkdir(parents=True)
-    return folder
+def _save(run: Run, folder: Path, step: int) -> int:
+    """Write an adapter and a state; -> bytes of the latter."""
+    (folder / "adapter").mkdir(parents=True)
+    run.save_adapter(folder / "adapter")
+    saved = save_state(folder / "states", step, optimizer=run.optimizer, trainer={}, keep_last=1)
+    return sum(file.stat().st_size for file in saved.iterdir())
 
 
 def _weight(run: Run, batches: Sequence[Batch]) -> int:

@@ -1,5 +1,7 @@
 """What the loop writes: states, adapters, and the state of a run that is about to fail.
 
+Of several processes the main one writes, and the others wait until it has.
+
 A full disk or a folder that cannot be written is the user's to mend, so it is named, and what was
 saved before stands.
 """
@@ -49,6 +51,14 @@ class Saver:
         """
         if self.saved_step == course.step and not again:
             return
+        processes = self._run.processes
+        with processes.together():
+            if processes.is_main:
+                with processes.busy():
+                    self._save(course)
+        self.saved_step, self._saved_at = course.step, time.monotonic()
+
+    def _save(self, course: Course) -> None:
         run = self._run
         with run.log.timed("save"):
             save_state(
@@ -64,7 +74,6 @@ class Saver:
                 },
                 keep_last=self._plan.keep_last,
             )
-        self.saved_step, self._saved_at = course.step, time.monotonic()
 
     def save_adapter(self, name: str) -> None:
         """Write the adapter as it is now into a folder of the run.
@@ -72,6 +81,11 @@ class Saver:
         Raises:
             UserError: It cannot be written.
         """
+        with self._run.processes.together():
+            if self._run.processes.is_main:
+                self._write_adapter(name)
+
+    def _write_adapter(self, name: str) -> None:
         folder = self._run.folder / name
         try:
             replace_folder(folder, self._run.save_adapter)
@@ -87,6 +101,11 @@ class Saver:
         Raises:
             UserError: They cannot be written.
         """
+        with self._run.processes.together():
+            if self._run.processes.is_main:
+                self._write_predictions(predictions)
+
+    def _write_predictions(self, predictions: Sequence[Any]) -> None:
         file = self._run.folder / BEST_PREDICTIONS
         try:
             write_text_atomically(file, json.dumps(list(predictions)) + "\n")
@@ -103,6 +122,8 @@ class Saver:
             course: Of the last update that was applied.
         """
         run, step = self._run, course.step
+        if not run.processes.is_main:
+            return
         if run.optimizer.half_applied:
             last = f"of step {self.saved_step}" if self.saved_step is not None else "there is none"
             run.log.say(
@@ -113,7 +134,9 @@ class Saver:
         if step == 0:
             return
         try:
-            self.save(course)
+            if self.saved_step != step:
+                self._save(course)
+                self.saved_step = step
         except (UserError, RuntimeError, OSError, MemoryError) as error:
             run.log.say(f"the state after step {step} could not be saved either: {error}")
             return

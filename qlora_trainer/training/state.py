@@ -24,6 +24,7 @@ from torch import Tensor
 from qlora_trainer.base.files import replace_folder
 from qlora_trainer.errors import UserError
 from qlora_trainer.training.optimizer import AdapterAdamW
+from qlora_trainer.training.processes import Processes
 
 FORMAT_VERSION = 1
 _NAME = re.compile(r"step-(\d{8,})")
@@ -210,6 +211,27 @@ def restore(saved: SavedState, optimizer: AdapterAdamW) -> None:
     optimizer.load(saved.optimizer_tensors, saved.trainer["optimizer"])
     for name, p in ours.items():
         p.copy_(saved.parameters[name])
+
+
+def start_alike(
+    processes: Processes, optimizer: AdapterAdamW, trainer: dict[str, Any] | None
+) -> dict[str, Any] | None:
+    """Give all processes the main one's parameters and optimizer, and the loop's values it read.
+
+    Args:
+        processes: Those of the run; one alone has all of it.
+        optimizer: Holds parameters and states.
+        trainer: Of the state that the main process has restored, if there was one.
+    """
+    if processes.count == 1:
+        return trainer
+    found: dict[str, Any] | None = processes.from_main(trainer)
+    for tensors in held_tensors(optimizer).values():
+        for tensor in tensors.values():
+            processes.take_from_main(tensor)
+    if found is not None:
+        optimizer.steps = {name: int(found["optimizer"]["steps"][name]) for name in optimizer.steps}
+    return found
 
 
 def _sha256(path: Path) -> str:

@@ -8,7 +8,7 @@ host, results stay tensors, and whoever wants to look at them before the optimiz
 A step takes a window of micro-batches. Each loss is a *sum* divided by the trained tokens of the
 whole window, so that eight micro-batches of one row equal one of eight, however unevenly the rows
 are masked. Random state (dropout) is a pure function of seed, step and micro-batch: resuming has
-nothing to restore.
+nothing to restore, and several processes that deal the window out among them draw the same.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -19,7 +19,9 @@ from torch import Tensor, nn
 
 from qlora_trainer.errors import UserError
 from qlora_trainer.tasks.task import Batch, Task, to_device
+from qlora_trainer.training.gradient_sum import GradientSum
 from qlora_trainer.training.optimizer import AdapterAdamW
+from qlora_trainer.training.processes import ALONE, Processes
 
 
 @dataclass(frozen=True)
@@ -52,12 +54,14 @@ def train_step(
     max_grad_norm: float | None = 1.0,
     loss_scale: float = 1.0,
     check: Callable[[StepResult], bool] | None = None,
+    processes: Processes = ALONE,
 ) -> StepResult:
     """Forward and backward over a window, clip, update.
 
     Args:
         model: In training mode, on `device`.
-        micro_batches: Prepared by the task; each goes to the device when its turn comes.
+        micro_batches: The whole window, prepared by the task; this process' share goes to the
+            device, each when its turn comes.
         task: The loss.
         optimizer: Holds the trained parameters.
         learning_rate: Of this step.
@@ -67,6 +71,7 @@ def train_step(
         max_grad_norm: Clip the global gradient norm; None leaves it.
         loss_scale: For fp16; undone before clipping.
         check: Looks at the result before the optimizer moves; False or an exception prevents it.
+        processes: All of them make the step together; each updates its own copy.
 
     Raises:
         UserError: No token of the window is trained, or the update itself ran out of memory.
@@ -74,13 +79,19 @@ def train_step(
     weight = sum(task.loss_weight(batch) for batch in micro_batches)
     if weight == 0:
         raise UserError(f"step {step}: none of its tokens is trained; check the data's labels")
-    total: Tensor | None = None
-    for index, batch in enumerate(micro_batches):
-        seed_random(seed, step, index)
-        loss = task.loss_sum(model, to_device(batch, device))
-        (loss * (loss_scale / weight)).backward()
-        total = loss.detach() if total is None else total + loss.detach()
-        del loss
+    total, gradients = None, None
+    with processes.together():
+        for index in processes.share(len(micro_batches)):
+            seed_random(seed, step, index)
+            loss = task.loss_sum(model, to_device(micro_batches[index], device))
+            (loss * (loss_scale / weight)).backward()
+            total = loss.detach() if total is None else total + loss.detach()
+            del loss
+        if processes.count > 1:
+            gradients = GradientSum(optimizer.parameters.values(), processes, device)
+    if gradients is not None:
+        total = gradients.over(torch.zeros((), device=device) if total is None else total)
+        del gradients
     assert total is not None
     norm = gradient_norm(optimizer.parameters.values())
     factor: Tensor | None = None

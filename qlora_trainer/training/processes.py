@@ -1,0 +1,264 @@
+"""The processes of one run: which of them this is, and what they do together.
+
+`torchrun` and `accelerate launch` start several. Each holds a base of its own and computes its
+share of every window; what is not computing (writing, telling) the main one does alone. They meet
+in two groups: torch's default one (NCCL between cards, gloo between CPUs) adds up gradients, and
+one of gloo on the hosts carries short JSON messages. Before cards talk to each other, all have
+answered on the host: there a process that has died is found at once (its connection is closed),
+and one that is silent after `WAIT_SECONDS`; NCCL alone would wait.
+
+What fails in one fails in all (`together`), so that nobody waits for who has left. One process
+alone talks to nobody, and nothing here changes what it does.
+"""
+
+import json
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from qlora_trainer.errors import ToldElsewhereError, UserError
+
+WAIT_SECONDS = 1200.0  # for a process that does not answer; a silent host, a machine that hangs
+_Message = dict[str, Any]
+
+
+class PeerLostError(UserError):
+    """Another process of the run is gone, or does not answer."""
+
+
+@dataclass(frozen=True)
+class Processes:
+    """One process among those of a run.
+
+    Attributes:
+        rank: Its number; 0 is the main one, which writes and tells.
+        count: How many there are.
+        local_rank: Its number on this machine, and so of its card.
+        local_count: How many share this machine.
+        hosts: The group that carries messages; without one nobody is talked to, as foresight does.
+        wait_seconds: How long an answer may take.
+    """
+
+    rank: int = 0
+    count: int = 1
+    local_rank: int = 0
+    local_count: int = 1
+    hosts: Any = None
+    wait_seconds: float = WAIT_SECONDS
+
+    @property
+    def is_main(self) -> bool:
+        """It writes and tells."""
+        return self.rank == 0
+
+    def share(self, number: int) -> range:
+        """Which of so many this process does: dealt out in turn, like cards."""
+        return range(self.rank, number, self.count)
+
+    def gather(self, value: Any) -> list[Any]:
+        """The value of every process (JSON), by rank.
+
+        Raises:
+            UserError: One has failed, or is gone.
+        """
+        if self.hosts is None:
+            return [value]
+        return [message["value"] for message in self._exchange({"value": value})]
+
+    def from_main(self, value: Any) -> Any:
+        """The main process' value (JSON), on all of them.
+
+        Raises:
+            UserError: One has failed, or is gone.
+        """
+        return self.gather(value if self.is_main else None)[0]
+
+    def any(self, value: bool) -> bool:
+        """Whether it is true for one of them."""
+        return any(self.gather(value))
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Leave the block when all have come through it; what fails in one fails in all.
+
+        Raises:
+            torch.OutOfMemoryError: Memory did not suffice in one of them.
+            UserError: One has failed otherwise, or is gone.
+        """
+        if self.hosts is None:
+            yield
+            return
+        try:
+            yield
+        except PeerLostError:
+            raise
+        except Exception as error:
+            instead = self._tell(error)
+            if instead is not None:
+                raise instead from error
+            raise
+        self.gather(None)
+
+    @contextmanager
+    def main_first(self) -> Iterator[None]:
+        """The first process of every machine goes through the block first, however long it takes.
+
+        What it downloads or stores is there for the others, who come after it.
+        """
+        if self.hosts is None:
+            yield
+            return
+        if self.local_rank:
+            self.gather(None)
+            yield
+            return
+        with self.busy():
+            yield
+        self.gather(None)
+
+    @contextmanager
+    def busy(self) -> Iterator[None]:
+        """Within, others may wait longer than an answer may take: they are told that we live."""
+        if self.hosts is None:
+            yield
+            return
+        done, lost = threading.Event(), list[UserError]()
+
+        def answer() -> None:
+            try:
+                while not done.wait(self.wait_seconds / 4):
+                    self._exchange({"busy": True})
+            except UserError as error:  # the block is not to be cut short by it
+                lost.append(error)
+
+        thread = threading.Thread(target=answer, name="busy", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+        if lost:
+            raise lost[0]
+
+    def add_up(self, tensor: Tensor) -> None:
+        """Sum a tensor over all processes, in place; all must have answered just before."""
+        if self.hosts is not None:
+            with self._linked():
+                dist.all_reduce(tensor)
+
+    def take_from_main(self, tensor: Tensor) -> None:
+        """Copy the main process' tensor into everyone's, bit for bit."""
+        if self.hosts is None:
+            return
+        # NCCL knows neither int16 nor managed memory: bytes, in a tensor of their own
+        copy = tensor.detach().reshape(-1).clone()
+        with self._linked():
+            dist.broadcast(copy.view(torch.uint8), 0)
+        tensor.detach().copy_(copy.view(tensor.shape))
+
+    def require_same(self, facts: dict[str, Any]) -> None:
+        """See that all processes have the same facts (JSON) before them.
+
+        Raises:
+            UserError: Names every fact that differs from the main process'.
+        """
+        found = self.gather(facts)
+        faults = [
+            f"process {rank}: {name} is {theirs.get(name)!r}, in process 0 {value!r}"
+            for rank, theirs in enumerate(found)
+            for name, value in found[0].items()
+            if theirs.get(name) != value
+        ]
+        if faults:
+            title = "the processes of this run do not have the same before them"
+            raise self._told(UserError.from_faults(title, faults))
+
+    def _tell(self, error: Exception) -> Exception | None:
+        """Tell the others what has failed here; -> what is to be raised in its place, if anything.
+
+        What all have is told to the user by the main process; a defect of ours keeps its traceback.
+        """
+        out_of_memory = isinstance(error, torch.OutOfMemoryError)
+        known = out_of_memory or isinstance(error, UserError)
+        said = str(error) if known else f"{type(error).__name__}: {error}"
+        try:
+            found = self._exchange({"error": "memory" if out_of_memory else "fault", "said": said})
+        except PeerLostError:
+            return None
+        if out_of_memory:
+            graver = _first(found, "fault")
+            return None if graver is None else self._told(UserError(graver))
+        return self._told(error) if isinstance(error, UserError) else None
+
+    def _told(self, error: UserError) -> UserError:
+        """An error that all have: the main process tells it."""
+        return error if self.is_main else ToldElsewhereError(str(error))
+
+    def _raise_for(self, found: Sequence[_Message]) -> None:
+        fault, memory = _first(found, "fault"), _first(found, "memory")
+        if fault is not None:
+            raise self._told(UserError(fault))
+        if memory is not None:
+            raise torch.OutOfMemoryError(memory)
+
+    def _exchange(self, message: _Message) -> list[_Message]:
+        """Everyone's message, by rank; rounds go on while one is busy.
+
+        Raises:
+            UserError: One has failed (unless this process tells of its own failure), or is gone.
+            torch.OutOfMemoryError: One is out of memory, likewise.
+        """
+        while True:
+            found = self._round(message)
+            if "error" in message:
+                return found
+            self._raise_for(found)
+            if "busy" in message or not any("busy" in answer for answer in found):
+                return found
+
+    def _round(self, message: _Message) -> list[_Message]:
+        content = torch.frombuffer(bytearray(json.dumps(message).encode()), dtype=torch.uint8)
+        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.count)]
+        with self._linked():
+            dist.all_gather(sizes, torch.tensor([len(content)]), group=self.hosts)
+            lengths = [int(size) for size in sizes]
+            padded = torch.zeros(max(lengths), dtype=torch.uint8)
+            padded[: len(content)] = content
+            found = [torch.zeros_like(padded) for _ in range(self.count)]
+            dist.all_gather(found, padded, group=self.hosts)
+        return [
+            json.loads(bytes(answer[:length].tolist()))
+            for answer, length in zip(found, lengths, strict=True)
+        ]
+
+    @contextmanager
+    def _linked(self) -> Iterator[None]:
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            first = str(error).strip().splitlines()[0]
+            raise PeerLostError(
+                f"process {self.rank} of {self.count}: another process of this run is gone, or "
+                f"has not answered for {self.wait_seconds:g} s ({first}). What it said last tells "
+                "why; the same command goes on from the last saved state"
+            ) from error
+
+
+ALONE = Processes()
+
+
+def _first(found: Sequence[_Message], kind: str) -> str | None:
+    """What the first process with an error of this kind said."""
+    for rank, message in enumerate(found):
+        if message.get("error") == kind:
+            return f"process {rank}: {message['said']}" if rank else str(message["said"])
+    return None
