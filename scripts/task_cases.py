@@ -22,7 +22,7 @@ CACHE = Path(__file__).resolve().parents[1] / ".cache"
 _FROM_NOTHING: dict[str, dict[str, Any]] = {
     "model": {"compute_dtype": "fp32"},
     "adapter": {"rank": 64, "alpha": 128.0},
-    "train": {"max_steps": 600, "micro_batch_size": 32, "learning_rate": 3e-3},
+    "train": {"max_steps": 600, "micro_batch_size": 32, "learning_rate": 2e-3},
 }
 _WORDS, _TEXT = "assets_words.py", "assets_text.py"
 
