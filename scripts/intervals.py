@@ -3,12 +3,15 @@
 One share: Wilson's score interval, which stays inside 0..1 and holds its level at small counts.
 The gain: rows answered by both models are pairs, and only the rows where the two differ carry
 information. The interval is Newcombe's (1998, method 10): the two Wilson intervals joined, with the
-correlation of the pairs. Standard library only.
+correlation of the pairs. Also the mean of a few paired differences, by Student's interval and by
+Fisher's exact test of sign flips. Standard library only.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -75,3 +78,36 @@ def _correlation(before: Sequence[bool], after: Sequence[bool]) -> float:
     surplus = both * neither - lost * won
     corrected = max(surplus - rows / 2, 0.0) if surplus > 0 else float(surplus)
     return corrected / math.sqrt(product)
+
+
+# Student's t, 97.5 % quantile, by degrees of freedom (two-sided 95 %).
+_T_95 = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622)
+
+
+def mean_interval(differences: Sequence[float]) -> Interval:
+    """Student's interval for the mean of 2 to 10 paired differences.
+
+    >>> found = mean_interval([0.1, -0.1, 0.2, 0.0, -0.2])
+    >>> round(found.estimate, 4), round(found.low, 4), round(found.high, 4)
+    (0.0, -0.1963, 0.1963)
+    """
+    count = len(differences)
+    if not 2 <= count <= len(_T_95) + 1:
+        raise ValueError(f"{count} pairs: the table holds 2 to {len(_T_95) + 1}")
+    half = _T_95[count - 2] * statistics.stdev(differences) / math.sqrt(count)
+    mean = statistics.fmean(differences)
+    return Interval(mean, mean - half, mean + half)
+
+
+def sign_flip_p(differences: Sequence[float]) -> float:
+    """Share of all sign flips of the pairs whose mean is at least as far from 0: an exact test.
+
+    >>> sign_flip_p([1.0, 1.0, 1.0]), sign_flip_p([1.0, -1.0])
+    (0.25, 1.0)
+    """
+    seen = abs(math.fsum(differences)) * (1 - 1e-12)
+    flips = list(itertools.product((1, -1), repeat=len(differences)))
+    as_far = (
+        abs(math.fsum(s * d for s, d in zip(flip, differences, strict=True))) for flip in flips
+    )
+    return sum(total >= seen for total in as_far) / len(flips)

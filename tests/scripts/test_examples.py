@@ -12,6 +12,7 @@ import pytest
         "film_reviews",
         "intervals",
         "repin",
+        "seeds",
         "steps",
         "training_process",
     ],
