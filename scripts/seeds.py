@@ -43,7 +43,7 @@ def train_ours(run_file: Path, overrides: Sequence[str], place: Path) -> Curve:
     lines = (place / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     losses = [r["loss"] for r in map(json.loads, lines) if r["kind"] == "train"]
     result = json.loads((place / "result.json").read_text(encoding="utf-8"))
-    return Curve(losses, float(result["metrics"]["loss"]))
+    return Curve(losses, float(result["last_evaluation"]["loss"]))
 
 
 def train_peft(run_file: Path, overrides: Sequence[str], place: Path) -> Curve:
