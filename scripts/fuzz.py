@@ -1,0 +1,109 @@
+"""Fuzz every reader, guided by coverage (atheris): nothing but errors made for users may come out.
+
+    .venv/bin/python scripts/fuzz.py --minutes N [--json FILE] [--only NAME,...] [--corpus FOLDER]
+
+Each target of `fuzz_targets.py` gets its share of the time in a process of its own, with a limit on
+memory (2 GiB) and on one input (20 s), so that neither a hang nor a bomb goes unseen. Inputs that
+found new paths stay in the corpus folder and are the start of the next run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+MEGABYTES_AT_MOST = 2048
+SECONDS_AT_MOST = 20
+_DONE = re.compile(r"Done (\d+) (?:runs )?in")
+_AT = re.compile(r"^#(\d+)\s", re.MULTILINE)
+
+
+def fuzz_one(name: str, seconds: int, corpus: Path) -> dict[str, Any]:
+    """One target in its own process; executions, and what was found."""
+    corpus.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="qlora-fuzz-") as made:
+        command = [
+            sys.executable, __file__, "--target", name, str(corpus),
+            f"-max_total_time={seconds}", f"-timeout={SECONDS_AT_MOST}",
+            f"-rss_limit_mb={MEGABYTES_AT_MOST}", "-max_len=4096", "-print_final_stats=1",
+            f"-artifact_prefix={made}/",
+        ]  # fmt: skip
+        done = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", check=False
+        )
+        said = done.stdout + done.stderr
+        inputs = [path.read_bytes() for path in sorted(Path(made).iterdir())]
+    counted = [int(number) for number in (*_DONE.findall(said), *_AT.findall(said))]
+    report: dict[str, Any] = {"executions": max(counted, default=0), "crashes": 0}
+    if done.returncode != 0:
+        report |= {"crashes": 1, "said": said[-3000:], "input": repr(inputs[0]) if inputs else None}
+    return report
+
+
+def run_in_this_process(name: str, words: list[str]) -> None:
+    """Hand the process over to atheris; it ends there."""
+    import atheris
+
+    with atheris.instrument_imports(include=["qlora_trainer"]):
+        import fuzz_targets
+    tokenizer = fuzz_targets.small_tokenizer()
+    corpus = Path(words[0])
+    for number, seed in enumerate(fuzz_targets.SEEDS.get(name, [])):
+        (corpus / f"seed-{number}").write_bytes(seed)
+    with tempfile.TemporaryDirectory(prefix="qlora-input-") as made:
+
+        def once(content: bytes) -> None:
+            with tempfile.TemporaryDirectory(dir=made) as place:
+                fuzz_targets.run_target(name, content, Path(place), tokenizer)
+
+        atheris.Setup([sys.argv[0], *words], once)
+        atheris.Fuzz()
+
+
+def main() -> int:
+    """Command line: all targets in turn, what they came to as JSON."""
+    parser = argparse.ArgumentParser(description="Fuzz every reader of the product.")
+    parser.add_argument("--minutes", type=float, default=5.0, help="in all")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--only", help="names of targets, apart by commas")
+    parser.add_argument("--corpus", type=Path, default=Path(".cache/fuzz"))
+    arguments = parser.parse_args()
+    if importlib.util.find_spec("atheris") is None:
+        print("left out: atheris is not installed (pip install 'qlora-trainer[fuzz]'; Linux)")
+        return 0
+    import fuzz_targets
+
+    names = arguments.only.split(",") if arguments.only else list(fuzz_targets.TARGETS)
+    seconds = max(5, int(60 * arguments.minutes / len(names)))
+    began = time.monotonic()
+    found = {}
+    for name in names:
+        found[name] = fuzz_one(name, seconds, arguments.corpus / name.replace(" ", "-"))
+        print(f"{name}: {found[name]['executions']} executions, {found[name]['crashes']} crashes")
+        if found[name]["crashes"]:
+            print(found[name]["said"], found[name]["input"], sep="\n")
+        sys.stdout.flush()
+    report = {
+        "executions": sum(one["executions"] for one in found.values()),
+        "crashes": sum(one["crashes"] for one in found.values()),
+        "minutes": (time.monotonic() - began) / 60,
+        "targets": found,
+    }
+    if arguments.json:
+        arguments.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    print(f"{report['executions']} executions, {report['crashes']} crashes")
+    return 1 if report["crashes"] else 0
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--target"]:
+        run_in_this_process(sys.argv[2], sys.argv[3:])
+    sys.exit(main())
