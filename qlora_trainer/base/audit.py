@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from qlora_trainer.base.dtype import dtype_name
+from qlora_trainer.base.head import Int8Rows
 from qlora_trainer.base.nf4 import NF4Linear
 from qlora_trainer.base.select import head_paths, is_linear, is_router
 
@@ -151,7 +152,10 @@ def _audit_tensor(
 def _role(path: str, name: str, module: nn.Module, tensor: Tensor, heads: set[str]) -> str:
     role = "other"
     if isinstance(module, NF4Linear) and name != "bias":
-        role = "linear weights (NF4)" if name == "codes" else "quantization state"
+        weights = "head" if path in heads else "linear weights (NF4)"
+        role = weights if name == "codes" else "quantization state"
+    elif isinstance(module, Int8Rows):
+        role = "head" if name == "codes" else "quantization state"
     elif not isinstance(tensor, nn.Parameter):
         role = "buffer"
     elif isinstance(module, nn.Embedding):

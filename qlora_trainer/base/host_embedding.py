@@ -50,6 +50,17 @@ class HostEmbedding(nn.Module):
         return self
 
 
+def compute_device(model: nn.Module) -> torch.device:
+    """Where a model computes; its first parameter may be the table that was left on the host."""
+    tables = {
+        id(table)
+        for module in model.modules()
+        if isinstance(module, HostEmbedding)
+        for table in module.parameters()
+    }
+    return next(p.device for p in model.parameters() if id(p) not in tables)
+
+
 def host_table(model: Any) -> Tensor:
     """The table that may stay on the host.
 

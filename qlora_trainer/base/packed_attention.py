@@ -19,6 +19,7 @@ chunks in transformers' mask alone (Phimoe, Doge, Llama 4) keep that mask.
 """
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -55,12 +56,15 @@ def is_example_lengths(tensor: Tensor) -> bool:
     return tensor.dtype == torch.int32 and tensor.dim() == 4 and tensor.shape[:3] == (1, 1, 1)
 
 
-def use_packed_attention(model: Any, longest: int | None = None) -> bool:
+def use_packed_attention(
+    model: Any, longest: int | None = None, *, wrapped: Sequence[str] = WRAPPED
+) -> bool:
     """Let a model take packed rows without a mask, where its attention is one we can wrap.
 
     Args:
         model: On which it is set.
         longest: Most tokens of an example; a window no shorter than that hides nothing.
+        wrapped: Registered attentions that can be called example by example.
 
     Returns:
         Whether it does now.
@@ -69,7 +73,7 @@ def use_packed_attention(model: Any, longest: int | None = None) -> bool:
     if takes_example_lengths(model):
         return True
     # The class says whether all its layers hand masks through to transformers' registry.
-    if inner not in WRAPPED or not getattr(model, "_supports_attention_backend", False):
+    if inner not in wrapped or not getattr(model, "_supports_attention_backend", False):
         return False
     if why_masked(model, longest) is not None:
         return False

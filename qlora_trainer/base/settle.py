@@ -13,12 +13,16 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from qlora_trainer.base.batch_norm import freeze_batch_norms
+from qlora_trainer.base.head import quantize_head
 from qlora_trainer.base.host_embedding import host_table, keep_on_host
+from qlora_trainer.base.layer_stream import LayerStream, streamed_layers
+from qlora_trainer.base.layers import decoder_layers
 from qlora_trainer.base.nf4 import NF4Linear
 from qlora_trainer.base.prequantized import is_bitsandbytes_linear, select_prequantized
 from qlora_trainer.base.quantize import QUANTIZABLE_DTYPES
 from qlora_trainer.base.select import select_quantized, stays_fp32
 from qlora_trainer.base.spec import BaseSpec
+from qlora_trainer.base.transfers import Transfers
 from qlora_trainer.errors import UserError
 
 Progress = Callable[[str, int, int], None]
@@ -46,6 +50,13 @@ def settle(
     Raises:
         UserError: A weight is not finite, or a layer to keep is not there.
     """
+    if spec.head_bits != 16:
+        quantize_head(
+            model, spec.head_bits, spec.block_size, spec.compute_dtype,
+            on_host=spec.embeddings_on_host,
+        )  # fmt: skip
+    streamed = streamed_layers(model) if spec.stream_layers else []
+    home = _homes(tuple(f"{path}." for path, _ in streamed), device)
     ready_made = select_prequantized(model)
     if ready_made is not None:
         selection = ready_made
@@ -56,7 +67,8 @@ def settle(
     places = _parameter_places(model, set(quantized))
     count = len(quantized) + len(places)
     for number, path in enumerate(quantized, start=1):
-        _replace(model, path, _quantize(path, model.get_submodule(path), spec, device))
+        layer = quantize_layer(path, model.get_submodule(path), spec, device)
+        _replace(model, path, layer.to(home(path)))
         if progress is not None:
             progress(path, number, count)
     fp32 = stays_fp32(model, fp16=spec.compute_dtype == torch.float16)
@@ -66,13 +78,13 @@ def settle(
         original = cast(Tensor, getattr(model.get_submodule(path), name))
         dtype = torch.float32 if fp32 and fp32.search(full_name) else spec.compute_dtype
         # What stays on the host stays where transformers made it: there, or on `meta`.
-        place = original.device if original is on_host else device
+        place = original.device if original is on_host else home(full_name)
         settled = nn.Parameter(_moved(original.detach(), place, dtype), requires_grad=False)
         for path, name in owners:
             setattr(model.get_submodule(path), name, settled)
         if progress is not None:
             progress(full_name, number, count)
-    _settle_buffers(model, set(quantized), device, buffers)
+    _settle_buffers(model, set(quantized), home, buffers)
     if on_host is not None:
         keep_on_host(model)
     for part in model.modules():
@@ -82,7 +94,16 @@ def settle(
             setattr(model, mark, None)  # its quantized layers are ours now
     model.kept_unquantized = dict(selection.kept) if spec.quantization == "nf4" else {}
     freeze_batch_norms(model)
+    if streamed:
+        # read anew: quantized layers have taken the places of others
+        model.layer_stream = LayerStream(decoder_layers(model), Transfers(device))
     return model.eval()
+
+
+def _homes(streamed: tuple[str, ...], device: torch.device) -> Callable[[str], torch.device]:
+    """Path -> where a tensor or layer of the model is settled; streamed layers wait on the host."""
+    host = device if device.type == "meta" else torch.device("cpu")
+    return lambda path: host if f"{path}.".startswith(streamed) else device
 
 
 def _settle_config(config: Any, compute_dtype: torch.dtype) -> None:
@@ -109,7 +130,12 @@ def _parameter_places(model: nn.Module, quantized: set[str]) -> list[list[tuple[
     return list(places.values())
 
 
-def _quantize(path: str, module: nn.Module, spec: BaseSpec, device: torch.device) -> NF4Linear:
+def quantize_layer(path: str, module: nn.Module, spec: BaseSpec, device: torch.device) -> NF4Linear:
+    """Quantize one linear layer on a device, or take it over where it is quantized already.
+
+    Raises:
+        UserError: Its weight is not finite.
+    """
     transposed = isinstance(module, Conv1D)
     if is_bitsandbytes_linear(module):
         transposed = getattr(module, "source_cls", None) is Conv1D
@@ -145,7 +171,10 @@ def _moved(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
 
 
 def _settle_buffers(
-    model: nn.Module, quantized: set[str], device: torch.device, dtypes: dict[str, torch.dtype]
+    model: nn.Module,
+    quantized: set[str],
+    home: Callable[[str], torch.device],
+    dtypes: dict[str, torch.dtype],
 ) -> None:
     for path, module in model.named_modules():
         if path in quantized:
@@ -153,7 +182,7 @@ def _settle_buffers(
         for name, buffer in list(module.named_buffers(recurse=False)):
             full_name = f"{path}.{name}" if path else name
             dtype = dtypes.get(full_name, buffer.dtype)
-            module._buffers[name] = _moved(buffer.detach(), device, dtype)
+            module._buffers[name] = _moved(buffer.detach(), home(full_name), dtype)
 
 
 def buffer_dtypes(model: nn.Module) -> dict[str, torch.dtype]:

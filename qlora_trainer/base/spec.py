@@ -1,6 +1,6 @@
 """How the base is to be held, as plain values."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -18,6 +18,8 @@ class BaseSpec:
         keep_unquantized: More layers to leave in 16 bit, by path or part of a path.
         trust_remote_code: Whether the checkpoint may bring its own Python.
         embeddings_on_host: Leave the table of token embeddings in host memory.
+        head_bits: Of the output head: 16 (the compute dtype), 8 or 4.
+        stream_layers: Leave the layers in host memory, one on the device at a time.
     """
 
     quantization: str
@@ -28,3 +30,9 @@ class BaseSpec:
     keep_unquantized: tuple[str, ...] = ()
     trust_remote_code: bool = False
     embeddings_on_host: bool = False
+    head_bits: int = 16
+    stream_layers: bool = False
+
+    def plain(self) -> "BaseSpec":
+        """The same base, whole on its device, as exports and proofs take it."""
+        return replace(self, embeddings_on_host=False, head_bits=16, stream_layers=False)

@@ -66,7 +66,7 @@ def show_foresight(foresight: Foresight, *, as_json: bool, notes: Sequence[str] 
         )
     if foresight.pinned_bytes:
         out.print(
-            f"  pinned host     {format_bytes(foresight.pinned_bytes)} of layer inputs; "
+            f"  pinned host     {format_bytes(foresight.pinned_bytes)} of layer inputs and layers; "
             f"{format_bytes(foresight.moved_bytes)} over PCIe a step, "
             f"{foresight.moving_seconds:.1f} s at 12 GB/s, beside the computing"
         )

@@ -12,6 +12,8 @@ from pydantic import BaseModel
 from qlora_trainer.config.settings import RunConfig
 from qlora_trainer.config.tasks import tasks_of
 
+_WITH_VOCABULARY = ("causal-lm", "seq2seq-lm")  # tasks whose head is the model's own
+
 
 @dataclass(frozen=True)
 class Contradiction:
@@ -30,6 +32,8 @@ def contradictions(config: RunConfig) -> Iterator[Contradiction]:
     """Every contradiction between settings."""
     yield from _held_out_rows(config)
     yield from _precision(config)
+    yield from _streaming(config)
+    yield from _quantized_cache(config)
     yield from _warm_up(config)
     yield from _task(config)
 
@@ -87,6 +91,37 @@ def _precision(config: RunConfig) -> Iterator[Contradiction]:
             )
 
 
+def _streaming(config: RunConfig) -> Iterator[Contradiction]:
+    if config.model.stream_layers and config.train.activations == "keep":
+        yield Contradiction(
+            (("train", "activations"), ("model", "stream_layers")),
+            "train.activations = 'keep': the layers of model.stream_layers = true leave the card "
+            "before their backward; take 'recompute', 'offload' or 'auto'",
+        )
+
+
+def _quantized_cache(config: RunConfig) -> Iterator[Contradiction]:
+    model, name = config.model, ("model", "quantized_cache")
+    if model.quantized_cache is None:
+        return
+    said = f"model.quantized_cache = {model.quantized_cache!r}"
+    if model.quantization == "none":
+        yield Contradiction(
+            (name, ("model", "quantization")),
+            f"{said}: nothing is quantized with model.quantization = 'none'; leave it out",
+        )
+    if model.trust_remote_code:
+        yield Contradiction(
+            (name, ("model", "trust_remote_code")),
+            f"{said}: a model with Python of its own is not copied; leave it out",
+        )
+    if config.task not in _WITH_VOCABULARY:
+        yield Contradiction(
+            (name, ("task",)),
+            f"{said}: the head of task = {config.task!r} is not the checkpoint's; leave it out",
+        )
+
+
 def _warm_up(config: RunConfig) -> Iterator[Contradiction]:
     train = config.train
     steps = ("train", "warmup_steps")
@@ -116,6 +151,14 @@ def _task(config: RunConfig) -> Iterator[Contradiction]:
                 f"task_settings.{name} = {value!r}: means nothing with task = {config.task!r}; "
                 f"only {', '.join(knowing)} {'know' if len(knowing) > 1 else 'knows'} it",
             )
+    if config.task not in _WITH_VOCABULARY:
+        for name in ("label_smoothing", "z_loss"):
+            if _is_given(config.train, name):
+                yield Contradiction(
+                    (("train", name), task),
+                    f"train.{name} = {getattr(config.train, name)}: means nothing with task = "
+                    f"{config.task!r}; only causal-lm and seq2seq-lm know it",
+                )
     if config.task == "causal-lm":
         return
     only = "only causal-lm knows it"

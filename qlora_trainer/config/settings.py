@@ -57,6 +57,15 @@ class ModelSettings(Settings):
     embeddings_on_host: bool = Field(
         False, description="leave the token embeddings in host memory; lossless, a look-up"
     )
+    head_bits: Literal[16, 8, 4] = Field(
+        16, description="how the frozen output head is held; 8: int8 by rows, 4: NF4"
+    )
+    quantized_cache: Text | None = Field(
+        None, description="folder in which quantized copies of bases are kept; null: none"
+    )
+    stream_layers: bool = Field(
+        False, description="hold the layers in host memory, one on the card and one on its way"
+    )
 
 
 class SourceSettings(Settings):
@@ -160,6 +169,12 @@ class TrainSettings(Settings):
     )
     loss_chunk_tokens: Annotated[int, Field(ge=1)] | None = Field(
         None, description="trained tokens whose logits exist at one time; null: about 64 MiB"
+    )
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=1, description="share of each target spread over the vocabulary"
+    )
+    z_loss: float = Field(
+        0.0, ge=0, le=1, description="factor of the squared log-sum-exp of each token's logits"
     )
     seed: int = Field(42, ge=0, lt=2**32, description="of the adapter, the order and dropout")
 

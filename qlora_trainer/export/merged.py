@@ -134,7 +134,7 @@ def plain_model(
     if hasattr(plain, "quantization_config"):
         del plain.quantization_config
     model = build_weightless_base(
-        plain, model_class, dataclasses.replace(spec, quantization="none")
+        plain, model_class, dataclasses.replace(spec.plain(), quantization="none")
     )
     return PlainModel(model, config, architectures)
 

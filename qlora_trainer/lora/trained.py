@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qlora_trainer.base.head import QuantizedHead
+from qlora_trainer.base.layer_stream import stream_of
 from qlora_trainer.errors import UserError
 from qlora_trainer.lora.kind import kind_of
 from qlora_trainer.lora.layer import LowRankLayer
@@ -52,6 +54,8 @@ def select_saved_modules(
         UserError: A name matches nothing, or a module cannot be trained in full.
     """
     modules = candidates(model)
+    stream = stream_of(model)
+    streamed = frozenset[str]() if stream is None else stream.names
     faults = [
         f"adapter.modules_to_save: {name!r} matches no module; {nearest(name, modules)}"
         for name in names
@@ -68,6 +72,16 @@ def select_saved_modules(
             faults.append(f"adapter.modules_to_save: {path} carries an adapter; choose one of both")
         elif isinstance(module, nn.ModuleList | nn.ModuleDict):
             faults.append(f"adapter.modules_to_save: {path} is a container; name what is inside it")
+        elif any(name.startswith(f"{path}.") for name in streamed):
+            faults.append(
+                f"adapter.modules_to_save: {path} comes and goes with its layer "
+                "(model.stream_layers = true) and cannot be trained in full"
+            )
+        elif isinstance(module, QuantizedHead):
+            faults.append(
+                f"adapter.modules_to_save: {path} is quantized and cannot be trained in full; set "
+                "model.head_bits: 16"
+            )
         elif any(hasattr(m, "dense_weight") or _is_packed(m) for m in inner):
             faults.append(
                 f"adapter.modules_to_save: {path} is held in 4 bits and cannot be trained in full; "

@@ -68,6 +68,8 @@ def choose_activations(
     if count == 0:
         return ()
     smallest, *larger = plans(count)
+    if shape.base.stream_layers:  # whose weights have gone when a kept layer's backward comes
+        larger = [plan for plan in larger if "keep" not in plan]
 
     def fits(index: int) -> bool:
         changed = replace(shape, activations=larger[index])

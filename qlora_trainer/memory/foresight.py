@@ -57,7 +57,7 @@ class Foresight:
         trained_parameters: How many numbers are trained.
         large_unquantized: Path -> bytes of large weights outside NF4.
         paged_on_card: What is paged counts on the card (it does on Windows).
-        pinned_bytes: Pinned host memory of offloaded layer inputs.
+        pinned_bytes: Pinned host memory of offloaded layer inputs and streamed layers.
         moved_bytes: Over PCIe, both ways together, in one optimizer step.
         host_bytes_by_phase: Host RAM of each phase; see `artefacts.host_bytes_by_phase`.
         disk_peak_bytes: Artefact -> most bytes at one time; see `artefacts.disk_peak_bytes`.
@@ -186,7 +186,7 @@ class SimulatedRun:
             disk_bytes=self._disk_bytes(),
             trained_parameters=self.accounts.trained_parameters,
             large_unquantized=self.accounts.large_unquantized,
-            pinned_bytes=self.accounts.pinned_bytes,
+            pinned_bytes=self.accounts.pinned_bytes + self.accounts.streamed_bytes,
             moved_bytes=self.accounts.moved_bytes * self.shape.own_accumulation,
             host_bytes_by_phase=host_bytes_by_phase(self.accounts),
             disk_peak_bytes=disk_peak_bytes(self.accounts, self.shape.keep_last),
@@ -198,6 +198,7 @@ class SimulatedRun:
         # weights are memory-mapped; one tensor at a time is private, the page-outs come on top
         accounts = self.accounts
         host = accounts.paged_bytes + accounts.pinned_bytes + accounts.host_table_bytes
+        host += accounts.streamed_bytes
         return PROCESS_BYTES + 2 * accounts.largest_tensor_bytes + host
 
     def _disk_bytes(self) -> dict[str, int]:

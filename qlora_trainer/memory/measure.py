@@ -18,8 +18,9 @@ import torch
 
 from qlora_trainer.base.audit import audit_base
 from qlora_trainer.memory.foresight import simulate_run
+from qlora_trainer.memory.loading import ROLE_COMPONENTS
 from qlora_trainer.memory.log import PHASE, RESET_PEAK
-from qlora_trainer.memory.program import ROLE_COMPONENTS, RunShape, tag_gradients, watch_step
+from qlora_trainer.memory.program import RunShape, tag_gradients, watch_step
 from qlora_trainer.memory.simulate import Live, Trace
 from qlora_trainer.memory.tracker import AllocationTracker
 from qlora_trainer.tasks.task import Batch, Task

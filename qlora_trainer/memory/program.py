@@ -11,38 +11,26 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import _disable_current_modes
 
-from qlora_trainer.base.audit import audit_base
-from qlora_trainer.base.host_embedding import HostEmbedding
+from qlora_trainer.base.layer_stream import stream_of
 from qlora_trainer.base.layers import decoder_layers
-from qlora_trainer.base.nf4 import NF4Linear
 from qlora_trainer.base.spec import BaseSpec
 from qlora_trainer.lora.inject import adapter_parameters, inject_adapter, with_heads
 from qlora_trainer.lora.spec import AdapterSpec
+from qlora_trainer.memory.loading import watch_load
 from qlora_trainer.memory.log import RESET_PEAK
 from qlora_trainer.memory.saving import watch_resume, watch_save
 from qlora_trainer.memory.tracker import AllocationTracker
 from qlora_trainer.memory.transfers import WatchedTransfers
 from qlora_trainer.tasks.catalogue import task_kind
 from qlora_trainer.tasks.kind import TaskInputs
-from qlora_trainer.tasks.task import Batch, Task
+from qlora_trainer.tasks.linear_cross_entropy import PLAIN, Regularized
+from qlora_trainer.tasks.task import Batch, Task, to_device
 from qlora_trainer.training.activations import Activation, plan_activations
 from qlora_trainer.training.optimizer import AdapterAdamW, OptimizerKind
 from qlora_trainer.training.processes import ALONE, Processes
 from qlora_trainer.training.step import StepResult, train_step
 from qlora_trainer.training.techniques import Techniques, apply_techniques
-
-ROLE_COMPONENTS = {
-    "linear weights (NF4)": "base weights",
-    "linear weights": "base weights",
-    "experts": "base weights",
-    "router": "base weights",
-    "convolution": "base weights",
-    "quantization state": "quantization state",
-    "embedding": "embeddings and heads",
-    "head": "embeddings and heads",
-}
 
 
 @dataclass(frozen=True)
@@ -59,6 +47,7 @@ class RunShape:
         optimizer: Kind of AdamW.
         activations: One choice for all layers, or one per layer.
         loss_chunk_tokens: As in the run file.
+        regularized: Label smoothing and z-loss.
         padded: Batches carry an attention mask.
         task: What is learned.
         task_settings: As in the run file.
@@ -76,6 +65,7 @@ class RunShape:
     optimizer: OptimizerKind = "paged_adamw_32bit"
     activations: Activation | tuple[Activation, ...] = "recompute"
     loss_chunk_tokens: int | None = None
+    regularized: Regularized = PLAIN
     padded: bool = False
     task: str = "causal-lm"
     task_settings: Mapping[str, Any] = field(default_factory=dict)
@@ -102,6 +92,7 @@ class Accounts:
         largest_tensor_bytes: The largest tensor on its way to the card.
         large_unquantized: Path -> bytes of large weights outside NF4.
         pinned_bytes: Host memory that offloaded layer inputs take at most.
+        streamed_bytes: Host memory, pinned as well, that streamed layers take.
         moved_bytes: Over PCIe, both ways, by one forward and backward.
         host_table_bytes: Token embeddings left in host memory.
         saving_bytes: Most copies on the host at one time while a state is saved.
@@ -116,6 +107,7 @@ class Accounts:
     largest_tensor_bytes: int = 0
     large_unquantized: dict[str, int] = field(default_factory=dict)
     pinned_bytes: int = 0
+    streamed_bytes: int = 0
     moved_bytes: int = 0
     host_table_bytes: int = 0
     saving_bytes: int = 0
@@ -133,17 +125,31 @@ class Program:
     def __call__(self, tracker: AllocationTracker) -> None:
         """Run under the tracker."""
         model, shape, accounts = self.model, self.shape, self.accounts
+        stream = stream_of(model)
         tracker.set_phase("load")
-        self._load(tracker)
+        loaded = watch_load(tracker, model)
+        accounts.base_parameters = loaded.parameters
+        accounts.largest_tensor_bytes = loaded.largest_tensor_bytes
+        accounts.large_unquantized = loaded.large_unquantized
+        accounts.host_table_bytes = loaded.host_table_bytes
+        accounts.streamed_bytes = loaded.streamed_bytes
         with tracker.component("adapters"):
             inject_adapter(model, _with_heads(model, shape), dtype=shape.adapter_dtype)
         parameters = adapter_parameters(model)
         apply_techniques(model, shape.techniques)
         transfers = WatchedTransfers(tracker)
+        weights = WatchedTransfers(tracker, "streamed layers")
+        if stream is not None:
+            stream.transfers = weights
         layers = decoder_layers(model)
         plan_activations(model, layers, shape.activations, transfers=transfers)
         task = task_kind(shape.task).make_task(
-            TaskInputs(model, shape.task_settings, chunk_tokens=shape.loss_chunk_tokens)
+            TaskInputs(
+                model,
+                shape.task_settings,
+                chunk_tokens=shape.loss_chunk_tokens,
+                regularized=shape.regularized,
+            )
         )
         with tracker.component("optimizer states"):
             optimizer = AdapterAdamW(parameters, kind=shape.optimizer)
@@ -169,51 +175,15 @@ class Program:
                 processes=processes,
             )
             accounts.pinned_bytes = transfers.most_bytes
-            accounts.moved_bytes, transfers.moved_bytes = transfers.moved_bytes // most, 0
+            moved = transfers.moved_bytes + weights.moved_bytes
+            accounts.moved_bytes = moved // most
+            transfers.moved_bytes = weights.moved_bytes = 0
         tracker.set_phase("evaluation")
         model.eval()
-        task.evaluate(model, {name: part.to("meta") for name, part in batch.items()})
+        task.evaluate(model, to_device(batch, torch.device("meta")))
         tracker.set_phase("save")
         accounts.saving_bytes = watch_save(tracker, optimizer)
         tracker.set_phase("end")
-
-    def _load(self, tracker: AllocationTracker) -> None:
-        with _disable_current_modes():
-            audit = {item.name: item for item in audit_base(self.model).tensors}
-        dense = {
-            f"{name}.codes": module.out_features * module.in_features * 2
-            for name, module in self.model.named_modules()
-            if isinstance(module, NF4Linear)
-        }
-        on_host = {
-            f"{path}.base.weight"
-            for path, module in self.model.named_modules()
-            if isinstance(module, HostEmbedding)
-        }
-        tensors: dict[str, Tensor] = dict(self.model.named_parameters())
-        tensors |= dict(self.model.named_buffers())
-        for name, tensor in tensors.items():
-            item = audit.get(name)
-            role = item.role if item is not None else "other"
-            component = ROLE_COMPONENTS.get(role, "norms and other")
-            if name in dense:  # the 16-bit weight is on the card while it is quantized
-                with tracker.temporary(dense[name], "weight before quantization"):
-                    tracker.adopt(tensor, "load", component)
-            else:
-                tracker.adopt(tensor, "load", component)
-            if name in on_host:
-                tracker.move_to_host(tensor)
-                self.accounts.host_table_bytes += tensor.nbytes
-            if item is not None and item.kept_because:
-                self.accounts.large_unquantized[name] = item.size_bytes
-        accounts = self.accounts
-        accounts.base_parameters = sum(
-            2 * t.numel() if n.endswith(".codes") else t.numel()
-            for n, t in tensors.items()
-            if n.endswith(".codes") or isinstance(t, nn.Parameter)
-        )
-        sizes = [t.nbytes for t in tensors.values()] + list(dense.values())
-        accounts.largest_tensor_bytes = max(sizes, default=0)
 
     def _account(
         self, tracker: AllocationTracker, parameters: dict[str, nn.Parameter],

@@ -26,6 +26,7 @@ from qlora_trainer.errors import UserError
 from qlora_trainer.memory.log import ALLOCATE, FREE, PHASE, WRAPPERS, Allocation, Log, maker_of
 from qlora_trainer.memory.shapes import ShapeMemory
 
+_LOSS_FILES = ("linear_cross_entropy.py", "base/head.py")
 Rule: TypeAlias = Callable[["AllocationTracker", Any, tuple[Any, ...], dict[str, Any]], Any]
 
 
@@ -196,7 +197,7 @@ class AllocationTracker(TorchDispatchMode):
     def _guess_component(self, operator: str, code: CodeType | None) -> str:
         if operator.startswith("dequantize"):
             return "dequantized weights"
-        if code is not None and code.co_filename.endswith("linear_cross_entropy.py"):
+        if code is not None and code.co_filename.endswith(_LOSS_FILES):
             return "logits and loss"
         if self._phase == "backward":
             return "recomputed layer" if torch.is_grad_enabled() else "backward temporaries"

@@ -10,8 +10,10 @@ import weakref
 import torch
 from torch import Tensor
 
-from qlora_trainer.base.transfers import Transfers
+from qlora_trainer.base.transfers import Copy, Transfers
 from qlora_trainer.memory.tracker import AllocationTracker
+
+_INPUTS = "offloaded layer inputs"
 
 
 def pinned_bytes(size_bytes: int) -> int:
@@ -30,27 +32,37 @@ class WatchedTransfers(Transfers):
 
     Args:
         tracker: Books host buffers apart, and counts the copies.
+        what: Component of what is copied.
 
     Attributes:
         most_bytes: The most host bytes alive at one time.
         moved_bytes: Copied, both ways together.
     """
 
-    def __init__(self, tracker: AllocationTracker) -> None:
+    def __init__(self, tracker: AllocationTracker, what: str = _INPUTS) -> None:
         super().__init__(torch.device("meta"))
-        self._tracker = tracker
+        self._tracker, self._what = tracker, what
         self._alive_bytes = self.most_bytes = self.moved_bytes = 0
 
     def host_buffer(self, size_bytes: int) -> Tensor:
         """A weightless buffer that is not on the card."""
         buffer = super().host_buffer(size_bytes)
         self._tracker.move_to_host(buffer)
-        self._tracker.tag(buffer, "offloaded layer inputs")
+        self._tracker.tag(buffer, self._what)
         taken = pinned_bytes(size_bytes)
         self._alive_bytes += taken
         self.most_bytes = max(self.most_bytes, self._alive_bytes)
         weakref.finalize(buffer.untyped_storage(), self._gone, taken)
         return buffer
+
+    def to_device(
+        self, pieces: list[Tensor], shape: torch.Size, dtype: torch.dtype
+    ) -> tuple[Tensor, Copy]:
+        """A weightless tensor of the card, under its own name."""
+        tensor, copy = super().to_device(pieces, shape, dtype)
+        if self._what != _INPUTS:  # which are booked with the layers computed again
+            self._tracker.tag(tensor, self._what)
+        return tensor, copy
 
     def _gone(self, size_bytes: int) -> None:
         self._alive_bytes -= size_bytes

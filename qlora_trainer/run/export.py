@@ -230,7 +230,7 @@ def _open_run(folder: Path, base: str | None, told: Reporter) -> Opened:
     adapter, model_class = folder / "adapter", source.kind.auto_class
     export = ExportSource(
         source.resolved.folder, adapter, model_class,
-        dataclasses.replace(source.base_spec, embeddings_on_host=False), run.model.source,
+        source.base_spec.plain(), run.model.source,
         source.resolved.revision, label_settings(adapter, model_class, source.config),
     )  # fmt: skip
     return Opened(export, source.device, run, source)

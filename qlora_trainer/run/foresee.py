@@ -186,6 +186,7 @@ def run_shape(run: RunConfig, config: Any, gpu: GpuProfile | None, processes: in
         # what `auto` can come down to; `with_auto` finds what it needs to be
         activations="offload" if run.train.activations == "auto" else run.train.activations,
         loss_chunk_tokens=run.train.loss_chunk_tokens,
+        regularized=setup.regularized(run),
         techniques=setup.techniques(run),
         task=run.task,
         task_settings=run.task_settings.model_dump(),

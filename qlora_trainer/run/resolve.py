@@ -36,6 +36,9 @@ def resolved_settings(run: RunConfig, revision: str | None) -> dict[str, Any]:
     settings["model"]["revision"] = revision or run.model.revision
     if run.model.chat_template is not None:
         settings["model"]["chat_template"] = _absolute(run.model.chat_template)
+    if run.model.quantized_cache is not None:
+        quantized = Path(run.model.quantized_cache).expanduser().absolute()
+        settings["model"]["quantized_cache"] = str(quantized)
     if run.data.cache_folder is not None:
         cache_folder = Path(run.data.cache_folder).expanduser().absolute()
         settings["data"]["cache_folder"] = str(cache_folder)

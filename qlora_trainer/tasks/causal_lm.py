@@ -22,10 +22,17 @@ from qlora_trainer.base.packed_attention import example_lengths, takes_example_l
 from qlora_trainer.data.encode import IGNORED, Encoder
 from qlora_trainer.errors import UserError
 from qlora_trainer.tasks.kind import EncoderInputs, TaskInputs, TaskKind, full_length_inputs
-from qlora_trainer.tasks.linear_cross_entropy import chunk_logits, linear_cross_entropy
+from qlora_trainer.tasks.linear_cross_entropy import (
+    PLAIN,
+    Regularized,
+    chunk_logits,
+    linear_cross_entropy,
+)
 from qlora_trainer.tasks.loss_path import (
     CHUNKED,
     LossPath,
+    full_cross_entropy,
+    head_weight,
     hold_against_model,
     no_linear_head,
     token_sums,
@@ -50,13 +57,15 @@ def choose_loss_path(model: nn.Module) -> LossPath:
     scale /= float(getattr(config, "logits_scaling", None) or 1.0)
     path = LossPath(True, CHUNKED, scale, getattr(config, "final_logit_softcapping", None))
 
+    weight = head_weight(head)
+
     def probe(tokens: Tensor) -> tuple[Tensor, Tensor]:
         inputs = {"input_ids": tokens, "use_cache": False}
         own = net(**inputs).logits[0].float()
         hidden = net.base_model(**inputs).last_hidden_state[0]
-        return own, chunk_logits(hidden, head.weight, head.bias, path.logit_scale, path.softcap)
+        return own, chunk_logits(hidden, weight, head.bias, path.logit_scale, path.softcap)
 
-    return hold_against_model(path, net, head.weight, probe)
+    return hold_against_model(path, net, weight, probe)
 
 
 @dataclass(frozen=True)
@@ -68,20 +77,28 @@ class CausalLM:
         takes_positions: The decoder takes `position_ids`; needed for packing.
         chunk_tokens: Tokens whose logits exist at one time; None chooses by vocabulary.
         packs_by_lengths: The model's attention takes packed rows by their examples' lengths.
+        regularized: Label smoothing and z-loss, of training alone.
     """
 
     loss_path: LossPath
     takes_positions: bool = True
     chunk_tokens: int | None = None
     packs_by_lengths: bool = False
+    regularized: Regularized = PLAIN
 
     @classmethod
-    def for_model(cls, model: nn.Module, *, chunk_tokens: int | None = None) -> "CausalLM":
+    def for_model(
+        cls,
+        model: nn.Module,
+        *,
+        chunk_tokens: int | None = None,
+        regularized: Regularized = PLAIN,
+    ) -> "CausalLM":
         """Look at the model once: its loss path and what its decoder takes."""
         decoder = getattr(model, "base_model", model)
         takes = "position_ids" in inspect.signature(decoder.forward).parameters
         by_lengths = takes and takes_example_lengths(model)
-        return cls(choose_loss_path(model), takes, chunk_tokens, by_lengths)
+        return cls(choose_loss_path(model), takes, chunk_tokens, by_lengths, regularized)
 
     @property
     def metrics(self) -> Mapping[str, bool]:
@@ -130,20 +147,19 @@ class CausalLM:
         path, net = self.loss_path, _untyped(model)
         if not path.chunked:
             logits = net(**_inputs(batch)).logits
-            logits = logits.flatten(0, 1).index_select(0, batch["loss_positions"])
-            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            return nn.functional.cross_entropy(logits, batch["loss_targets"], reduction="sum")
+            return full_cross_entropy(logits.flatten(0, 1), batch, self.regularized)
         hidden = net.base_model(**_inputs(batch)).last_hidden_state  # (B, T, D)
         head = net.get_output_embeddings()
         return linear_cross_entropy(
             hidden,
-            head.weight,
+            head_weight(head),
             head.bias,
             batch["loss_positions"],
             batch["loss_targets"],
             chunk_tokens=self.chunk_tokens,
             logit_scale=path.logit_scale,
             softcap=path.softcap,
+            regularized=self.regularized,
         )
 
     @torch.no_grad()
@@ -155,7 +171,7 @@ class CausalLM:
         else:
             outputs = net.base_model(**_inputs(batch)).last_hidden_state
             layer = net.get_output_embeddings()
-            head = layer.weight, layer.bias
+            head = head_weight(layer), layer.bias
         return token_sums(outputs.flatten(0, 1), head, batch, self.loss_path, self.chunk_tokens)
 
 
@@ -178,7 +194,9 @@ def _encoder(inputs: EncoderInputs) -> Encoder:
 
 
 def _task(inputs: TaskInputs) -> CausalLM:
-    return CausalLM.for_model(inputs.model, chunk_tokens=inputs.chunk_tokens)
+    return CausalLM.for_model(
+        inputs.model, chunk_tokens=inputs.chunk_tokens, regularized=inputs.regularized
+    )
 
 
 def weightless_batch(

@@ -19,10 +19,17 @@ import torch
 from torch import Tensor, nn
 
 from qlora_trainer.data.encode import IGNORED
-from qlora_trainer.tasks.linear_cross_entropy import chunk_logits, linear_cross_entropy
+from qlora_trainer.tasks.linear_cross_entropy import (
+    PLAIN,
+    Regularized,
+    chunk_logits,
+    linear_cross_entropy,
+)
 from qlora_trainer.tasks.loss_path import (
     CHUNKED,
     LossPath,
+    full_cross_entropy,
+    head_weight,
     hold_against_model,
     no_linear_head,
     token_sums,
@@ -52,16 +59,18 @@ def choose_loss_path(model: nn.Module) -> LossPath:
         return plain
     path = LossPath(True, CHUNKED, _logit_scale(net.config), _softcap(net))
 
+    weight = head_weight(head)
+
     def probe(tokens: Tensor) -> tuple[Tensor, Tensor] | None:
         batch = {"input_ids": tokens, "decoder_input_ids": tokens.flip(1)}
         try:
             own = net(**batch, use_cache=False).logits[0].float()
             hidden, bias = _decoder_states(net, batch)[0], _logit_bias(net)
-            return own, chunk_logits(hidden, head.weight, bias, path.logit_scale, path.softcap)
+            return own, chunk_logits(hidden, weight, bias, path.logit_scale, path.softcap)
         except (TypeError, AttributeError):  # a model whose parts are called in another way
             return None
 
-    return hold_against_model(path, net, head.weight, probe)
+    return hold_against_model(path, net, weight, probe)
 
 
 def _logit_scale(config: Any) -> float:
@@ -110,18 +119,24 @@ class EncoderDecoderLoss:
         loss_path: From `choose_loss_path`.
         shift: The model's own method; None where only its forward can.
         chunk_tokens: Tokens whose logits exist at one time; None chooses by vocabulary.
+        regularized: Label smoothing and z-loss, of training alone.
     """
 
     loss_path: LossPath
     shift: Shift | None
     chunk_tokens: int | None = None
+    regularized: Regularized = PLAIN
 
     @classmethod
     def for_model(
-        cls, model: nn.Module, *, chunk_tokens: int | None = None
+        cls,
+        model: nn.Module,
+        *,
+        chunk_tokens: int | None = None,
+        regularized: Regularized = PLAIN,
     ) -> "EncoderDecoderLoss":
         """Look at the model once: its loss path and how it shifts."""
-        return cls(choose_loss_path(model), own_shift(model), chunk_tokens)
+        return cls(choose_loss_path(model), own_shift(model), chunk_tokens, regularized)
 
     def prepare(self, batch: Batch) -> dict[str, Tensor]:
         """Find trained positions, make the decoder's inputs, drop a mask that says nothing.
@@ -150,18 +165,17 @@ class EncoderDecoderLoss:
         """Cross-entropy summed over target tokens."""
         net: Any = model
         if not self.loss_path.chunked:
-            logits = _plain_logits(net, batch).index_select(0, batch["loss_positions"])
-            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            return nn.functional.cross_entropy(logits, batch["loss_targets"], reduction="sum")
+            return full_cross_entropy(_plain_logits(net, batch), batch, self.regularized)
         return linear_cross_entropy(
             _decoder_states(net, batch),
-            net.get_output_embeddings().weight,
+            head_weight(net.get_output_embeddings()),
             _logit_bias(net),
             batch["loss_positions"],
             batch["loss_targets"],
             chunk_tokens=self.chunk_tokens,
             logit_scale=self.loss_path.logit_scale,
             softcap=self.loss_path.softcap,
+            regularized=self.regularized,
         )
 
     @torch.no_grad()
@@ -172,7 +186,7 @@ class EncoderDecoderLoss:
             outputs, head = _plain_logits(net, batch), None
         else:
             outputs = _decoder_states(net, batch).flatten(0, 1)
-            head = net.get_output_embeddings().weight, _logit_bias(net)
+            head = head_weight(net.get_output_embeddings()), _logit_bias(net)
         return token_sums(outputs, head, batch, self.loss_path, self.chunk_tokens)
 
 

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from qlora_trainer.base.host_embedding import compute_device
+
 
 @torch.no_grad()
 def generate_tokens(
@@ -44,13 +46,14 @@ def generate_tokens(
     by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     was_training = model.training
     model.eval()
+    device = compute_device(model)
     sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None}
     if temperature:
         sampling = {"do_sample": True, "temperature": temperature}
     done = 0
     for start in range(0, len(by_length), batch_size):
         chosen = by_length[start : start + batch_size]
-        batch = _left_padded([prompts[index] for index in chosen], pad_token_id, model.device)
+        batch = _left_padded([prompts[index] for index in chosen], pad_token_id, device)
         torch.manual_seed(seed + start)
         output = model.generate(
             **batch,

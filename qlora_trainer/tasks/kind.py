@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from qlora_trainer.data.dataset import EncodedDataset
 from qlora_trainer.data.rows import RecordEncoder
+from qlora_trainer.tasks.linear_cross_entropy import PLAIN, Regularized
 from qlora_trainer.tasks.task import Task
 
 
@@ -60,6 +61,7 @@ class TaskInputs:
         encoder: What made the data; None where memory is foreseen.
         train: The training examples; None where memory is foreseen or nothing is trained.
         chunk_tokens: As in the run file.
+        regularized: Label smoothing and z-loss of the tasks that know them.
     """
 
     model: nn.Module
@@ -67,6 +69,7 @@ class TaskInputs:
     encoder: RecordEncoder | None = None
     train: EncodedDataset | None = None
     chunk_tokens: int | None = None
+    regularized: Regularized = PLAIN
 
 
 class WeightlessBatch(Protocol):

@@ -4,18 +4,41 @@ Full logits of 4,096 tokens over a vocabulary of 128,256 are 2 GiB in fp32, seve
 tokens whose label is trained reach the head, a chunk at a time; the gradient with respect to the
 hidden states is computed in the forward while the chunk's probabilities are at hand (Cut
 Cross-Entropy, Wijmans et al. 2024, arXiv:2411.09009 and Liger Kernel do the same), written into
-one buffer the size of the decoder's output, and merely scaled in the backward. Given up: double
-backward, and a second backward through the same graph.
+one buffer the size of the decoder's output, and merely scaled in the backward. A head in 8 or 4
+bits is dequantized tile by tile for each chunk, once each way. Given up: double backward, and a
+second backward through the same graph.
 
 M tokens of the batch, N trained tokens, C tokens of a chunk, D hidden size, V vocabulary.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from qlora_trainer.base.head import QuantizedHead
+
+HeadWeight = Tensor | QuantizedHead  # (V, D)
+
+
+@dataclass(frozen=True)
+class Regularized:
+    """What is added to the cross-entropy while training; both 0 leave it as it is.
+
+    Attributes:
+        label_smoothing: Share of the target spread over the whole vocabulary, as torch's
+            `cross_entropy` does it (Szegedy et al. 2015, arXiv:1512.00567, section 7).
+        z_loss: Factor of the squared log-sum-exp of each token's logits, which keeps them from
+            drifting (PaLM, Chowdhery et al. 2022, arXiv:2204.02311, section 5).
+    """
+
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+
+
+PLAIN = Regularized()
 CHUNK_ELEMENTS = 2**24  # logits of one chunk: 64 MiB in fp32
 
 
@@ -29,10 +52,18 @@ def default_chunk_tokens(vocabulary_size: int) -> int:
 
 
 def chunk_logits(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, logit_scale: float, softcap: float | None
+    hidden: Tensor,
+    weight: HeadWeight,
+    bias: Tensor | None,
+    logit_scale: float,
+    softcap: float | None,
 ) -> Tensor:
     """Logits of a few tokens in fp32 (fp64 for fp64 inputs), scaled and soft-capped: (C, V)."""
-    logits = torch.nn.functional.linear(hidden.to(weight.dtype), weight, bias)
+    rows = hidden.to(weight.dtype)
+    if isinstance(weight, QuantizedHead):
+        logits = weight.product(rows, bias)
+    else:
+        logits = torch.nn.functional.linear(rows, weight, bias)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if logit_scale != 1.0:
         logits.mul_(logit_scale)
@@ -42,22 +73,42 @@ def chunk_logits(
 
 
 def _chunk_gradient(
-    logits: Tensor, targets: Tensor, logit_scale: float, softcap: float | None
+    logits: Tensor,
+    targets: Tensor,
+    logit_scale: float,
+    softcap: float | None,
+    regularized: Regularized,
 ) -> tuple[Tensor, Tensor]:
     """Loss sum and its gradient with respect to the head's raw output.
 
     Overwrites the logits and makes no other tensor of their size (soft-capping needs one), which
-    `logsumexp` and `softmax` would.
+    `logsumexp` and `softmax` would. With e = label_smoothing, z = z_loss, p = softmax(x) and
+    s = logsumexp(x) of a token's V logits x, its target t:
+
+        loss = s - (1 - e) x_t - e mean(x) + z s^2
+        dx   = p (1 + 2 z s) - (1 - e) onehot(t) - e / V
     """
+    smoothing, z_loss = regularized.label_smoothing, regularized.z_loss
     targets = targets.unsqueeze(1)
     capped_slope = None if softcap is None else (logits / softcap).square_().neg_().add_(1.0)
-    logits.sub_(logits.amax(dim=1, keepdim=True))
+    largest = logits.amax(dim=1, keepdim=True)
+    logits.sub_(largest)
+    log_sum = largest if z_loss else None  # (C, 1)
+    del largest
     chosen = logits.gather(1, targets)
+    if smoothing:
+        chosen = chosen.mul_(1 - smoothing).add_(logits.mean(dim=1, keepdim=True), alpha=smoothing)
     gradient = logits.exp_()
     total = gradient.sum(dim=1, keepdim=True)
     loss = (total.log() - chosen).sum()
     gradient.div_(total)
-    gradient.scatter_add_(1, targets, gradient.new_full((), -1.0).expand_as(targets))
+    if log_sum is not None:
+        log_sum.add_(total.log())
+        loss += z_loss * log_sum.square().sum()
+        gradient.mul_(log_sum.mul_(2 * z_loss).add_(1.0))
+    gradient.scatter_add_(1, targets, gradient.new_full((), smoothing - 1.0).expand_as(targets))
+    if smoothing:
+        gradient.sub_(smoothing / gradient.shape[1])
     if capped_slope is not None:
         gradient.mul_(capped_slope)  # d tanh(x) = 1 - tanh(x)^2
     if logit_scale != 1.0:
@@ -70,19 +121,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any,
         hidden: Tensor,  # (M, D)
-        weight: Tensor,  # (V, D)
+        weight: HeadWeight,  # (V, D)
         bias: Tensor | None,  # (V,)
         positions: Tensor,  # (N,) rows of hidden
         targets: Tensor,  # (N,)
         chunk_tokens: int,
         logit_scale: float,
         softcap: float | None,
+        regularized: Regularized,
         wanted: tuple[bool, bool, bool],
     ) -> Tensor:
         accumulator = torch.promote_types(hidden.dtype, torch.float32)
         total = hidden.new_zeros((), dtype=accumulator)
         grad_hidden = torch.zeros_like(hidden) if wanted[0] else None
-        grad_weight = torch.zeros_like(weight, dtype=accumulator) if wanted[1] else None
+        grad_weight = None
+        if wanted[1] and isinstance(weight, Tensor):
+            grad_weight = torch.zeros_like(weight, dtype=accumulator)
         grad_bias = None
         if wanted[2] and bias is not None:
             grad_bias = torch.zeros_like(bias, dtype=accumulator)
@@ -95,6 +149,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 labels,
                 logit_scale,
                 softcap,
+                regularized,
             )
             total += loss
             if grad_bias is not None:
@@ -102,7 +157,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             gradient = exact.to(weight.dtype)
             del exact  # one chunk of logits at a time, not the last one beside the next
             if grad_hidden is not None:
-                grad_hidden.index_copy_(0, rows, (gradient @ weight).to(hidden.dtype))
+                below = _input_gradient(gradient, weight)  # (C, D)
+                grad_hidden.index_copy_(0, rows, below.to(hidden.dtype))
             if grad_weight is not None:
                 grad_weight += gradient.T @ inputs.to(weight.dtype)
             del gradient
@@ -122,7 +178,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for gradient in gradients:
             if gradient is not None:
                 _scale_rows(gradient, grad_output)
-        return (*gradients, None, None, None, None, None, None)
+        return (*gradients, None, None, None, None, None, None, None)
+
+
+def _input_gradient(gradient: Tensor, weight: HeadWeight) -> Tensor:
+    if isinstance(weight, QuantizedHead):
+        return weight.input_gradient(gradient)
+    return gradient @ weight
 
 
 def _scale_rows(tensor: Tensor, factor: Tensor) -> None:
@@ -136,7 +198,7 @@ def _scale_rows(tensor: Tensor, factor: Tensor) -> None:
 
 def linear_cross_entropy(
     hidden: Tensor,
-    weight: Tensor,
+    weight: HeadWeight,
     bias: Tensor | None,
     positions: Tensor,
     targets: Tensor,
@@ -144,18 +206,20 @@ def linear_cross_entropy(
     chunk_tokens: int | None = None,
     logit_scale: float = 1.0,
     softcap: float | None = None,
+    regularized: Regularized = PLAIN,
 ) -> Tensor:
     """Cross-entropy of a linear head, summed over the trained tokens.
 
     Args:
         hidden: The decoder's output, (..., D).
-        weight: The head, (V, D).
+        weight: The head, (V, D), dense or quantized.
         bias: Its bias, (V,), if it has one.
         positions: Flat indices of the tokens whose next token is trained, (N,).
         targets: The next token of each, (N,).
         chunk_tokens: Tokens whose logits exist at one time.
         logit_scale: The head's output is multiplied by it (Cohere; Granite divides).
         softcap: Logits pass through ``softcap * tanh(logits / softcap)`` (Gemma 2).
+        regularized: Label smoothing and z-loss.
 
     Returns:
         The sum, a scalar in fp32 (fp64 for fp64 inputs).
@@ -163,7 +227,7 @@ def linear_cross_entropy(
     graph = torch.is_grad_enabled()
     wanted = (
         graph and hidden.requires_grad,
-        graph and weight.requires_grad,
+        graph and isinstance(weight, Tensor) and weight.requires_grad,
         graph and bias is not None and bias.requires_grad,
     )
     loss: Tensor = _LinearCrossEntropy.apply(
@@ -175,6 +239,7 @@ def linear_cross_entropy(
         chunk_tokens or default_chunk_tokens(weight.shape[0]),
         logit_scale,
         softcap,
+        regularized,
         wanted,
     )
     return loss

@@ -14,7 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlora_trainer.tasks.linear_cross_entropy import chunk_logits, default_chunk_tokens
+from qlora_trainer.base.head import QuantizedHead
+from qlora_trainer.tasks.linear_cross_entropy import (
+    HeadWeight,
+    Regularized,
+    chunk_logits,
+    default_chunk_tokens,
+)
 from qlora_trainer.tasks.task import Batch
 
 CHUNKED = "logits are made in chunks of trained tokens"
@@ -22,7 +28,7 @@ _PROBE_TOKENS = 6
 _TOLERANCES = {torch.bfloat16: 3e-2, torch.float16: 5e-3}
 _TOLERANCE = 1e-4  # of any other dtype
 
-Head = tuple[Tensor, Tensor | None]  # weight (V, D), bias (V,)
+Head = tuple[HeadWeight, Tensor | None]  # weight (V, D), bias (V,)
 
 
 @dataclass(frozen=True)
@@ -44,16 +50,22 @@ class LossPath:
 
 def no_linear_head(head: Any) -> LossPath | None:
     """The plain path of a model whose output head is no plain linear layer; None if it is one."""
-    if type(head) is nn.Linear:
+    if type(head) is nn.Linear or isinstance(head, QuantizedHead):
         return None
     kind = "none" if head is None else type(head).__name__
     return LossPath(False, f"the output head is {kind}, not a plain linear layer")
 
 
+def head_weight(head: Any) -> HeadWeight:
+    """(V, D) What a linear head multiplies with; a quantized one stands for its own weight."""
+    weight: HeadWeight = head if isinstance(head, QuantizedHead) else head.weight
+    return weight
+
+
 def hold_against_model(
     path: LossPath,
     model: Any,
-    weight: Tensor,
+    weight: HeadWeight,
     probe: Callable[[Tensor], tuple[Tensor, Tensor] | None],
 ) -> LossPath:
     """The path, if its logits are the model's own, else the plain one.
@@ -94,6 +106,21 @@ def _relative_difference(own: Tensor, ours: Tensor) -> float:
     if own.shape != ours.shape:
         return float("inf")
     return float((own - ours).abs().max() / own.abs().max().clamp_min(1e-12))
+
+
+def full_cross_entropy(logits: Tensor, batch: Batch, regularized: Regularized) -> Tensor:
+    """The loss summed over trained tokens, of the model's own logits (M, V)."""
+    chosen = logits.index_select(0, batch["loss_positions"])  # (N, V)
+    chosen = chosen.to(torch.promote_types(chosen.dtype, torch.float32))
+    loss = nn.functional.cross_entropy(
+        chosen,
+        batch["loss_targets"],
+        reduction="sum",
+        label_smoothing=regularized.label_smoothing,
+    )
+    if regularized.z_loss:
+        loss = loss + regularized.z_loss * chosen.logsumexp(1).square().sum()
+    return loss
 
 
 @torch.no_grad()

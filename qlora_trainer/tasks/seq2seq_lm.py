@@ -126,7 +126,9 @@ def _encoder(inputs: EncoderInputs) -> PairEncoder:
 
 def _task(inputs: TaskInputs) -> Seq2SeqLM:
     return Seq2SeqLM(
-        EncoderDecoderLoss.for_model(inputs.model, chunk_tokens=inputs.chunk_tokens),
+        EncoderDecoderLoss.for_model(
+            inputs.model, chunk_tokens=inputs.chunk_tokens, regularized=inputs.regularized
+        ),
         getattr(inputs.encoder, "tokenizer", None),
         num_beams=inputs.settings["num_beams"],
         max_new_tokens=inputs.settings["max_target_len"],

@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from qlora_trainer.base.host_embedding import compute_device
 from qlora_trainer.base.layers import input_embeddings
 from qlora_trainer.base.select import trained_heads
 from qlora_trainer.base.transfers import Transfers
@@ -75,7 +76,7 @@ def plan_activations(
         plan[layers[-1][0]] = "recompute"
     offload = None
     if "offload" in plan.values():
-        offload = Offload(transfers or Transfers(next(model.parameters()).device))
+        offload = Offload(transfers or Transfers(compute_device(model)))
     again: Callable[..., Any] = _CHECKPOINT
     for name, layer in layers:
         if offload is not None:

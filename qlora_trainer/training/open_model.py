@@ -19,6 +19,7 @@ from qlora_trainer.base.hub import ResolvedModel, resolve_model
 from qlora_trainer.base.load import BaseSpec, load_base, load_config
 from qlora_trainer.base.machine import choose_device
 from qlora_trainer.base.packed_attention import use_packed_attention
+from qlora_trainer.base.quantized_cache import cached_base
 from qlora_trainer.config.settings import RunConfig
 from qlora_trainer.data.isolation import refuse_packing_leak
 from qlora_trainer.errors import UserError
@@ -69,6 +70,11 @@ def open_model(run: RunConfig, local_rank: int = 0) -> ModelSource:
     except ValueError as error:
         raise UserError(f"model.device = {model.device!r}: {error}") from None
     check_attention(model.attention, device)
+    if model.stream_layers:
+        raise UserError(
+            "model.stream_layers = true: can be foreseen (qlora profile), and is not yet proven to "
+            "train as a whole base does; set model.stream_layers: false"
+        )
     resolved = resolve_model(
         model.source, model.revision, trust_remote_code=model.trust_remote_code
     )
@@ -150,6 +156,8 @@ def base_spec(run: RunConfig, compute_dtype: torch.dtype) -> BaseSpec:
         keep_unquantized=tuple(model.keep_unquantized),
         trust_remote_code=model.trust_remote_code,
         embeddings_on_host=model.embeddings_on_host,
+        head_bits=model.head_bits,
+        stream_layers=model.stream_layers,
     )
 
 
@@ -185,8 +193,14 @@ def load_model(
     kind = source.kind
     if settings is None:
         settings = kind.weightless_settings(run.task_settings.model_dump())
+    folder = source.resolved.folder
+    if run.model.quantized_cache is not None:
+        cache = Path(run.model.quantized_cache).expanduser()
+        folder = cached_base(
+            folder, cache, kind.auto_class, source.base_spec, source.device, progress=progress
+        )
     model = load_base(
-        source.resolved.folder,
+        folder,
         kind.auto_class,
         source.base_spec,
         source.device,

@@ -28,6 +28,8 @@ MAY_CHANGE = (
     "model.device",
     "model.attention",
     "model.trust_remote_code",
+    "model.stream_layers",
+    "model.quantized_cache",
     "train.epochs",
     "train.max_steps",
     "train.learning_rate",

@@ -20,6 +20,7 @@ from qlora_trainer.lora.inject import adapter_parameters, inject_adapter, with_h
 from qlora_trainer.lora.spec import AdapterSpec
 from qlora_trainer.tasks.causal_lm import CausalLM
 from qlora_trainer.tasks.kind import TaskInputs, TaskKind
+from qlora_trainer.tasks.linear_cross_entropy import Regularized
 from qlora_trainer.tasks.task import Task
 from qlora_trainer.training.activations import Activation, plan_activations
 from qlora_trainer.training.feed import collate_rows, eval_batches, make_windows, references
@@ -74,6 +75,7 @@ __all__ = [
     "open_model",
     "pad_id",
     "references",
+    "regularized",
     "set_activations",
     "techniques",
     "training_plan",
@@ -141,6 +143,11 @@ def techniques(run: RunConfig) -> Techniques:
     return Techniques(train.fused_mlp, train.mlp_tile_tokens, train.tiled_norms)
 
 
+def regularized(run: RunConfig) -> Regularized:
+    """What is added to the cross-entropy."""
+    return Regularized(run.train.label_smoothing, run.train.z_loss)
+
+
 def set_activations(
     run: RunConfig, model: Any, solved: Activation | Sequence[Activation] | None = None
 ) -> list[str]:
@@ -191,6 +198,7 @@ def make_task(
             encoder if data is None else data.encoder,
             None if data is None else data.train,
             run.train.loss_chunk_tokens,
+            regularized(run),
         )
     )
 

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from qlora_trainer.base.audit import audit_base
-from qlora_trainer.base.host_embedding import HostEmbedding
+from qlora_trainer.base.host_embedding import HostEmbedding, compute_device
 from qlora_trainer.base.load import BaseSpec, build_weightless_base, load_base
 from qlora_trainer.errors import UserError
 from tests.base.conftest import tiny_config
@@ -38,6 +38,13 @@ def test_the_table_follows_a_dtype_and_weightless_models_but_no_device() -> None
     assert table.weight.device.type == "cpu"
     assert table.to("meta").weight.is_meta
     assert table(torch.zeros(1, 3, dtype=torch.int64, device="meta")).shape == (1, 3, 4)
+
+
+def test_a_model_computes_where_all_else_is() -> None:
+    table = HostEmbedding(torch.nn.Embedding(7, 4))
+    model = torch.nn.Sequential(table, torch.nn.Linear(4, 4, device="meta"))
+    assert next(model.parameters()).device.type == "cpu"
+    assert compute_device(model).type == "meta"
 
 
 def test_a_table_tied_to_the_head_is_refused(save_tiny: Callable[..., Path]) -> None:

@@ -5,7 +5,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from qlora_trainer.tasks.linear_cross_entropy import default_chunk_tokens, linear_cross_entropy
+from qlora_trainer.base.head import QuantizedHead
+from qlora_trainer.tasks.linear_cross_entropy import (
+    Regularized,
+    default_chunk_tokens,
+    linear_cross_entropy,
+)
+from qlora_trainer.tasks.loss_path import full_cross_entropy
 
 
 def plain(
@@ -159,3 +165,54 @@ def test_shapes_alone_are_enough() -> None:
 
 def test_default_chunk_never_vanishes() -> None:
     assert default_chunk_tokens(10**9) == 16
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("z_loss", [0.0, 0.01])
+def test_label_smoothing_and_z_loss_are_torchs_and_the_formulas(
+    softcap: float | None, smoothing: float, z_loss: float
+) -> None:
+    torch.manual_seed(2)
+    hidden = torch.randn(11, 8, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(19, 8, dtype=torch.float64, requires_grad=True)
+    positions, targets = torch.tensor([0, 2, 3, 7, 10]), torch.randint(19, (5,))
+    ours = linear_cross_entropy(
+        hidden, weight, None, positions, targets, chunk_tokens=2, softcap=softcap,
+        regularized=Regularized(smoothing, z_loss),
+    )  # fmt: skip
+    logits = F.linear(hidden, weight)
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    chosen = logits[positions]
+    theirs = F.cross_entropy(chosen, targets, reduction="sum", label_smoothing=smoothing)
+    theirs = theirs + z_loss * (chosen.exp().sum(1).log() ** 2).sum()
+    batch = {"loss_positions": positions, "loss_targets": targets}
+    full = full_cross_entropy(logits, batch, Regularized(smoothing, z_loss))
+    expected = torch.autograd.grad(theirs, (hidden, weight), retain_graph=True)
+    for loss in (ours, full):
+        torch.testing.assert_close(loss, theirs, rtol=1e-12, atol=1e-12)
+        found = torch.autograd.grad(loss, (hidden, weight), retain_graph=loss is full)
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_quantized_head_loses_what_its_dense_weight_loses(bits: int, bias: bool) -> None:
+    torch.manual_seed(3)
+    linear = torch.nn.Linear(96, 1300, bias=bias)
+    head = QuantizedHead.quantize(
+        linear, bits=bits, block_size=64, dtype=torch.float32, tile_elements=520 * 96
+    )
+    dense = head.held.rows(0, 1300, torch.float32)
+    positions, targets = torch.arange(0, 40, 3), torch.randint(1300, (14,))
+    found = []
+    for weight in (dense, head):
+        hidden = torch.randn(40, 96, generator=torch.Generator().manual_seed(4))
+        hidden.requires_grad_()
+        loss = linear_cross_entropy(
+            hidden, weight, head.bias, positions, targets, chunk_tokens=5, softcap=5.0
+        )
+        found.append((loss, *torch.autograd.grad(loss, hidden)))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-6)
