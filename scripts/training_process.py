@@ -5,6 +5,7 @@ What `exact_resume.py` and `chaos.py` share. Standard library only.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
@@ -92,6 +93,21 @@ def saved_states(folder: Path) -> list[Path]:
 def step_of(state: Path) -> int:
     """The step a saved state is of."""
     return int(state.name.removeprefix("step-"))
+
+
+def newest_whole_step(folder: Path) -> int:
+    """Step of the newest state whose files are what its manifest says; 0 without one."""
+    for state in reversed(saved_states(folder)):
+        try:
+            manifest = json.loads((state / "manifest.json").read_text(encoding="utf-8"))
+            digests = {name: (e["bytes"], e["sha256"]) for name, e in manifest.items()}
+            contents = {name: (state / name).read_bytes() for name in digests}
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+            continue
+        found = {n: (len(c), hashlib.sha256(c).hexdigest()) for n, c in contents.items()}
+        if found == digests:
+            return step_of(state)
+    return 0
 
 
 def bits_different(one: bytes, other: bytes) -> int:
