@@ -41,7 +41,7 @@ from training_process import (
 
 from qlora_trainer.config.read import read_run_file
 
-_DISK_BYTES = 1 << 30  # of the small disk that fills up; memory is taken as it is used
+_DISK_BYTES = 1 << 29  # of the small disk that fills up; memory is taken as it is used
 _FAKETIME = Path("/usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1")  # Debian's place
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import os
 import re
 import subprocess
 import sys
@@ -30,17 +31,24 @@ def fuzz_one(name: str, seconds: int, corpus: Path) -> dict[str, Any]:
     """One target in its own process; executions, and what was found."""
     corpus.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="qlora-fuzz-") as made:
+        found = Path(made, "found")
+        found.mkdir()
         command = [
             sys.executable, __file__, "--target", name, str(corpus),
             f"-max_total_time={seconds}", f"-timeout={SECONDS_AT_MOST}",
             f"-rss_limit_mb={MEGABYTES_AT_MOST}", "-max_len=4096", "-print_final_stats=1",
-            f"-artifact_prefix={made}/",
+            f"-artifact_prefix={found}/",
         ]  # fmt: skip
         done = subprocess.run(
-            command, capture_output=True, text=True, errors="replace", check=False
+            command,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            check=False,
+            env={**os.environ, "TMPDIR": made},  # libFuzzer ends without tidying up
         )
         said = done.stdout + done.stderr
-        inputs = [path.read_bytes() for path in sorted(Path(made).iterdir())]
+        inputs = [path.read_bytes() for path in sorted(found.iterdir())]
     counted = [int(number) for number in (*_DONE.findall(said), *_AT.findall(said))]
     report: dict[str, Any] = {"executions": max(counted, default=0), "crashes": 0}
     if done.returncode != 0:
