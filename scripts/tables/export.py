@@ -40,26 +40,33 @@ def export_speed() -> str:
         "dequantized": "merging onto dequantized",
         "peft": "PEFT merge_and_unload, saved",
     }
-    rows, loads = [], []
+    rows, busy = [], []
     for size in ("1.1b", "7b"):
         jobs = found.get(size, {}).get("jobs", {})
         for job, label in names.items():
             if job in jobs:
                 part = jobs[job]
+                others = sorted(part.get("seconds_of_rounds", ()))[1:]
+                slower = f" ({', '.join(f'{seconds:.1f}' for seconds in others)})" if others else ""
                 rows.append(
                     [
                         f"{size.upper()}: {label}",
-                        f"{part['seconds']:.1f} s",
+                        f"{part['seconds']:.1f} s{slower}",
                         f"{part['seconds'] / jobs['copy']['seconds']:.2f}",
                         f"{part['peak_private_bytes'] / 10**6:,.0f} MB",
                     ]
                 )
-        if jobs:
-            loads.append(f"{size.upper()} {found[size]['machine']['load_before']:.1f}")
+                if "cores_busy_elsewhere" in part:
+                    busy.append(part["cores_busy_elsewhere"])
     head = ["", "time", "over copying", "memory over the imports"]
-    return (
-        f"{markdown(head, rows)}\n\nfp16 from bf16, rank 16 on every linear layer, random "
-        "weights; each job in a fresh process, the base's files out of the page cache before it, "
-        "its own forced to disk after it. Load of the machine's two cores before the jobs (from "
-        f"other work): {', '.join(loads)}."
+    said = (
+        "fp16 from bf16, rank 16 on every linear layer, random weights; each job in a fresh "
+        "process, the base's files out of the page cache before it, its own forced to disk after "
+        "it. Of several rounds the fastest, in brackets the others."
     )
+    if busy:
+        said += (
+            " Other work, the system's own threads among it, kept "
+            f"{min(busy):.1f} to {max(busy):.1f} of the two cores busy where that was measured."
+        )
+    return f"{markdown(head, rows)}\n\n{said}"
