@@ -25,10 +25,13 @@ def test_the_tables_of_exports_show_ratios_and_the_load_they_were_measured_under
         "positions": 90.0, "reference_perplexity": 2.5, "export_perplexity": 2.6, "mean_kl": 1e-3,
         "top1_agreement": 0.99, "relative_difference": 0.01,
     }  # fmt: skip
-    jobs = {"copy": {"seconds": 2.0, "peak_private_bytes": 1e6},
-            "original": {"seconds": 3.0, "peak_private_bytes": 66e6}}  # fmt: skip
+    jobs = {
+        "copy": {"seconds": 2.0, "peak_private_bytes": 1e6, "cores_busy_elsewhere": 0.1},
+        "original": {"seconds": 3.0, "peak_private_bytes": 66e6, "cores_busy_elsewhere": 0.4,
+                     "seconds_of_rounds": [4.0, 3.0]},
+    }  # fmt: skip
     found = {
-        "7b": {"jobs": jobs, "machine": {"load_before": 0.4}},
+        "7b": {"jobs": jobs},
         "proof": {
             "base": {"name": "tiny"}, "adapter": {"rank": 8}, "dtype": "fp16", "kept": "original",
             "rows": {"positions": 90, "from": "held-out rows"}, "transformers": "5",
@@ -38,8 +41,8 @@ def test_the_tables_of_exports_show_ratios_and_the_load_they_were_measured_under
     (tmp_path / "export.json").write_text(json.dumps(found))
     monkeypatch.setattr(common, "RESULTS", tmp_path)
     speed = export.export_speed()
-    assert "| 7B: merging onto original | 3.0 s | 1.50 | 66 MB |" in speed
-    assert "7B 0.4" in speed
+    assert "| 7B: merging onto original | 3.0 s (4.0) | 1.50 | 66 MB |" in speed
+    assert "0.1 to 0.4 of the two cores busy" in speed
     proof = export.export_proof()
     assert "| same most likely token | 99.00% | 99.00% |" in proof
     assert "90 positions of held-out rows" in proof
