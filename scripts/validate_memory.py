@@ -6,6 +6,9 @@
 Each row of the file is a training run with every setting; `scripts/peft_recipe.py` simulates that
 very recipe (library behaviour included) in a process of its own, and this script prints predicted
 against measured: per row, mean, worst, and the worst under-prediction. Nothing is fitted.
+
+A row that the recipe does not cover (another optimizer, card, family, quantization) is named with
+its reason, stands in the JSON with `error`, counts in no mean, and the script leaves with 1.
 """
 
 import argparse
@@ -19,135 +22,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-MIB = 2**20
+from measured_rows import NotCovered, measured_of, request_for
+
 WORKER = Path(__file__).resolve().with_name("peft_recipe.py")
-FAMILIES = (  # part of the model id, transformers' configuration class; the first that matches
-    ("qwen3", "Qwen3"), ("qwen2", "Qwen2"), ("qwen1.5", "Qwen2"), ("mistral", "Mistral"),
-    ("zephyr", "Mistral"), ("gemma-3", "Gemma3Text"), ("gemma-2", "Gemma2"), ("gemma", "Gemma"),
-    ("phi-3", "Phi3"), ("phi-4", "Phi3"), ("phi3", "Phi3"), ("granite", "Granite"),
-    ("smollm3", "SmolLM3"), ("olmo-2", "Olmo2"), ("stablelm", "StableLm"),
-)  # fmt: skip
-PHASES = {  # column of the CSV -> what the simulation calls it
-    "after_load_allocated_mib": "after_load",
-    "peak_forward_mib": "forward",
-    "peak_backward_mib": "backward",
-    "peak_optimizer_mib": "optimizer",
-}
-
-
-def family_of(model_id: str) -> str:
-    """The configuration class of a model id; Llama's where nothing else is said.
-
-    >>> family_of("Qwen/Qwen2.5-1.5B-Instruct"), family_of("HuggingFaceTB/SmolLM2-135M")
-    ('Qwen2', 'Llama')
-    """
-    low = model_id.lower()
-    return next((family for part, family in FAMILIES if part in low), "Llama")
-
-
-def _yes(text: str) -> bool:
-    return text.strip().lower() in ("true", "1", "yes")
-
-
-def t4_request(row: dict[str, str]) -> dict[str, Any]:
-    """The recipe of a row measured with fitcheck-llm's measure.py."""
-    numbers = (
-        "num_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_kv_heads",
-        "head_dim", "vocab_size",
-    )  # fmt: skip
-    model: dict[str, Any] = {name: int(row[name]) for name in numbers}
-    model |= {
-        "family": family_of(row["model_id"]),
-        "tie_word_embeddings": _yes(row["tie_word_embeddings"]),
-    }
-    if "mistral-7b" in row["model_id"].lower():
-        model["sliding_window"] = 4096 if "v0.1" in row["model_id"] else None
-    card, _, total = row["gpu"].removesuffix(" MiB").rpartition(" ")
-    return {
-        "kind": "t4",
-        "capacity_bytes": int((float(total) - float(row["cuda_context_mib"])) * MIB),
-        "recipe": {
-            "gpu": card,
-            "model": model,
-            "quantization": row["quantization"],
-            "double_quant": _yes(row["double_quant"]),
-            "attention": row["attn"],
-            "batch_size": int(row["batch_size"]),
-            "seq_len": int(row["seq_len"]),
-            "rank": int(row["lora_rank"]),
-            "targets": row["lora_targets"].split("+"),
-            "compute_dtype": row["compute_dtype"],
-            "gradient_checkpointing": _yes(row["gradient_checkpointing"]),
-            "optimizer": row["optimizer"],
-        },
-    }
-
-
-MISTRAL_7B = {
-    "family": "Mistral", "num_layers": 32, "hidden_size": 4096, "intermediate_size": 14336,
-    "num_attention_heads": 32, "num_kv_heads": 8, "head_dim": 128, "vocab_size": 32000,
-    "tie_word_embeddings": False, "sliding_window": 4096,
-}  # fmt: skip
-LLAMA_3B = {
-    "family": "Llama", "num_layers": 28, "hidden_size": 3072, "intermediate_size": 8192,
-    "num_attention_heads": 24, "num_kv_heads": 8, "head_dim": 128, "vocab_size": 128256,
-    "tie_word_embeddings": True,
-}  # fmt: skip
-
-
-def a100_request(row: dict[str, str]) -> dict[str, Any]:
-    """The recipe of a row of fms-acceleration's published benchmark."""
-    return {
-        "kind": "a100",
-        "recipe": {
-            "gpu": "A100", "model": MISTRAL_7B,
-            "quantization": "nf4" if "nf4" in row["base"] else "none",
-            "double_quant": "double quant" in row["base"], "attention": "flash",
-            "batch_size": int(row["micro_batch_size"]), "seq_len": int(row["seq_len_packed"]),
-            "rank": int(row["lora_rank"]), "targets": row["lora_targets"].split("+"),
-            "compute_dtype": "bf16",
-            "gradient_checkpointing": _yes(row["gradient_checkpointing"]),
-            "norm_dtype": row["norm_and_residual_dtype"],
-        },
-    }  # fmt: skip
-
-
-def l40s_request(row: dict[str, str]) -> dict[str, Any]:
-    """The recipe of a row of PEFT's published method comparison (MetaMathQA)."""
-    method = row["method"]
-    mlp = "MLP" in method
-    return {
-        "kind": "l40s",
-        "recipe": {
-            "gpu": "L40S", "model": LLAMA_3B, "quantization": "none", "double_quant": False,
-            "attention": "sdpa", "batch_size": int(row["micro_batch_size"]),
-            "seq_len": int("".join(c for c in row["longest_batch_tokens"] if c.isdigit())),
-            "rank": int(method.split("rank ")[1].split()[0]),
-            "targets": ["gate_proj", "up_proj", "down_proj"] if mlp else ["q_proj", "v_proj"],
-            "compute_dtype": "bf16", "gradient_checkpointing": False,
-        },
-    }  # fmt: skip
-
-
-def request_for(row: dict[str, str]) -> dict[str, Any]:
-    """Tell by its columns where a row comes from."""
-    if "max_reserved_gb_1e9" in row:
-        return l40s_request(row)
-    return a100_request(row) if "steady_allocated_bytes" in row else t4_request(row)
-
-
-def measured_of(row: dict[str, str]) -> dict[str, float]:
-    """What was measured, in bytes, under the names of the simulation."""
-    if "max_reserved_gb_1e9" in row:
-        return {"reserved": float(row["max_reserved_gb_1e9"]) * 1e9}
-    if "steady_allocated_bytes" in row:
-        return {
-            "allocated": float(row["peak_allocated_bytes"]),
-            "steady": float(row["steady_allocated_bytes"]),
-        }
-    named = {"allocated": "peak_allocated_mib", "reserved": "peak_reserved_mib"}
-    named |= {name: column for column, name in PHASES.items()}
-    return {name: float(row[column]) * MIB for name, column in named.items() if row.get(column)}
 
 
 class Simulators:
@@ -171,9 +48,17 @@ class Simulators:
         worker.stdin.write(json.dumps(request) + "\n")
         worker.stdin.flush()
         line = worker.stdout.readline()
-        if not line:
-            raise RuntimeError(f"the simulation of {request['recipe']} failed; see above")
+        if not line:  # killed, such as by the system for want of memory
+            del self._local.worker
+            return {"error": "the simulating process ended; see above"}
         return dict(json.loads(line))
+
+    def of_row(self, row: dict[str, str]) -> dict[str, Any]:
+        """Simulate a row, or say in `error` why not."""
+        try:
+            return self.ask(request_for(row))
+        except NotCovered as fault:
+            return {"error": str(fault)}
 
     def close(self) -> None:
         """End the workers by closing what they read."""
@@ -186,6 +71,10 @@ class Simulators:
 def result_of(row: dict[str, str], predicted: dict[str, Any]) -> dict[str, Any]:
     """The row's columns, with predicted and measured bytes beside them."""
     result: dict[str, Any] = dict(row)
+    if "error" in predicted:
+        empty = {f"{way}_{name}_bytes": None for name in ("allocated", "reserved")
+                 for way in ("predicted", "measured")}  # fmt: skip
+        return result | empty | {"error": predicted["error"]}
     for name, bytes_ in measured_of(row).items():
         result[f"predicted_{name}_bytes"] = predicted[name]
         result[f"measured_{name}_bytes"] = round(bytes_)
@@ -229,6 +118,8 @@ def _label(row: dict[str, str]) -> str:
 def _print(results: list[dict[str, Any]], summary: dict[str, float | None]) -> None:
     for number, result in enumerate(results):
         parts = []
+        if "error" in result:
+            parts.append(f"NOT SIMULATED: {result['error']}")
         for key in result:
             if key.startswith("predicted_") and result.get("measured_" + key[10:]):
                 error = result[key] / result["measured_" + key[10:]] - 1
@@ -249,14 +140,17 @@ def main() -> int:
     parser.add_argument("--rows", help="only these, counted from 0: 0,3,5")
     parser.add_argument("--processes", type=int, default=min(2, os.cpu_count() or 1))
     arguments = parser.parse_args()
-    with arguments.csv.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+    try:
+        with arguments.csv.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+    except OSError as error:
+        parser.error(f"{arguments.csv}: {error.strerror}")
     if arguments.rows:
         rows = [rows[int(number)] for number in arguments.rows.split(",")]
     simulators = Simulators()
     try:
         with ThreadPoolExecutor(arguments.processes) as pool:
-            found = list(pool.map(simulators.ask, [request_for(row) for row in rows]))
+            found = list(pool.map(simulators.of_row, rows))
     finally:
         simulators.close()
     results = [result_of(row, answer) for row, answer in zip(rows, found, strict=True)]
@@ -264,8 +158,9 @@ def main() -> int:
     _print(results, summary)
     if arguments.json:
         document = {"rows": results, "summary": summary}
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    return 0
+    return 1 if any("error" in result for result in results) else 0
 
 
 if __name__ == "__main__":
