@@ -6,7 +6,7 @@ between a simulation that fits and one that does not says where to simulate next
 the border. The line only chooses where to look; it is never the answer.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,11 +14,11 @@ from qlora_trainer.errors import UserError
 from qlora_trainer.memory.border import last_that_fits
 from qlora_trainer.memory.foresight import Foresight, RunShape, simulate_run
 from qlora_trainer.memory.gpus import GpuProfile
+from qlora_trainer.memory.way_out import Found, WayOut
 
 _DEFAULT_LONGEST = 131_072  # where the model's configuration names no longest position
 _LARGEST_BATCH = 1024
 _HIGHEST_RANK = 1024
-_SHORTEST = 256  # tokens a way out may leave; below it nothing is worth training
 
 
 @dataclass(frozen=True)
@@ -43,21 +43,6 @@ class FitAnswer:
 
 
 @dataclass(frozen=True)
-class Change:
-    """A change that makes a run fit.
-
-    Attributes:
-        overrides: Ready for `--set`.
-        what: In words.
-        foresight: The prediction with it.
-    """
-
-    overrides: tuple[str, ...]
-    what: str
-    foresight: Foresight
-
-
-@dataclass(frozen=True)
 class Fitter:
     """A model, settings and a card; each method changes one setting and keeps the others.
 
@@ -69,6 +54,7 @@ class Fitter:
         expandable_segments: Of the allocator's configuration.
         paged_on_card: See `SimulatedRun.on`.
         on_cpu: With the CPU's own kernels; `gpu` then stands for the host's memory.
+        packed: Batches of several rows are not padded.
     """
 
     config: Any
@@ -78,6 +64,7 @@ class Fitter:
     expandable_segments: bool = False
     paged_on_card: bool = False
     on_cpu: bool = False
+    packed: bool = False
 
     def foresee(self, shape: RunShape) -> Foresight:
         """Simulate one configuration."""
@@ -103,7 +90,9 @@ class Fitter:
         """The most sequences per forward pass."""
         return self._border(
             "train.micro_batch_size",
-            lambda rows: replace(self.shape, micro_batch_size=rows),
+            lambda rows: replace(
+                self.shape, micro_batch_size=rows, padded=rows > 1 and not self.packed
+            ),
             most=_LARGEST_BATCH,
             limit="setting",
         )
@@ -117,7 +106,7 @@ class Fitter:
             limit="setting",
         )
 
-    def smallest_change(self) -> Change | None:
+    def smallest_change(self) -> Found | None:
         """The mildest change with which the run fits: None where it fits already.
 
         Raises:
@@ -125,77 +114,40 @@ class Fitter:
         """
         if self.foresee(self.shape).fits:
             return None
-        for overrides, what, shape in self._ways_out():
-            found = self.foresee(shape)
-            if found.fits:
-                return Change(overrides, what, found)
-        raise UserError(
-            f"no change of settings makes this run fit {self.gpu.name}; take a smaller model or a "
-            "larger card"
+        found = self.way_out().find()
+        if found is None:
+            raise UserError(
+                f"no change of settings makes this run fit {self.gpu.name}; take a smaller model "
+                "or a larger card"
+            )
+        return found
+
+    def longest_with_techniques(self, plain: FitAnswer) -> FitAnswer | None:
+        """The longest sequence with what leaves the result alone, as far as that length needs it.
+
+        Args:
+            plain: The longest sequence without.
+
+        Returns:
+            None where it is no longer.
+        """
+        long = replace(self.shape, seq_len=min(_longest_position(self.config), 2 * plain.value))
+        search = replace(self, shape=long).way_out()
+        changes, together = search.all_lossless(streaming=False)
+        found = replace(self, shape=together.apply(self.shape)).longest_sequence()
+        if found.value <= plain.value:
+            return None
+        needed = search.reduced(together.with_length(found.value), changes)
+        return replace(found, foresight=needed.foresight, overrides=needed.overrides)
+
+    def way_out(self) -> WayOut:
+        """A search for a smaller run."""
+        return WayOut(
+            self.shape,
+            self.foresee,
+            lambda shape: replace(self, shape=shape).longest_sequence().value,
+            on_cpu=self.on_cpu,
         )
-
-    def _ways_out(self) -> Iterator[tuple[tuple[str, ...], str, RunShape]]:
-        """Mildest first: what leaves the result alone, then what changes it little, then more."""
-        shape, said = self.shape, []
-        words = []
-        if shape.activations == "keep":
-            shape = replace(shape, activations="recompute")
-            said.append("train.activations=recompute")
-            words.append("recompute activations (slower, same result)")
-            yield tuple(said), ", ".join(words), shape
-        if shape.micro_batch_size > 1:
-            rows, halved = shape.micro_batch_size, False
-            base, base_words = list(said), list(words)
-            while rows > 1:
-                rows //= 2
-                more = shape.accumulation * shape.micro_batch_size // rows
-                smaller = replace(shape, micro_batch_size=rows, accumulation=more)
-                said = [*base, f"train.micro_batch_size={rows}",
-                        f"train.gradient_accumulation_steps={more}"]  # fmt: skip
-                words = [*base_words, f"{rows} sequences per pass (slower, same result)"]
-                halved = True
-                yield tuple(said), ", ".join(words), smaller
-            if halved:
-                shape = smaller
-        if shape.optimizer in ("adamw", "adamw_8bit"):
-            shape = replace(shape, optimizer="paged_adamw_8bit")
-            said.append("train.optimizer=paged_adamw_8bit")
-            words.append("8-bit, paged optimizer states")
-            yield tuple(said), ", ".join(words), shape
-        if shape.base.quantization != "nf4":
-            shape = replace(shape, base=replace(shape.base, quantization="nf4"))
-            said.append("model.quantization=nf4")
-            words.append("4-bit base")
-            yield tuple(said), ", ".join(words), shape
-        if not shape.base.double_quant:
-            shape = replace(shape, base=replace(shape.base, double_quant=True))
-            said.append("model.double_quant=true")
-            words.append("double quantization")
-            yield tuple(said), ", ".join(words), shape
-        yield from self._shorter(shape, said, words)
-
-    def _shorter(
-        self, shape: RunShape, said: list[str], words: list[str]
-    ) -> Iterator[tuple[tuple[str, ...], str, RunShape]]:
-        tokens = _SHORTEST
-        if shape.seq_len > tokens:
-            border = replace(self, shape=shape).longest_sequence()
-            tokens = min(max(border.value, tokens), shape.seq_len)
-            yield (
-                (*said, f"data.max_seq_len={tokens}"),
-                ", ".join([*words, f"sequences of at most {tokens} tokens"]),
-                replace(shape, seq_len=tokens),
-            )
-        tokens = min(tokens, shape.seq_len)
-        shape = replace(shape, seq_len=tokens)
-        rank = shape.adapter.rank
-        while rank > 4:
-            rank //= 2
-            yield (
-                (*said, f"data.max_seq_len={tokens}", f"adapter.rank={rank}"),
-                ", ".join([*words, f"sequences of at most {tokens} tokens, rank {rank}"]),
-                replace(shape, adapter=replace(shape.adapter, rank=rank)),
-            )
 
     def _border(
         self,

@@ -75,6 +75,7 @@ def solve(
         budget.gpu,
         budget_bytes=budget.budget_bytes,
         paged_on_card=budget.paged_on_card,
+        packed=run.data.packing,
     )
     answers: list[Answer] = []
     for number, question in enumerate(questions):
@@ -84,17 +85,27 @@ def solve(
         elif question == "change":
             answers.append(_change(fitter))
         else:
-            answers.append(_border(question, fitter))
+            answers += _border(question, fitter)
     return answers
 
 
-def _border(question: str, fitter: Fitter) -> Answer:
+def _border(question: str, fitter: Fitter) -> list[Answer]:
+    """One answer; of the longest sequence a second one, where techniques make it longer."""
     ask = {
         "seq": fitter.longest_sequence,
         "batch": fitter.largest_micro_batch,
         "rank": fitter.highest_rank,
     }
-    answer: FitAnswer = ask[question]()
+    answer = ask[question]()
+    found = [_told(question, answer)]
+    if question == "seq" and answer.limit == "card" and answer.value:
+        longer = fitter.longest_with_techniques(answer)
+        if longer is not None:
+            found.append(_told(question, longer))
+    return found
+
+
+def _told(question: str, answer: FitAnswer) -> Answer:
     if not answer.value:
         because = f"not even {answer.setting}={answer.next_value} fits"
         return Answer(question, "none", (), because, answer.foresight)

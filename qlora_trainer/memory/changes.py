@@ -1,0 +1,180 @@
+"""What can be changed of a run to make it smaller: a table, mildest first.
+
+The lossless changes leave the training result as it is (tests hold each against the plain path) and
+cost time; the others change numbers a little. Shorter sequences and lower ranks are neither: they
+change what is trained, and stand in `memory/way_out.py` as the last resort.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from qlora_trainer.memory.program import RunShape
+
+_TILE_TOKENS = 2048  # of the fused MLP: small beside long sequences, large enough for the card
+_PAGED = {"adamw": "paged_adamw_32bit", "adamw_8bit": "paged_adamw_8bit"}
+
+
+@dataclass(frozen=True)
+class Option:
+    """One way of a change.
+
+    Attributes:
+        overrides: Setting -> value, as `--set` takes it.
+        what: In words.
+        apply: The run with it.
+    """
+
+    overrides: dict[str, str]
+    what: str
+    apply: Callable[[RunShape], RunShape]
+
+
+Change = tuple[Option, ...]
+"""Options of one kind, mildest first; a later one takes the place of an earlier."""
+
+
+def lossless_changes(shape: RunShape, *, on_cpu: bool, streaming: bool) -> list[Change]:
+    """Those this run does not have yet, cheapest in time first.
+
+    Args:
+        shape: The run.
+        on_cpu: Host memory is the memory that lacks: nothing is gained by moving anything there.
+        streaming: The layers' weights may come over the bus in every pass, which is by far the
+            dearest.
+    """
+    found = [_recompute(shape), _smaller_batches(shape), _norms(shape), _mlp(shape)]
+    if not on_cpu:
+        found += [_paged(shape), _embeddings(shape), _offload(shape)]
+    if streaming:
+        found.append(_streamed(shape))
+    return [change for change in found if change]
+
+
+def lossy_changes(shape: RunShape, *, on_cpu: bool) -> list[Change]:
+    """Those that change numbers a little, least first; arguments as of `lossless_changes`."""
+    found = [_eight_bit_states(shape), _smaller_head(shape, on_cpu=on_cpu)]
+    if not shape.base.double_quant:
+        found.append((_of_base("double quantization", double_quant=True),))
+    if shape.base.quantization != "nf4":
+        found.append((_of_base("4-bit base", quantization="nf4"),))
+    return [change for change in found if change]
+
+
+def _recompute(shape: RunShape) -> Change:
+    if shape.activations != "keep":
+        return ()
+    return (_activations("recompute", "recompute activations (slower, same result)"),)
+
+
+def _offload(shape: RunShape) -> Change:
+    if shape.activations == "offload":
+        return ()
+    return (_activations("offload", "layer inputs in host memory (slower, same result)"),)
+
+
+def _activations(choice: Any, what: str) -> Option:
+    return Option({"train.activations": choice}, what, lambda run: replace(run, activations=choice))
+
+
+def _smaller_batches(shape: RunShape) -> Change:
+    """Halved again and again; the effective batch stays."""
+    options, rows = [], shape.micro_batch_size
+    while rows > 1:
+        rows //= 2
+        options.append(_batch(rows, shape.accumulation * shape.micro_batch_size // rows))
+    return tuple(options)
+
+
+def _batch(rows: int, accumulation: int) -> Option:
+    said = {
+        "train.micro_batch_size": str(rows),
+        "train.gradient_accumulation_steps": str(accumulation),
+    }
+    words = f"{rows} sequence{'s' if rows > 1 else ''} per pass (slower, same result)"
+
+    def apply(run: RunShape) -> RunShape:
+        padded = run.padded and rows > 1
+        return replace(run, micro_batch_size=rows, accumulation=accumulation, padded=padded)
+
+    return Option(said, words, apply)
+
+
+def _norms(shape: RunShape) -> Change:
+    if shape.techniques.tiled_norms:
+        return ()
+    return (_technique({"tiled_norms": True}, "norms in tiles (same result)"),)
+
+
+def _mlp(shape: RunShape) -> Change:
+    """The fused MLP, then the same in tiles."""
+    options = []
+    if not shape.techniques.fused_mlp:
+        options.append(_technique({"fused_mlp": True}, "fused MLP (same result)"))
+    if (shape.techniques.mlp_tile_tokens or shape.seq_len) > _TILE_TOKENS:
+        tiled = {"fused_mlp": True, "mlp_tile_tokens": _TILE_TOKENS}
+        options.append(
+            _technique(tiled, f"fused MLP, {_TILE_TOKENS} tokens at a time (same result)")
+        )
+    return tuple(options)
+
+
+def _technique(values: dict[str, Any], what: str) -> Option:
+    return Option(
+        {f"train.{name}": str(value).lower() for name, value in values.items()},
+        what,
+        lambda run: replace(run, techniques=replace(run.techniques, **values)),
+    )
+
+
+def _paged(shape: RunShape) -> Change:
+    kind: Any = _PAGED.get(shape.optimizer)
+    return () if kind is None else (_optimizer(kind, "paged optimizer states (same result)"),)
+
+
+def _eight_bit_states(shape: RunShape) -> Change:
+    if "8bit" in shape.optimizer:
+        return ()
+    return (_optimizer("paged_adamw_8bit", "8-bit, paged optimizer states"),)
+
+
+def _optimizer(kind: Any, what: str) -> Option:
+    return Option({"train.optimizer": kind}, what, lambda run: replace(run, optimizer=kind))
+
+
+def _embeddings(shape: RunShape) -> Change:
+    if shape.base.embeddings_on_host:
+        return ()
+    return (_of_base("token embeddings in host memory (same result)", embeddings_on_host=True),)
+
+
+def _smaller_head(shape: RunShape, *, on_cpu: bool) -> Change:
+    """One tied to the token embeddings can only be smaller where those are in host memory."""
+    fewer = [bits for bits in (8, 4) if bits < shape.base.head_bits]
+    options = [_of_base(f"{bits}-bit output head", head_bits=bits) for bits in fewer]
+    if not on_cpu:
+        options += [
+            _of_base(
+                f"{bits}-bit output head, token embeddings in host memory",
+                head_bits=bits,
+                embeddings_on_host=True,
+            )
+            for bits in fewer
+        ]
+    return tuple(options)
+
+
+def _streamed(shape: RunShape) -> Change:
+    """Not beside kept activations: a layer's weights have gone when its backward comes."""
+    if shape.base.stream_layers or shape.activations == "keep":
+        return ()
+    what = "layers in host memory, one on the card at a time (same result, much slower)"
+    return (_of_base(what, stream_layers=True),)
+
+
+def _of_base(what: str, **values: Any) -> Option:
+    return Option(
+        {f"model.{name}": str(value).lower() for name, value in values.items()},
+        what,
+        lambda run: replace(run, base=replace(run.base, **values)),
+    )
