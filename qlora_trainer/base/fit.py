@@ -18,7 +18,8 @@ from qlora_trainer.errors import UserError
 
 # What transformers' configuration classes raise on values they cannot take.
 _CONFIG_FAULTS = (
-    ValueError, TypeError, KeyError, AttributeError, OSError, StrictDataclassError,
+    ValueError, TypeError, LookupError, AttributeError, ArithmeticError, OSError, RuntimeError,
+    ImportError, AssertionError, StrictDataclassError,
 )  # fmt: skip
 
 

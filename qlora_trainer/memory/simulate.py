@@ -24,7 +24,7 @@ from qlora_trainer.memory.log import (
     SYNCHRONIZE,
     Log,
 )
-from qlora_trainer.memory.tracker import AllocationTracker
+from qlora_trainer.memory.tracker import AllocationTracker, UnforeseeableOperator
 
 
 @dataclass(frozen=True)
@@ -244,6 +244,9 @@ def simulate(
             given the tracker, to mark phases and components.
         gpu: The card whose kernels are chosen; None for a CPU, which has no such rules.
         answers: See `AllocationTracker`.
+
+    Raises:
+        UserError: An operator has no weightless implementation, or shapes do not go together.
     """
     tracker = AllocationTracker(
         "meta", CudaRules(gpu).table() if gpu is not None else None, answers
@@ -254,6 +257,12 @@ def simulate(
     try:
         with tracker:
             program(tracker)
+    except RuntimeError as error:  # torch names the operator
+        reason = str(error).partition("\n")[0]
+        raise UnforeseeableOperator(
+            f"memory foresight: this model's step does not run on weightless tensors: {reason}; "
+            "where its config.json is right, measure it with `--measure` instead"
+        ) from error
     finally:
         if collecting:
             gc.enable()

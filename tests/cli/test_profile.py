@@ -132,6 +132,7 @@ def test_a_fault_is_one_message_and_code_2(
         ('{"model_type": "llama", ', "config.json"),
         ('{"model_type": "unheard-of"}', "unheard-of"),
         ("[1]", "config.json"),
+        ('{"model_type": "llama", "num_attention_heads": 0}', "does not describe a llama"),
         (None, "no such"),
     ],
 )
