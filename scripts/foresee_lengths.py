@@ -82,6 +82,8 @@ CASES = (
     Case("8b-2048", EIGHT, "rtx-4060-8gb", tokens=2048, most_bytes=int(5.6 * GIB)),
     Case("8b-2048-stream", EIGHT, "rtx-4060-8gb", STREAM, 2048, int(2.4 * GIB)),
     Case("8b-2048-stream-head-4", EIGHT, "rtx-4060-8gb", STREAM + HEAD_4, 2048),
+    Case("8b-6gb-1024", EIGHT, "rtx-2060-6gb", tokens=1024),
+    Case("8b-6gb-1024-head-8", EIGHT, "rtx-2060-6gb", HEAD_8, 1024),
     Case("8b-6gb", EIGHT, "rtx-2060-6gb", SMALL_TILES, least_tokens=1024),
     Case("8b-6gb-head-8", EIGHT, "rtx-2060-6gb", HEAD_8, least_tokens=1024),
     Case("8b-6gb-stream", EIGHT, "rtx-2060-6gb", STREAM),

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from tables.export import export_proof, export_speed
 from tables.fits import fits
+from tables.lengths import lengths
 from tables.memory import memory, profile_cost
 from tables.quickstart import quickstart
 from tables.settings import settings
@@ -28,6 +29,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "settings": settings,
     "quickstart": quickstart,
     "fits": fits,
+    "lengths": lengths,
     "memory": memory,
     "profile-cost": profile_cost,
     "export-proof": export_proof,
