@@ -14,6 +14,7 @@ from qlora_trainer.lora.spec import AdapterSpec
 from qlora_trainer.memory.foresight import simulate_run
 from qlora_trainer.memory.gpus import read_gpu
 from qlora_trainer.memory.program import RunShape
+from qlora_trainer.tasks.linear_cross_entropy import Regularized
 from qlora_trainer.training.techniques import Techniques
 
 TOKENS, WIDTH, LAYERS = 32_768, 256, 4
@@ -47,14 +48,29 @@ def long_run(gpu):
     return simulate_run(CONFIG, LONG, gpu)
 
 
-def test_no_fp32_residual_no_score_matrix_no_full_logits(long_run) -> None:
-    step = [a for a in long_run.trace.log.allocations if a.phase in ("forward", "backward")]
-    larger = {
+@pytest.fixture(scope="module")
+def streamed_run(gpu):
+    base = dataclasses.replace(LONG.base, stream_layers=True)
+    return simulate_run(CONFIG, dataclasses.replace(LONG, base=base), gpu)
+
+
+def larger_than_the_residual(run):
+    step = [a for a in run.trace.log.allocations if a.phase in ("forward", "backward")]
+    return {
         (a.operator, a.size_bytes)
         for a in step
         if a.size_bytes > RESIDUAL_BYTES and not a.operator.startswith("flash backward")
     }
-    assert larger == set()
+
+
+def test_no_fp32_residual_no_score_matrix_no_full_logits(long_run) -> None:
+    assert larger_than_the_residual(long_run) == set()
+
+
+def test_nor_with_a_small_head(gpu) -> None:
+    base = dataclasses.replace(LONG.base, head_bits=8)
+    small = simulate_run(CONFIG, dataclasses.replace(LONG, base=base), gpu)
+    assert larger_than_the_residual(small) == set()
 
 
 def test_the_plain_step_holds_such_tensors(gpu) -> None:
@@ -84,6 +100,9 @@ def test_each_technique_alone_takes_less_than_the_plain_step(gpu) -> None:
         {"techniques": Techniques(fused_mlp=True)},
         {"techniques": Techniques(tiled_norms=True)},
         {"base": BaseSpec("nf4", embeddings_on_host=True)},
+        {"base": BaseSpec("nf4", head_bits=8)},
+        {"base": BaseSpec("nf4", head_bits=4)},
+        {"base": BaseSpec("nf4", stream_layers=True)},
     ]
     plain = simulate_run(CONFIG, PLAIN, gpu).on(gpu).allocated_bytes
     for change in changes:
@@ -100,3 +119,38 @@ def test_the_prediction_says_what_is_pinned_and_how_long_the_copies_take(long_ru
     plain = simulate_run(CONFIG, dataclasses.replace(LONG, activations="recompute"), gpu).on(gpu)
     assert plain.moved_bytes == plain.pinned_bytes == 0
     assert found.host_bytes - plain.host_bytes == inputs
+
+
+def test_a_small_head_takes_its_codes_and_scales(gpu) -> None:
+    numbers = 2048 * WIDTH
+    wanted = {16: 2 * numbers, 8: numbers + 4 * 2048, 4: numbers // 2}
+    for bits, size in wanted.items():
+        shape = dataclasses.replace(PLAIN, base=BaseSpec("nf4", head_bits=bits))
+        found = simulate_run(CONFIG, shape, gpu).on(gpu).by_component
+        scales = found["quantization state"]
+        if bits == 16:
+            bare = scales
+        table = 2 * numbers
+        head = found["embeddings and heads"] - table + (scales - bare)
+        assert size <= head <= size * 1.04, bits
+
+
+def test_streamed_layers_are_on_the_card_by_twos_and_cross_it_twice_but_where_they_turn(
+    long_run, streamed_run, gpu
+) -> None:
+    whole, streamed = long_run.on(gpu), streamed_run.on(gpu)
+    of_one = streamed_run.accounts.streamed_bytes // LAYERS
+    flat = streamed.by_component["streamed layers"] // 2
+    assert flat <= of_one < flat + 2**20
+    assert streamed.by_component["base weights"] == LAYERS * 7  # what stands in their places
+    assert streamed.pinned_bytes - whole.pinned_bytes == LAYERS * of_one
+    assert streamed.moved_bytes - whole.moved_bytes == 2 * (LAYERS - 2) * flat
+    assert streamed.host_bytes - whole.host_bytes == LAYERS * of_one
+    assert streamed.allocated_bytes < whole.allocated_bytes
+    assert streamed_run.accounts.base_parameters == long_run.accounts.base_parameters
+
+
+def test_label_smoothing_and_z_loss_take_a_few_numbers_per_chunk(long_run, gpu) -> None:
+    shape = dataclasses.replace(LONG, regularized=Regularized(0.1, 1e-4))
+    more = simulate_run(CONFIG, shape, gpu).on(gpu).allocated_bytes
+    assert 0 <= more - long_run.on(gpu).allocated_bytes <= 16 * 512
