@@ -7,7 +7,9 @@ Each job runs in a fresh process that imports first and then waits; peak private
 is sampled from outside and given over what the imports took, pages mapped from files apart. The
 weights are random, which changes neither time nor memory. Every job starts with the base's files
 out of the page cache and ends with its own files forced to disk; copying the base's files under
-the same conditions says how fast the disk is.
+the same conditions says how fast the disk is. All jobs run in turn, `--rounds` times; each is given
+by its fastest round, with the seconds of all, and with the cores that were busy with anything else
+meanwhile (other programs, the system's own threads).
 
 `--proof` merges a trained run both ways and compares both with base + adapter, in native precision
 and in fp32. The file gathers what several calls measure, each with its machine and its load.
@@ -28,65 +30,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+from export_checkpoint import SHAPES, make_checkpoint
+
 REPOSITORY = Path(__file__).resolve().parents[1]
-SHAPES: dict[str, dict[str, int]] = {
-    "ci": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 2,
-           "num_attention_heads": 32, "num_key_value_heads": 4, "vocab_size": 32000},
-    "1.1b": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22,
-             "num_attention_heads": 32, "num_key_value_heads": 4, "vocab_size": 32000},
-    "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
-           "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 32000},
-}  # fmt: skip
 JOBS = ("copy", "original", "dequantized", "peft")
-RANK = 16
-
-
-def make_checkpoint(folder: Path, size: str) -> None:
-    """A Llama-shaped bf16 checkpoint and an adapter on all its linear layers, tensor by tensor."""
-    import torch
-    from transformers import AutoModelForCausalLM, LlamaConfig
-
-    from qlora_trainer.export.shards import Announced, ShardWriter
-
-    config = LlamaConfig(**SHAPES[size], tie_word_embeddings=False, dtype="bfloat16")
-    config.architectures = ["LlamaForCausalLM"]
-    (folder / "base").mkdir(parents=True)
-    config.save_pretrained(folder / "base")
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    generator = torch.Generator().manual_seed(0)
-    noise = (torch.randn(2**24, generator=generator) * 0.02).bfloat16()
-
-    def write(place: Path, tensors: dict[str, tuple[int, ...]], dtype: torch.dtype) -> None:
-        announced = [Announced(name, dtype, shape) for name, shape in tensors.items()]
-        with ShardWriter(place, announced) as writer:
-            for tensor in announced:
-                writer.begin(tensor.name)
-                left = tensor.size_bytes // dtype.itemsize
-                while left:
-                    part = noise[: min(left, len(noise))].to(dtype)
-                    writer.write(part)
-                    left -= len(part)
-
-    write(folder / "base", shapes, torch.bfloat16)
-    factors: dict[str, tuple[int, ...]] = {}
-    for name, shape in shapes.items():
-        if name.endswith("_proj.weight"):
-            path = f"base_model.model.{name.removesuffix('.weight')}"
-            factors[f"{path}.lora_A.weight"] = (RANK, shape[1])
-            factors[f"{path}.lora_B.weight"] = (shape[0], RANK)
-    adapter = folder / "adapter"
-    adapter.mkdir()
-    write(adapter, factors, torch.float32)
-    (adapter / "model.safetensors").rename(adapter / "adapter_model.safetensors")
-    names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    settings = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": RANK, "lora_alpha": 32,
-        "lora_dropout": 0.0, "bias": "none", "target_modules": names,
-        "base_model_name_or_path": str(folder / "base"),
-    }  # fmt: skip
-    (adapter / "adapter_config.json").write_text(json.dumps(settings))
 
 
 def forget(folder: Path) -> None:
@@ -119,7 +66,7 @@ def run_job(job: str, folder: Path) -> None:
     base, adapter, out = folder / "base", folder / "adapter", folder / f"out-{job}"
     out.mkdir()
     forget(base)
-    started, worked = time.perf_counter(), time.process_time()
+    started, worked, busy = time.perf_counter(), time.process_time(), busy_seconds()
     if job == "copy":
         for file in sorted(base.iterdir()):
             with file.open("rb") as source, (out / file.name).open("wb") as target:
@@ -134,7 +81,19 @@ def run_job(job: str, folder: Path) -> None:
         write_candidate(prepared, out, way, max_shard_bytes=5 * 10**9)
     force_to_disk(out)
     seconds, processor = time.perf_counter() - started, time.process_time() - worked
-    print(json.dumps({"seconds": seconds, "processor_seconds": processor}), flush=True)
+    figures = {"seconds": seconds, "processor_seconds": processor}
+    if busy is not None:
+        figures["cores_busy_elsewhere"] = max(0.0, busy_seconds() - busy - processor) / seconds
+    print(json.dumps(figures), flush=True)
+
+
+def busy_seconds() -> float | None:
+    """Processor time anything on this machine has used since it started, where that is told."""
+    file = Path("/proc/stat")
+    if not file.is_file():
+        return None
+    user, nice, system, _, _, irq, softirq = map(int, file.read_text().split()[1:8])
+    return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
 
 
 def resident(pid: int) -> dict[str, int]:
@@ -224,7 +183,6 @@ def machine() -> dict[str, Any]:
     )  # fmt: skip
     return {
         "cpu": model, "cpus": os.cpu_count(), "memory_bytes": psutil.virtual_memory().total,
-        "load_before": os.getloadavg()[0],
         "torch": torch.__version__, "transformers": transformers.__version__,
         "peft": peft.__version__,
     }  # fmt: skip
@@ -234,9 +192,10 @@ def main() -> None:
     """Make the checkpoint, run the jobs, print and write the figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", choices=SHAPES, default="ci")
-    parser.add_argument("--jobs", nargs="+", choices=JOBS, default=JOBS)
+    parser.add_argument("--jobs", nargs="+", choices=JOBS, default=list(JOBS))
     parser.add_argument("--proof", type=Path, metavar="RUN_DIR", help="prove a run instead")
     parser.add_argument("--folder", type=Path, help="where to work (default: a temporary folder)")
+    parser.add_argument("--rounds", type=int, default=1, help="run all jobs so many times")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--json", type=Path, help="also add the figures to this file")
     parser.add_argument("--job", choices=JOBS, help=argparse.SUPPRESS)
@@ -251,7 +210,6 @@ def main() -> None:
     figures = measure_size(given)
     for name, value in figures["ratios"].items():
         print(f"{name}: {value}")
-    record(given.json, given.size, figures)
 
 
 def record(file: Path | None, key: str, figures: dict[str, Any]) -> None:
@@ -276,9 +234,8 @@ def measure_size(given: argparse.Namespace) -> dict[str, Any]:
             "bound_bytes": 3 * largest + 300 * 10**6, "threads": given.threads,
             "machine": machine(), "jobs": {},
         }  # fmt: skip
-        for job in given.jobs:
+        for job in given.jobs * given.rounds:
             result = measure(job, folder, given.threads)
-            figures["jobs"][job] = result
             print(
                 f"{job:12} {result['seconds']:8.2f} s, of processor "
                 f"{result['processor_seconds']:8.2f} s   private "
@@ -286,8 +243,15 @@ def measure_size(given: argparse.Namespace) -> dict[str, Any]:
                 f"{result['peak_mapped_bytes'] / 2**20:8.0f} MiB",
                 flush=True,
             )
-    jobs = figures["jobs"]
-    figures["ratios"] = {
+            note_round(figures["jobs"], job, result)
+            figures["ratios"] = ratios(figures["jobs"])
+            record(given.json, given.size, figures)  # a later job may fail: keep what there is
+    return figures
+
+
+def ratios(jobs: dict[str, Any]) -> dict[str, float]:
+    """Of times and memory, between the jobs that have been run."""
+    return {
         f"{job}_over_{other}_{unit}": round(jobs[job][key] / jobs[other][key], 3)
         for job, other, unit, key in (
             ("original", "copy", "seconds", "seconds"),
@@ -298,7 +262,15 @@ def measure_size(given: argparse.Namespace) -> dict[str, Any]:
         )
         if job in jobs and other in jobs
     }
-    return figures
+
+
+def note_round(jobs: dict[str, Any], job: str, result: dict[str, Any]) -> None:
+    """Keep the fastest round's figures, all rounds' seconds and the highest memory."""
+    before = jobs.get(job, result)
+    fastest = min(before, result, key=lambda round_: float(round_["seconds"]))
+    highest = {key: max(before[key], result[key]) for key in result if key.startswith("peak_")}
+    rounds = [*before.get("seconds_of_rounds", ()), result["seconds"]]
+    jobs[job] = {**fastest, **highest, "seconds_of_rounds": rounds}
 
 
 if __name__ == "__main__":

@@ -39,13 +39,15 @@ def compare(gguf: Path, merged: Path, count: int, new_tokens: int) -> dict[str, 
     """Count texts with the same ids, and with the same greedy answers."""
     import llama_cpp
     import torch
+    import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(merged)
     model = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32).eval()
     other = llama_cpp.Llama(str(gguf), n_ctx=1024, verbose=False)
     found: dict[str, Any] = {
-        "gguf": gguf.name, "llama_cpp_python": llama_cpp.__version__, "texts": count,
+        "gguf": gguf.name, "llama_cpp_python": llama_cpp.__version__,
+        "transformers": transformers.__version__, "torch": torch.__version__, "texts": count,
         "new_tokens": new_tokens, "same_ids": 0, "same_answers": 0, "other_ids": [], "partings": [],
     }  # fmt: skip
     for text in texts(count):

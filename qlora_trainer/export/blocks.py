@@ -1,8 +1,8 @@
 """The arithmetic of a merge, in blocks that stay in cache: sum in float32, cast once, measure.
 
-All of it runs on one thread (`torch_threads`): split among several, operations as short as these
-wait for each other far longer than they work (up to a hundred times where other programs use the
-cores too). Writing to disk happens beside it, on `shards`' threads.
+Each block is one thread's work: split among several, operations as short as these wait for each
+other far longer than they work (up to a hundred times where other programs use the cores too).
+`merge` gives different blocks to different threads instead.
 
 For rows i..j of a weight, `W[i:j] + left[i:j] @ right` is made in float32, cast to the export's
 dtype and written; nothing larger than a block exists, whatever the tensor's size. The rounding
@@ -12,6 +12,7 @@ float16, shows: only then is the block looked at more closely.
 
 import contextlib
 import math
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -19,7 +20,6 @@ import torch
 from torch import Tensor
 
 from qlora_trainer.errors import UserError
-from qlora_trainer.export.adapter import LowRank
 
 # 512 KiB in float32: stays in a core's cache, and below the size from which the C library maps
 # fresh pages for every block, which costs more than the arithmetic.
@@ -47,6 +47,15 @@ class CastLoss:
     not_finite: int = 0
     largest: float = 0.0
 
+    def add(self, other: "CastLoss") -> None:
+        """Count the loss of further rows of the same tensor."""
+        self.squared_error += other.squared_error
+        self.squared_norm += other.squared_norm
+        self.changed |= other.changed
+        self.overflows += other.overflows
+        self.not_finite += other.not_finite
+        self.largest = max(self.largest, other.largest)
+
 
 @contextlib.contextmanager
 def torch_threads(count: int) -> Iterator[None]:
@@ -71,37 +80,59 @@ def row_step(shape: tuple[int, ...], multiple: int = 1) -> int:
     return max(unit, BLOCK_ELEMENTS // columns // unit * unit)
 
 
-def merged_blocks(
-    rows: Iterator[Tensor], update: LowRank | None, dtype: torch.dtype, loss: CastLoss
-) -> Iterator[Tensor]:
-    """Yield the blocks to write.
+class Buffers(threading.local):
+    """Memory each thread uses again and again: fresh pages cost more than the arithmetic."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, Tensor] = {}
+
+    def empty(self, use: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """A tensor with anything in it, gone when this thread asks again for the same use."""
+        size = math.prod(shape) * dtype.itemsize
+        held = self._held.get(use)
+        if held is None or len(held) < size:
+            held = self._held[use] = torch.empty(size, dtype=torch.uint8)
+        return held[:size].view(dtype).view(shape)
+
+
+def merge_rows(
+    rows: Tensor,
+    factors: tuple[Tensor, Tensor] | None,
+    dtype: torch.dtype,
+    loss: CastLoss,
+    buffers: Buffers,
+    *,
+    start: int = 0,
+) -> Tensor:
+    """Some rows of a weight as they are written.
 
     Args:
-        rows: Consecutive rows of the base weight, (n, ...), in any float dtype.
-        update: What is added, or nothing.
+        rows: Of the base weight, (n, ...), in any float dtype.
+        factors: Of what is added, (all rows, r) and (r, columns) as `LowRank.factors` gives them;
+            or nothing.
         dtype: To write in.
         loss: Filled in on the way.
+        buffers: What comes back lies in them, or is `rows` where nothing is to be done.
+        start: Where in the weight the first of these rows stands.
     """
-    left, right = update.factors() if update is not None else (None, None)
-    start = 0
-    for block in rows:
-        stop = start + block.shape[0]
-        if update is None and block.dtype == dtype:
+    step = row_step(tuple(rows.shape))
+    if factors is None and rows.dtype == dtype:
+        for block in rows.split(step):
             if not _all_finite(block):
                 _note_bad_values(block, block, loss)
-            yield block
-            continue
-        flat = block.reshape(stop - start, -1)
-        # Of its own, so that the sum can be made in place: one pass over the block less.
-        total = flat.to(torch.float32, copy=left is not None)
-        if left is not None and right is not None:
-            total.addmm_(left[start:stop], right)
-        written = total.to(dtype)
-        _measure(total, written, loss, of_itself=update is None)
-        if update is not None and not loss.changed:
-            loss.changed = not torch.equal(written, flat.to(dtype))
-        yield written.view(block.shape)
-        start = stop
+        return rows
+    flat = rows.reshape(len(rows), math.prod(rows.shape[1:]))
+    merged = buffers.empty("merged", tuple(flat.shape), dtype)
+    for first in range(0, len(flat), step):
+        block, written = flat[first : first + step], merged[first : first + step]
+        total = buffers.empty("total", tuple(block.shape), torch.float32).copy_(block)
+        if factors is not None:
+            total.addmm_(factors[0][start + first :][: len(block)], factors[1])
+        written.copy_(total)
+        _measure(total, written, buffers, loss, of_itself=factors is None)
+        if factors is not None and not loss.changed:
+            loss.changed = not torch.equal(written, block.to(dtype))
+    return merged.view(rows.shape)
 
 
 def _all_finite(block: Tensor) -> bool:
@@ -112,13 +143,17 @@ def _all_finite(block: Tensor) -> bool:
     return math.isfinite(float(least)) and math.isfinite(float(most))
 
 
-def _measure(total: Tensor, written: Tensor, loss: CastLoss, *, of_itself: bool) -> None:
+def _measure(
+    total: Tensor, written: Tensor, buffers: Buffers, loss: CastLoss, *, of_itself: bool
+) -> None:
     if written.dtype == total.dtype:
         healthy, squared = _all_finite(total), 0.0
     else:
         # Widened first: torch's subtraction of two dtypes is ten times slower.
-        error = written.float().sub_(total).view(-1)
-        squared = float(torch.dot(error, error))  # not finite if any value, read or written, is
+        error = buffers.empty("error", tuple(total.shape), torch.float32)
+        error.copy_(written).sub_(total)
+        flat = error.view(-1)
+        squared = float(torch.dot(flat, flat))  # not finite if any value, read or written, is
         healthy = math.isfinite(squared)
     if not healthy:
         _note_bad_values(total, written, loss)
@@ -156,7 +191,8 @@ def raise_for_range(faults: list[str], dtype: torch.dtype) -> None:
         UserError: There are faults.
     """
     if faults:
-        way_out = "--dtype bf16 has fp32's range" if dtype == torch.float16 else "mend the weights"
+        bf16 = "--format merged --dtype bf16 has fp32's range"
+        way_out = bf16 if dtype == torch.float16 else "mend the weights"
         raise UserError.from_faults(
             f"the merged weights cannot be written in {_short(dtype)}; {way_out}", faults
         )

@@ -13,10 +13,17 @@ import psutil
 
 from qlora_trainer.errors import UserError
 from qlora_trainer.export.choices import Onto
+from qlora_trainer.export.companions import companion_bytes
 from qlora_trainer.export.fresh import compare_in_fresh_process
 from qlora_trainer.export.merge import MergeFigures, Progress
 from qlora_trainer.export.merged import Prepared, write_candidate
-from qlora_trainer.export.proof import ProofRequest, check_limits, choose_by, chosen_rows
+from qlora_trainer.export.proof import (
+    ProofRequest,
+    check_limits,
+    choose_by,
+    chosen_rows,
+    reference_bytes,
+)
 from qlora_trainer.export.reference import References, private_bytes, write_references
 from qlora_trainer.export.shards import DEFAULT_SHARD_BYTES
 from qlora_trainer.export.source import ExportSource
@@ -39,6 +46,15 @@ class Merged:
     reason: str
     references: References | None
     by: str = "model"
+
+
+def disk_bytes(
+    source: ExportSource, prepared: Prepared, proof: ProofRequest | None, copies: int
+) -> int:
+    """Disk an export takes while it is made, with so many copies of the weights."""
+    logits = 2 * reference_bytes(proof, prepared.widest)
+    beside = companion_bytes(source.base_folder, source.adapter_folder)
+    return prepared.size_bytes * copies + logits + beside
 
 
 def merge_and_prove(

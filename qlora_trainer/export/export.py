@@ -11,16 +11,15 @@ from typing import Any
 
 from qlora_trainer.errors import UserError
 from qlora_trainer.export.builtin import builtin_rows
-from qlora_trainer.export.candidates import merge_and_prove
-from qlora_trainer.export.companions import companion_bytes
+from qlora_trainer.export.candidates import disk_bytes, merge_and_prove
 from qlora_trainer.export.folder import building, check_disk, check_target
 from qlora_trainer.export.merge import Progress
 from qlora_trainer.export.merged import plain_model, prepare
-from qlora_trainer.export.proof import ProofRequest, reference_bytes
+from qlora_trainer.export.proof import ProofRequest
 from qlora_trainer.export.reference import is_causal
 from qlora_trainer.export.report import make_report, model_card, write_report
 from qlora_trainer.export.shards import DEFAULT_SHARD_BYTES
-from qlora_trainer.export.source import ExportSource as ExportSource
+from qlora_trainer.export.source import ExportSource
 
 
 @dataclass(frozen=True)
@@ -96,12 +95,8 @@ def export_merged(
         source.base_folder, source.adapter_folder, source.model_class, source.spec,
         dtype=dtype, config_changes=source.config_changes,
     )  # fmt: skip
-    ways = prepared.ways(onto)
-    if len(ways) > 1 and proof is None:
-        raise UserError("--onto best: needs the proof to choose; name one way, or leave it on")
-    needed = prepared.size_bytes * len(ways) + 2 * reference_bytes(proof, prepared.widest)
-    needed += companion_bytes(source.base_folder, source.adapter_folder)
-    check_disk(out, needed)
+    ways = prepared.ways(onto, proven=proof is not None)
+    check_disk(out, disk_bytes(source, prepared, proof, copies=len(ways)))
     with building(out, overwrite=overwrite) as folder:
         merged = merge_and_prove(
             source, prepared, ways, folder, proof,

@@ -12,15 +12,14 @@ from typing import Any
 import psutil
 
 from qlora_trainer.errors import UserError
-from qlora_trainer.export.candidates import merge_and_prove
-from qlora_trainer.export.companions import companion_bytes
+from qlora_trainer.export.candidates import disk_bytes, merge_and_prove
 from qlora_trainer.export.export import Exported
 from qlora_trainer.export.folder import building, check_disk, check_target
 from qlora_trainer.export.fresh import compare_in_fresh_process
 from qlora_trainer.export.merge import Progress
 from qlora_trainer.export.merged import Prepared, prepare
 from qlora_trainer.export.ollama import modelfile, quantize_line, read_chat_template
-from qlora_trainer.export.proof import ProofRequest, check_limits, reference_bytes
+from qlora_trainer.export.proof import ProofRequest, check_limits
 from qlora_trainer.export.report import base_name, gguf_card, make_report, write_report
 from qlora_trainer.export.source import ExportSource
 from qlora_trainer.units import format_bytes
@@ -71,12 +70,8 @@ def export_gguf(
         source.base_folder, source.adapter_folder, source.model_class, source.spec,
         dtype="fp16", config_changes=source.config_changes,
     )  # fmt: skip
-    ways = prepared.ways(onto)
-    if len(ways) > 1 and proof is None:
-        raise UserError("--onto best: needs the proof to choose; name one way, or leave it on")
-    needed = prepared.size_bytes * (len(ways) + 1) + 2 * reference_bytes(proof, prepared.widest)
-    needed += companion_bytes(source.base_folder, source.adapter_folder)
-    check_disk(out, needed)
+    ways = prepared.ways(onto, proven=proof is not None)
+    check_disk(out, disk_bytes(source, prepared, proof, copies=len(ways) + 1))
     if proof is not None:
         _check_memory(prepared)
     name = base_name(source.base_source).rpartition("/")[2]
@@ -98,7 +93,7 @@ def export_gguf(
             if fault is not None:
                 raise UserError(f"the GGUF file is not the model that was trained; {fault}")
         report = make_report(source, prepared, merged, proof, onto=onto, dtype="fp16")
-        part["quantize"] = quantize_line(file_name)
+        part["quantize"] = quantize_line(name)
         report["gguf"] = part
         text = modelfile(file_name, read_chat_template(plain_folder))
         (folder / "Modelfile").write_text(text, encoding="utf-8")

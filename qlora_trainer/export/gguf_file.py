@@ -6,7 +6,6 @@ llama.cpp wants them. Embedding and head of a q4_0 file are kept in q8_0: they a
 most. The 4-bit K types need llama.cpp's `llama-quantize`, whose line the report gives.
 """
 
-import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -153,7 +152,7 @@ def _encoded(
     stored: StoredTensor, source: MappedCheckpoint, config: Any, family: Family, storage: Any
 ) -> "np.ndarray[Any, Any]":
     """The tensor in its storage type; only this, and one block in float32, are in memory."""
-    values = stored_rows(stored.name, source.view(stored), copy.copy(config), family)
+    values = stored_rows(stored.name, source.view(stored), config, family)
     if values.dim() == 1:
         vector: np.ndarray[Any, Any] = values.float().numpy()
         return vector

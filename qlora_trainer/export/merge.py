@@ -1,38 +1,48 @@
 """Carrying out a plan: one tensor at a time from the base's files to the export's.
 
 `original` adds the update to the base's own weights; `dequantized` to what training saw of them,
-made again with the same NF4 code. A tensor no adapter touches is only cast, or copied as it is. In
-memory at any time: a block of rows, and for `dequantized` the codes of the tensor at hand.
+made again with the same NF4 code. A tensor no adapter touches is only cast, or copied as it is.
+
+A tensor is cut into pieces of some megabytes, and threads share the pieces: each reads one, merges
+it block by block and writes it to its place. What the cast did is summed in the order of the rows,
+so that neither files nor figures depend on how many threads there are. In memory at any time: a
+piece a thread, and for `dequantized` the weight at hand and the codes of those still being written.
 """
 
+import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from qlora_trainer.base.quantize import (
-    QUANTIZABLE_DTYPES,
-    NF4Tensors,
-    dequantize_absmax,
-    dequantize_nf4,
-    quantize_nf4,
-)
 from qlora_trainer.errors import UserError
 from qlora_trainer.export.blocks import (
+    Buffers,
     CastLoss,
     check_range,
-    merged_blocks,
+    merge_rows,
     raise_for_range,
-    row_step,
     torch_threads,
 )
 from qlora_trainer.export.checkpoint import MappedCheckpoint
 from qlora_trainer.export.choices import Onto
 from qlora_trainer.export.plan import Plan, PlannedTensor
+from qlora_trainer.export.rows import (
+    Quantization,
+    Rows,
+    StoredRows,
+    rows_of,
+    rows_seen_in_training,
+)
 from qlora_trainer.export.shards import DEFAULT_SHARD_BYTES, Announced, ShardWriter
+
+_PIECE_BLOCKS = 16  # 4 MiB in 16 bit: large enough for the system to read and write it well
+_MOST_THREADS = 4
 
 Progress = Callable[[str, int, int], None]  # tensor, bytes written, bytes in all
 
@@ -60,14 +70,6 @@ class MergeFigures:
     own_cast_errors: dict[str, float] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Quantization:
-    """How training held the base's linear weights: block size, and scales in 8 bits or not."""
-
-    block_size: int = 64
-    double_quant: bool = True
-
-
 def write_merged(
     plan: Plan,
     base: MappedCheckpoint,
@@ -85,21 +87,29 @@ def write_merged(
     """
     announced = [Announced(t.name, t.dtype, t.shape) for t in plan.tensors]
     total = sum(tensor.size_bytes for tensor in announced)
-    figures, faults = MergeFigures(), []
-    reading = _Reading(base, onto, quantization, torch.get_num_threads())
+    figures, faults, loss = MergeFigures(), [], CastLoss()
+    threads, buffers = torch.get_num_threads(), Buffers()
     with (
-        torch.no_grad(),
         torch_threads(1),
+        StoredRows(buffers) as files,
         ShardWriter(folder, announced, max_shard_bytes) as writer,
+        contextlib.closing(
+            _done_in_order(
+                _pieces(plan, _Reading(base, files, onto, quantization, threads)),
+                lambda piece: piece.write(writer, buffers),
+                threads,
+            )
+        ) as written,
     ):
-        for tensor, size in zip(plan.tensors, announced, strict=True):
-            writer.begin(tensor.name)
-            fault = _write_one(tensor, reading, writer, figures)
+        for piece, lost in written:
+            loss.add(lost)
+            if not piece.is_last:
+                continue
+            fault = _note(piece.tensor, loss, base, figures)
             faults += [fault] if fault is not None else []
-            figures.tensors += 1
-            figures.written_bytes += size.size_bytes
             if progress is not None:
-                progress(tensor.name, figures.written_bytes, total)
+                progress(piece.tensor.name, figures.written_bytes, total)
+            loss = CastLoss()
     raise_for_range(faults, plan.dtype)
     if not figures.replaced and len(figures.unchanged) == figures.adapted:
         raise UserError(
@@ -115,25 +125,80 @@ class _Reading:
     """Where the base's values come from, and in which form."""
 
     base: MappedCheckpoint
+    files: StoredRows
     onto: Onto
     quantization: Quantization
-    threads: int  # for quantizing, which splits its work in pieces of its own
+    threads: int
 
 
-def _write_one(
-    tensor: PlannedTensor, reading: _Reading, writer: ShardWriter, figures: MergeFigures
+@dataclass(frozen=True)
+class _Piece:
+    """Rows of a tensor that one thread merges and writes."""
+
+    tensor: PlannedTensor
+    rows: Rows
+    factors: tuple[Tensor, Tensor] | None  # of the whole tensor's update
+    start: int
+    stop: int
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the tensor ends with it."""
+        return self.stop == self.rows.count
+
+    @torch.no_grad()
+    def write(self, writer: ShardWriter, buffers: Buffers) -> CastLoss:
+        """Write it; -> what the cast did to its values."""
+        loss, tensor = CastLoss(), self.tensor
+        values = self.rows.between(self.start, self.stop)
+        if tensor.dtype.is_floating_point:
+            values = merge_rows(values, self.factors, tensor.dtype, loss, buffers, start=self.start)
+        row_bytes = math.prod(tensor.shape[1:]) * tensor.dtype.itemsize
+        writer.write(tensor.name, self.start * row_bytes, values)
+        return loss
+
+
+def _pieces(plan: Plan, reading: _Reading) -> Iterator[_Piece]:
+    """All tensors in order, piece by piece; one without rows is a piece as well."""
+    for tensor in plan.tensors:
+        rows = _rows(tensor, reading)
+        factors = None if tensor.update is None else tensor.update.factors()
+        step = rows.step * _PIECE_BLOCKS
+        for start in range(0, max(1, rows.count), step):
+            yield _Piece(tensor, rows, factors, start, min(start + step, rows.count))
+
+
+def _done_in_order(
+    pieces: Iterator[_Piece], work: Callable[[_Piece], CastLoss], threads: int
+) -> Generator[tuple[_Piece, CastLoss], None, None]:
+    """Have pieces done by several threads, and hand them on in order when they are."""
+    threads = min(threads, _MOST_THREADS)
+    waiting: deque[tuple[_Piece, Future[CastLoss]]] = deque()
+    # How many threads share one operation is each thread's own setting.
+    pool = ThreadPoolExecutor(threads, "merge", torch.set_num_threads, (1,))
+    try:
+        for piece in pieces:
+            waiting.append((piece, pool.submit(work, piece)))
+            while len(waiting) > 2 * threads:
+                first, loss = waiting.popleft()
+                yield first, loss.result()
+        while waiting:
+            first, loss = waiting.popleft()
+            yield first, loss.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _note(
+    tensor: PlannedTensor, loss: CastLoss, base: MappedCheckpoint, figures: MergeFigures
 ) -> str | None:
-    """Write one tensor; -> what is wrong with its values, if anything."""
-    if tensor.replacement is not None and _differs(tensor, reading.base):
+    """Count a tensor that was written; -> what is wrong with its values, if anything."""
+    figures.tensors += 1
+    figures.written_bytes += math.prod(tensor.shape) * tensor.dtype.itemsize
+    if tensor.replacement is not None and _differs(tensor, base):
         figures.replaced += 1
-    rows = _rows(tensor, reading)
     if not tensor.dtype.is_floating_point:
-        for block in rows:
-            writer.write(block)
         return None
-    loss = CastLoss()
-    for block in merged_blocks(rows, tensor.update, tensor.dtype, loss):
-        writer.write(block)
     if tensor.update is not None:
         figures.adapted += 1
         norm = tensor.update.norm()
@@ -156,52 +221,17 @@ def _differs(tensor: PlannedTensor, base: MappedCheckpoint) -> bool:
     return not torch.equal(tensor.replacement.to(own.dtype), own)
 
 
-def _rows(tensor: PlannedTensor, reading: _Reading) -> Iterator[Tensor]:
-    """The tensor without its update, in blocks of rows."""
+def _rows(tensor: PlannedTensor, reading: _Reading) -> Rows:
+    """The tensor without its update."""
     if tensor.replacement is not None:
-        return _split(tensor.replacement)
+        return rows_of(tensor.replacement)
     assert tensor.source is not None
     if tensor.source.packed:
-        return _split(reading.base.read(tensor.source))
-    stored = reading.base.view(tensor.source)
+        return rows_of(reading.base.read(tensor.source))
     if reading.onto == "dequantized" and tensor.quantized:
-        seen = stored.t().contiguous() if tensor.transposed else stored
-        try:
-            with torch_threads(reading.threads):
-                nf4 = _quantized(seen, reading.quantization)
-        except ValueError:  # not finite: the block is written as it is and counted there
-            return _split(stored)
-        rows = _dequantized_rows(nf4, tuple(seen.shape), reading.quantization.block_size)
-        return _split(torch.cat(list(rows)).t()) if tensor.transposed else rows
-    return _split(stored)
-
-
-def _split(values: Tensor) -> Iterator[Tensor]:
-    if values.dim() == 0:
-        yield values.view(1)
-        return
-    step = row_step(tuple(values.shape))
-    for start in range(0, values.shape[0], step):
-        yield values[start : start + step]
-
-
-def _quantized(weight: Tensor, quantization: Quantization) -> NF4Tensors:
-    """The codes training held of a weight (out, in)."""
-    if weight.dtype not in QUANTIZABLE_DTYPES:
-        weight = weight.float()
-    return quantize_nf4(
-        weight, block_size=quantization.block_size, double_quant=quantization.double_quant
-    )
-
-
-def _dequantized_rows(nf4: NF4Tensors, shape: tuple[int, ...], block_size: int) -> Iterator[Tensor]:
-    """What training saw of a weight (out, in), from its codes, in float32."""
-    absmax = dequantize_absmax(nf4)  # fp32 (blocks,)
-    count, columns = shape
-    step = row_step(shape, math.lcm(block_size, 2))
-    for start in range(0, count, step):
-        stop = min(start + step, count)
-        first, last = start * columns, stop * columns
-        part = NF4Tensors(nf4.codes[first // 2 : -(-last // 2)],
-                          absmax[first // block_size : -(-last // block_size)])  # fmt: skip
-        yield dequantize_nf4(part, (stop - start, columns), block_size, torch.float32)
+        with torch_threads(reading.threads):
+            return rows_seen_in_training(
+                reading.files.whole(tensor.source), reading.quantization,
+                transposed=tensor.transposed,
+            )  # fmt: skip
+    return reading.files.of(tensor.source)

@@ -20,13 +20,9 @@ from qlora_trainer.export.adapter import FittedAdapter, fit_adapter
 from qlora_trainer.export.checkpoint import MappedCheckpoint
 from qlora_trainer.export.choices import Onto
 from qlora_trainer.export.companions import copy_companions, write_config
-from qlora_trainer.export.merge import (
-    MergeFigures,
-    Progress,
-    Quantization,
-    write_merged,
-)
+from qlora_trainer.export.merge import MergeFigures, Progress, write_merged
 from qlora_trainer.export.plan import Plan, plan_export
+from qlora_trainer.export.rows import Quantization
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -69,8 +65,12 @@ class Prepared:
         """Rows of the tallest matrix: at least as many as a head has outputs."""
         return max((t.shape[0] for t in self.plan.tensors if len(t.shape) == 2), default=1)
 
-    def ways(self, onto: str) -> tuple[Onto, ...]:
+    def ways(self, onto: str, *, proven: bool = True) -> tuple[Onto, ...]:
         """The ways of merging that were asked for and can be had.
+
+        Args:
+            onto: "original", "dequantized" or "best".
+            proven: Whether a proof will choose between two.
 
         Raises:
             UserError: The way asked for cannot be had.
@@ -93,6 +93,10 @@ class Prepared:
                 )
             return ("original",)
         if onto == "best":
+            if not proven:
+                raise UserError(
+                    "--onto best: needs the proof to choose; name one way, or leave it on"
+                )
             return ("original", "dequantized")
         return ("original",) if onto == "original" else ("dequantized",)
 

@@ -2,11 +2,16 @@
 
 Ollama writes templates in Go, not Jinja. For the chat formats most models use the Go text stands
 here; for any other the file says so, and Ollama falls back to what it recognises in the GGUF file.
+Where the Jinja template puts in a system message of its own (SmolLM2's, Qwen2.5's), training saw it
+in every conversation without one, so the file sets it too.
 """
 
 import json
 from pathlib import Path
 from typing import Any
+
+from jinja2 import TemplateError
+from transformers.utils.chat_template_utils import render_jinja_template
 
 _CHATML = (
     "{{- range .Messages }}<|im_start|>{{ .Role }}\n{{ .Content }}<|im_end|>\n"
@@ -32,9 +37,16 @@ FORMATS = (
     ("[INST]", _MISTRAL, "</s>"),
 )
 
+# What a template's own expressions may raise.
+_REFUSALS = (TemplateError, TypeError, LookupError, ValueError, AttributeError, ArithmeticError)
+
 
 def modelfile(gguf_name: str, chat_template: str | None) -> str:
     """The text of a `Modelfile` beside a GGUF file.
+
+    Args:
+        gguf_name: The file's name.
+        chat_template: In Jinja, as `read_chat_template` gives it.
 
     >>> print(modelfile("m.gguf", None))
     # ollama create NAME -f Modelfile
@@ -46,10 +58,28 @@ def modelfile(gguf_name: str, chat_template: str | None) -> str:
     if known:
         _, template, stop = known[0]
         lines += [f'TEMPLATE """{template}"""', f'PARAMETER stop "{stop}"']
+        system = own_system_message(str(chat_template))
+        lines += [f'SYSTEM """{system}"""'] if system and '"""' not in system else []
     elif chat_template:
         lines.append("# The chat template in the GGUF file is of a format Ollama may not know;")
         lines.append("# write TEMPLATE here if answers look wrong.")
     return "\n".join([*lines, ""])
+
+
+def own_system_message(chat_template: str) -> str:
+    r"""What a ChatML template says as the system to a conversation without one; "" if nothing.
+
+    >>> own_system_message("{{ '<|im_start|>system\nBe kind.<|im_end|>\n' }}")
+    'Be kind.'
+    """
+    try:
+        rendered = render_jinja_template(
+            [[{"role": "user", "content": ""}]], chat_template=chat_template
+        )[0][0]
+    except _REFUSALS:  # it wants tools, a date or other roles
+        return ""
+    head, found, rest = rendered.partition("<|im_start|>system\n")
+    return rest.partition("<|im_end|>")[0] if found and not head else ""
 
 
 def read_chat_template(folder: Path) -> str | None:
@@ -64,12 +94,12 @@ def read_chat_template(folder: Path) -> str | None:
     return template if isinstance(template, str) else None
 
 
-def quantize_line(gguf_name: str) -> str:
-    """The command that makes the Q4_K_M file most people run.
+def quantize_line(model_name: str) -> str:
+    """The command that makes the Q4_K_M file most people run, from the f16 file of a model.
 
-    >>> quantize_line("m-f16.gguf")
+    llama-quantize refuses files of 8 or 4 bits: what they lost does not come back.
+
+    >>> quantize_line("m")
     'llama-quantize m-f16.gguf m-Q4_K_M.gguf Q4_K_M'
     """
-    stem = gguf_name.removesuffix(".gguf")
-    stem = stem.rpartition("-")[0] or stem
-    return f"llama-quantize {gguf_name} {stem}-Q4_K_M.gguf Q4_K_M"
+    return f"llama-quantize {model_name}-f16.gguf {model_name}-Q4_K_M.gguf Q4_K_M"

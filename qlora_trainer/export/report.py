@@ -131,7 +131,7 @@ def gguf_card(report: Mapping[str, Any]) -> str:
         "```sh",
         "ollama create my-model -f Modelfile",
         f"llama-cli -m {gguf['file']} -cnv",
-        f"{gguf['quantize']}   # a smaller file, with llama.cpp's own tool",
+        f"{gguf['quantize']}   # a smaller one of the f16 file, with llama.cpp's own tool",
         "```\n",
     ]
     return "\n".join(lines)

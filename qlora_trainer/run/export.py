@@ -19,11 +19,11 @@ from qlora_trainer.data.dataset import EncodedDataset
 from qlora_trainer.errors import UserError
 from qlora_trainer.export.adapter_export import export_adapter, merge_adapters
 from qlora_trainer.export.choices import By, Format, JoinedFormat
-from qlora_trainer.export.export import Exported, ExportSource, builtin_proof, export_merged
+from qlora_trainer.export.export import Exported, builtin_proof, export_merged
 from qlora_trainer.export.folder import check_target
 from qlora_trainer.export.gguf_export import export_gguf
 from qlora_trainer.export.proof import ProofRequest
-from qlora_trainer.export.source import last_part
+from qlora_trainer.export.source import ExportSource, last_part
 from qlora_trainer.lora.peft_config import CONFIG_NAME, adapter_in, read_json
 from qlora_trainer.run.adapter_task import adapter_class, label_settings
 from qlora_trainer.run.report import Reporter
@@ -87,6 +87,7 @@ def export_run(
         UserError: Anything that keeps the export from being whole, right and proven.
     """
     told, out = reporter or Reporter(), Path(out)
+    _check_choices(format, dtype, gguf_type)
     check_target(out, overwrite=overwrite, sources=(Path(folder),))
     opened = open_export(Path(folder), base, quantization=quantization, reporter=told)
     if format == "adapter":
@@ -101,6 +102,19 @@ def export_run(
         opened.export, out, dtype=dtype, onto=onto, proof=proof,
         overwrite=overwrite, progress=_bytes_written(told),
     )  # fmt: skip
+
+
+def _check_choices(format: str, dtype: str, gguf_type: str) -> None:
+    """Refuse what was asked for and would have no effect."""
+    faults = []
+    if gguf_type != "f16" and format != "gguf":
+        faults.append(f"--gguf-type {gguf_type}: needs --format gguf, not {format}")
+    if dtype != "fp16" and format == "gguf":
+        faults.append(f"--dtype {dtype}: a GGUF file is made from fp16; name its --gguf-type")
+    if dtype != "fp16" and format == "adapter":
+        faults.append(f"--dtype {dtype}: an adapter goes out as it was trained; leave it out")
+    if faults:
+        raise UserError.from_faults("these choices have no effect together", faults)
 
 
 def merge_adapter_folders(

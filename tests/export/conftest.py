@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from qlora_trainer.base.load import BaseSpec
-from qlora_trainer.export.export import ExportSource
+from qlora_trainer.export.source import ExportSource
 from tests.export import tiny
 
 

@@ -1,6 +1,7 @@
 """Block-wise sums are the plain sums, and what the cast did is measured as it is."""
 
 import math
+from unittest import mock
 
 import pytest
 import torch
@@ -9,9 +10,9 @@ from hypothesis import strategies as st
 
 from qlora_trainer.export import blocks
 from qlora_trainer.export.adapter import LowRank
-from qlora_trainer.export.blocks import CastLoss, merged_blocks, row_step
+from qlora_trainer.export.blocks import Buffers, CastLoss, merge_rows, row_step
 from qlora_trainer.export.checkpoint import MappedCheckpoint
-from qlora_trainer.export.merge import Quantization, _dequantized_rows, _quantized, _split
+from qlora_trainer.export.rows import Quantization, rows_seen_in_training
 from qlora_trainer.export.shards import Announced, ShardWriter
 from qlora_trainer.lora.merge import merged_weight
 
@@ -34,8 +35,16 @@ def draw(kind: str, rows: int, columns: int, rank: int, seed: int) -> tuple[torc
 def test_blocks_of_any_size_make_the_plain_sum(kind, rows, columns, rank, step, seed):
     weight, update = draw(kind, rows, columns, rank, seed)
     loss = CastLoss()
-    parts = (weight[start : start + step] for start in range(0, rows, step))
-    found = torch.cat(list(merged_blocks(parts, update, torch.float32, loss)))
+    buffers, made = Buffers(), []
+    with mock.patch.object(blocks, "BLOCK_ELEMENTS", 2 * columns):
+        for start in range(0, rows, step):
+            part = weight[start : start + step]
+            made.append(
+                merge_rows(
+                    part, update.factors(), torch.float32, loss, buffers, start=start
+                ).clone()
+            )
+    found = torch.cat(made)
     expected = merged_weight(weight, update.lora_A, update.lora_B, update.scale, kind)
     assert torch.allclose(found, expected, atol=1e-5)
     assert loss.changed
@@ -47,7 +56,7 @@ def test_blocks_of_any_size_make_the_plain_sum(kind, rows, columns, rank, step, 
 def test_cast_error_is_the_distance_between_sum_and_written_values(dtype):
     weight, update = draw("linear", 64, 48, 4, 0)
     loss = CastLoss()
-    written = torch.cat(list(merged_blocks(_split(weight), update, dtype, loss)))
+    written = merge_rows(weight, update.factors(), dtype, loss, Buffers())
     exact = merged_weight(weight, update.lora_A, update.lora_B, update.scale, "linear")
     assert written.dtype == dtype
     assert math.sqrt(loss.squared_error) == pytest.approx(
@@ -59,14 +68,14 @@ def test_update_lost_in_rounding_is_noticed():
     weight = torch.ones(4, 4, dtype=torch.bfloat16)
     update = LowRank(torch.full((1, 4), 1e-3), torch.full((4, 1), 1e-3), 1.0, "linear")
     loss = CastLoss()
-    list(merged_blocks(iter([weight]), update, torch.bfloat16, loss))
+    merge_rows(weight, update.factors(), torch.bfloat16, loss, Buffers())
     assert not loss.changed
 
 
 def test_overflow_and_bad_values_are_counted_apart():
     weight = torch.tensor([[1e5, 2e5, 1.0], [float("nan"), float("inf"), -3e5]])
     loss = CastLoss()
-    list(merged_blocks(iter([weight]), None, torch.float16, loss))
+    merge_rows(weight, None, torch.float16, loss, Buffers())
     assert (loss.overflows, loss.not_finite) == (3, 2)
     assert loss.largest == pytest.approx(3e5)
 
@@ -84,10 +93,11 @@ def test_weight_dequantized_in_blocks_equals_it_whole(columns, double_quant, mon
     )  # fmt: skip
     for elements in (2**20, 4096):
         monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", elements)
-        nf4 = _quantized(weight, Quantization(64, double_quant))
-        rows = list(_dequantized_rows(nf4, tuple(weight.shape), 64))
-        assert elements > 4096 or len(rows) > 1
-        assert torch.equal(torch.cat(rows), layer.dense_weight())
+        rows = rows_seen_in_training(weight, Quantization(64, double_quant), transposed=False)
+        starts = range(0, rows.count, rows.step)
+        blocks_of = [rows.between(at, min(at + rows.step, rows.count)) for at in starts]
+        assert elements > 4096 or len(blocks_of) > 1
+        assert torch.equal(torch.cat(blocks_of), layer.dense_weight())
 
 
 @given(st.integers(1, 5000), st.sampled_from([1, 64, 128, 4096]))
@@ -107,9 +117,9 @@ def test_shards_hold_what_was_written_and_no_more_than_their_size(tmp_path_facto
     announced = [Announced(name, t.dtype, tuple(t.shape)) for name, t in tensors.items()]
     with ShardWriter(folder, announced, most) as writer:
         for name, tensor in tensors.items():
-            writer.begin(name)
-            for row in tensor:
-                writer.write(row)
+            rows = list(enumerate(tensor))
+            for number, row in reversed(rows):  # in any order
+                writer.write(name, number * row.nbytes, row)
     read = MappedCheckpoint(folder)
     assert list(read.tensors) == sorted(tensors)
     for name, tensor in tensors.items():
@@ -122,8 +132,10 @@ def test_shards_hold_what_was_written_and_no_more_than_their_size(tmp_path_facto
 
 
 def test_shard_with_missing_bytes_is_never_closed_as_whole(tmp_path):
-    writer = ShardWriter(tmp_path, [Announced("a", torch.float32, (2,))])
-    writer.begin("a")
-    writer.write(torch.zeros(1))
+    announced = [Announced("a", torch.float32, (2,)), Announced("b", torch.float32, (1,))]
+    writer = ShardWriter(tmp_path, announced, 4).__enter__()
+    writer.write("a", 0, torch.zeros(1))
+    writer.write("b", 0, torch.zeros(1))
     with pytest.raises(ValueError, match="'a': 4 bytes are missing"):
         writer.__exit__(None)
+    assert not (tmp_path / "model.safetensors.index.json").exists()

@@ -14,8 +14,9 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from qlora_trainer.errors import UserError
-from qlora_trainer.export.export import ExportSource, export_merged
+from qlora_trainer.export.export import export_merged
 from qlora_trainer.export.folder import building
+from qlora_trainer.export.source import ExportSource
 from tests.export import tiny
 
 WEIGHTS = "adapter_model.safetensors"
@@ -148,7 +149,8 @@ import os, signal, sys
 from pathlib import Path
 from transformers import AutoModelForCausalLM
 from qlora_trainer.base.load import BaseSpec
-from qlora_trainer.export.export import ExportSource, export_merged
+from qlora_trainer.export.export import export_merged
+from qlora_trainer.export.source import ExportSource
 from qlora_trainer.export.folder import building
 base, adapter, out = map(Path, sys.argv[1:])
 def progress(name, done, total):

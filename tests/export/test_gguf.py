@@ -23,11 +23,12 @@ from transformers import (
 from qlora_trainer.base.load import BaseSpec
 from qlora_trainer.errors import UserError
 from qlora_trainer.export.builtin import TEXTS
-from qlora_trainer.export.export import ExportSource, builtin_proof
+from qlora_trainer.export.export import builtin_proof
 from qlora_trainer.export.gguf_export import export_gguf
 from qlora_trainer.export.gguf_file import check_covered, write_gguf
 from qlora_trainer.export.gguf_tokenizer import SPLITTERS, check_tokenizer, splitter_id
 from qlora_trainer.export.ollama import modelfile
+from qlora_trainer.export.source import ExportSource
 
 ROWS = 320
 SIZES: dict[str, Any] = {
@@ -151,7 +152,7 @@ def test_export_is_proven_through_the_file_itself(bench, tmp_path):
     ]  # fmt: skip
     assert 0 < made.report["gguf"]["proof"]["figures"]["mean_kl"] < 0.02
     assert made.report["gguf"]["quantize"] == (
-        "llama-quantize tiny-q8_0.gguf tiny-Q4_K_M.gguf Q4_K_M"
+        "llama-quantize tiny-f16.gguf tiny-Q4_K_M.gguf Q4_K_M"
     )
     assert "FROM ./tiny-q8_0.gguf" in (made.folder / "Modelfile").read_text()
     assert "q8_0 file, read back" in (made.folder / "README.md").read_text()
@@ -183,6 +184,14 @@ def test_modelfile_speaks_the_chat_format_of_the_model():
     assert "{{ .Role }}\n{{ .Content }}<|im_end|>" in text
     assert 'PARAMETER stop "<|im_end|>"' in text
     assert "TEMPLATE here if answers look wrong" in modelfile("m.gguf", "{{ odd }}")
+
+
+def test_modelfile_sets_the_system_message_the_template_puts_in_by_itself():
+    said = "{{ '<|im_start|>system\nBe kind.<|im_end|>\n' }}"
+    by_itself = f"{{% if messages[0]['role'] != 'system' %}}{said}{{% endif %}}{TEMPLATE}"
+    assert 'SYSTEM """Be kind."""' in modelfile("m.gguf", by_itself)
+    assert "SYSTEM" not in modelfile("m.gguf", TEMPLATE)
+    assert "SYSTEM" not in modelfile("m.gguf", "<|im_start|>{{ raise_exception('no') }}")
 
 
 def test_sentencepiece_alone_is_refused_by_name_before_any_merging(bench, tmp_path):

@@ -1,6 +1,5 @@
 """A merge's memory is bounded by its largest tensor, measured from outside in a fresh process."""
 
-import importlib.util
 from pathlib import Path
 
 import pytest
@@ -9,13 +8,12 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.slow
-def test_merging_takes_at_most_three_largest_tensors_and_300_mb(tmp_path):
+def test_merging_takes_at_most_three_largest_tensors_and_300_mb(tmp_path, monkeypatch):
     if not Path("/proc/self/status").exists():
         pytest.skip("private memory is read from /proc, which only Linux has")
-    script = REPOSITORY / "scripts" / "benchmark_export.py"
-    spec = importlib.util.spec_from_file_location("benchmark_export", script)
-    benchmark = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(benchmark)
+    monkeypatch.syspath_prepend(str(REPOSITORY / "scripts"))
+    import benchmark_export as benchmark
+
     benchmark.make_checkpoint(tmp_path, "ci")
     largest = 2 * 32000 * 2048
     for job in ("original", "dequantized"):

@@ -116,6 +116,11 @@ def test_a_run_is_not_overwritten_by_its_own_export(make_run: Make) -> None:
     assert (folder / "adapter").is_dir()
 
 
+def test_choices_of_another_format_are_refused_all_at_once(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"(?s)q8_0: needs --format gguf.*bf16: an adapter goes"):
+        export_run(tmp_path, tmp_path / "out", format="adapter", dtype="bf16", gguf_type="q8_0")
+
+
 class Told(Reporter):
     def __init__(self) -> None:
         self.lines: list[str] = []
