@@ -22,6 +22,7 @@ from tables.lengths import lengths
 from tables.memory import memory, profile_cost
 from tables.quickstart import quickstart
 from tables.settings import settings
+from tables.tasks import tasks
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 
@@ -32,6 +33,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "lengths": lengths,
     "memory": memory,
     "profile-cost": profile_cost,
+    "tasks": tasks,
     "export-proof": export_proof,
     "export-speed": export_speed,
 }

@@ -18,7 +18,7 @@ def tasks() -> str:
     rows, skipped = [], []
     for name, case in found.items():
         if "skipped" in case:
-            skipped.append(f"`{name}` was not run ({case['skipped']}).")
+            skipped.append(f"`{name}` is not there: {case['skipped']}.")
             continue
         for number, (metric, means) in enumerate(case["means"].items()):
             first = [name, case_text(case)] if number == 0 else ["", ""]
@@ -56,7 +56,7 @@ def _said(found: dict[str, Any]) -> list[str]:
     return [
         "Same base bit for bit, same first values, batches, order, steps and learning rate on "
         "both sides; each figure is of the last step, on rows held out. Minutes are of the slowest "
-        "seed, both sides with all their scoring, on a machine that did other work meanwhile.",
+        "seed, both sides with all their scoring, one thread, another case beside it on two cores.",
         f"In each case's first figure the least of ours over PEFT's is {worst:.3f}.",
     ]
 

@@ -67,4 +67,4 @@ def test_the_table_of_tasks_says_random_weights_seeds_and_what_was_not_run(
     assert "| BLEU | 0.0 | 10.0 | 9.0 |" in table
     assert "25.0% | 1.5 |" in table
     assert "ours over PEFT's is 0.750" in table
-    assert "`pictures` was not run (no pictures here)." in table
+    assert "`pictures` is not there: no pictures here." in table
