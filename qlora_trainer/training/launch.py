@@ -51,9 +51,9 @@ def join_processes(device: str, wait_seconds: float = WAIT_SECONDS) -> Iterator[
         state.process_index, state.num_processes, state.local_process_index, local_count, hosts,
         wait_seconds,
     )  # fmt: skip
-    # Not after a failure: the link may be broken, and ends with the process.
-    state.destroy_process_group()
-    PartialState._reset_state()
+    # Not after a failure, when the link may be broken. torch's own group lasts as long as the
+    # process: met again at the same address, one could find the other still leaving it.
+    dist.destroy_process_group(hosts)
 
 
 def _check_cards(device: str) -> None:
