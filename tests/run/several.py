@@ -1,0 +1,101 @@
+"""One of several processes of a run, started by `test_processes.py`: does jobs, writes what it saw.
+
+`python -m tests.run.several JOBS.json`: a list of run settings, trained one after the other, each
+with `stop_after`, the step after which the main process gets SIGTERM.
+"""
+
+import json
+import os
+import signal
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from qlora_trainer import Reporter, UserError, train
+from qlora_trainer.config.read import check_values
+from qlora_trainer.training.launch import join_processes
+from qlora_trainer.training.loop import run_training
+from qlora_trainer.training.plan import TrainingPlan
+from qlora_trainer.training.processes import Processes
+from tests.training.tiny import adapted_llama, make_run, trained_values
+
+
+class StopAfter(Reporter):
+    """Sends this process SIGTERM once the loop shows a step, as a scheduler does."""
+
+    def __init__(self, step: int | None) -> None:
+        self._shown, self._sent = f"step {step}/", False
+
+    def write(self, text: str) -> int:
+        if text.startswith(self._shown) and not self._sent:
+            self._sent = True  # what the handler says flushes the same line again
+            os.kill(os.getpid(), signal.SIGTERM)
+        return len(text)
+
+    def flush(self) -> None:
+        pass
+
+    def console(self) -> Console:
+        return Console(file=self, width=1000, soft_wrap=True)  # type: ignore[arg-type]
+
+
+class ShortOfMemory:
+    """A task that has room for one row at a time only, in one of the processes."""
+
+    def __init__(self, task: Any, here: bool) -> None:
+        self._task, self._here = task, here
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._task, name)
+
+    def loss_sum(self, model: Any, batch: Any) -> torch.Tensor:
+        if self._here and batch["input_ids"].shape[0] > 1:
+            raise torch.OutOfMemoryError("made up")
+        return self._task.loss_sum(model, batch)
+
+
+def short_of_memory(folder: Path, processes: Processes) -> dict[str, Any]:
+    """Train where process 1 has less memory; -> parts and the adapter's sum."""
+    model = adapted_llama()
+    run = make_run(folder, model, total_steps=3, accumulation=3, processes=processes)
+    short = replace(run, task=ShortOfMemory(run.task, processes.rank == 1))
+    outcome = run_training(short, TrainingPlan(3, 1e-2, seed=5))
+    values = {name: value.tolist() for name, value in trained_values(model).items()}
+    return {"parts": outcome.micro_batch_parts, "values": values}
+
+
+def fault_in_one(processes: Processes) -> dict[str, str]:
+    """What each process hears of a fault in process 1."""
+    try:
+        with processes.together():
+            if processes.rank == 1:
+                raise UserError("no such column")
+    except UserError as error:
+        return {"kind": type(error).__name__, "said": str(error)}
+    return {}
+
+
+def main() -> None:
+    jobs = json.loads(Path(sys.argv[1]).read_text())
+    rank = int(os.environ["RANK"])
+    seen: dict[str, Any] = {}
+    for name, job in jobs["runs"].items():
+        settings = job["settings"]
+        if rank:  # a machine of its own, with nothing of the run on its disk
+            settings["output"]["folder"] += "-elsewhere"
+        result = train(check_values(settings), reporter=StopAfter(job.get("stop_after")))
+        seen[name] = {"step": result.outcome.step, "complete": result.outcome.complete,
+                      "wrote": Path(settings["output"]["folder"]).exists()}  # fmt: skip
+    with join_processes("cpu") as processes:
+        seen["facts"] = [processes.rank, processes.count, list(processes.share(5))]
+        seen["fault"] = fault_in_one(processes)
+        seen["memory"] = short_of_memory(Path(f"{sys.argv[1]}-memory-{rank}"), processes)
+    Path(f"{sys.argv[1]}.{rank}").write_text(json.dumps(seen))
+
+
+if __name__ == "__main__":
+    main()
