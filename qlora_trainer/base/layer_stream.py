@@ -10,15 +10,16 @@ under one, is `base/transfers.py`'s.
 
 A layer's parameters and buffers are views into its flat buffer while it is there. Away, they are
 placeholders of the same shape, dtype and device that hold one NaN: what is read at the wrong time
-cannot pass for a weight. The layer's forward is wrapped on the instance, inside whatever computes
-it again.
+cannot pass for a weight. The layer's forward is wrapped on the instance; transformers computes a
+layer again inside that forward, so whoever plans this (`training/activations.py`) puts `bringing`
+around what is computed again.
 
 Given up: keeping the activations of a streamed layer, whose backward would find its weights gone
 (the run file refuses it), and training its own weights in full.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +31,7 @@ from qlora_trainer.base.transfers import Copy, Transfers, piece_sizes
 from qlora_trainer.errors import UserError
 
 _ALIGNMENT = 512  # bytes, as the allocator's own
+_BRING = "_bring_to_the_device"
 
 
 @dataclass(frozen=True)
@@ -148,6 +150,8 @@ class LayerStream:
 
     def bring(self, index: int) -> None:
         """Have a layer on the device, the next one on its way, and no other."""
+        if index == self._last and self._layers[index].here:
+            return
         top = len(self._layers) - 1
         upward = index == 0 or (index != top and index > self._last)
         self._last = index
@@ -159,14 +163,21 @@ class LayerStream:
         self._layers[following].start(self.transfers)
 
     def _bring_before(self, layer: nn.Module, index: int) -> None:
-        forward = layer.forward
+        layer.__dict__[_BRING] = functools.partial(self.bring, index)
+        layer.forward = bringing(layer, layer.forward)
 
-        @functools.wraps(forward)
-        def streamed(*args: Any, **kwargs: Any) -> Any:
-            self.bring(index)
-            return forward(*args, **kwargs)
 
-        layer.forward = streamed
+def bringing(layer: nn.Module, function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of a layer that has its weights on the device first, where they come and go."""
+    bring: Callable[[], None] | None = layer.__dict__.get(_BRING)
+    if bring is None:
+        return function
+
+    def brought(*args: Any, **kwargs: Any) -> Any:
+        bring()
+        return function(*args, **kwargs)
+
+    return brought
 
 
 def streamed_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qlora_trainer.base.host_embedding import compute_device
+from qlora_trainer.base.layer_stream import bringing
 from qlora_trainer.base.layers import input_embeddings
 from qlora_trainer.base.select import trained_heads
 from qlora_trainer.base.transfers import Transfers
@@ -101,7 +102,7 @@ def _set(layer: nn.Module, again: Callable[..., Any] | None) -> None:
     """Let `again(forward, *args)` run the layer in training; None: its forward as it is."""
     if isinstance(layer, GradientCheckpointingLayer):
         layer.gradient_checkpointing = again is not None
-        layer._gradient_checkpointing_func = again
+        layer._gradient_checkpointing_func = None if again is None else _brought(layer, again)
         return
     plain: Callable[..., Any] | None = layer.__dict__.pop(_PLAIN_FORWARD, None)
     if plain is not None:
@@ -115,3 +116,8 @@ def _set(layer: nn.Module, again: Callable[..., Any] | None) -> None:
 
     layer.__dict__[_PLAIN_FORWARD] = forward
     layer.forward = recomputed
+
+
+def _brought(layer: nn.Module, again: Callable[..., Any]) -> Callable[..., Any]:
+    """`again` where the layer's weights may have left when its forward runs for the second time."""
+    return lambda forward, *args: again(bringing(layer, forward), *args)

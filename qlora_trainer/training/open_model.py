@@ -70,11 +70,6 @@ def open_model(run: RunConfig, local_rank: int = 0) -> ModelSource:
     except ValueError as error:
         raise UserError(f"model.device = {model.device!r}: {error}") from None
     check_attention(model.attention, device)
-    if model.stream_layers:
-        raise UserError(
-            "model.stream_layers = true: can be foreseen (qlora profile), and is not yet proven to "
-            "train as a whole base does; set model.stream_layers: false"
-        )
     resolved = resolve_model(
         model.source, model.revision, trust_remote_code=model.trust_remote_code
     )

@@ -1,7 +1,4 @@
-"""Streamed layers: a whole model's bits in evaluation and generation, and what is refused.
-
-That all gradients are a whole model's is not proven yet; `open_model` refuses to train so.
-"""
+"""Streamed layers: the bits of a whole model, at most two on the device, copies as promised."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from qlora_trainer.base.layer_stream import stream_of, streamed_layers
 from qlora_trainer.base.layers import decoder_layers
 from qlora_trainer.base.load import BaseSpec, load_base
+from qlora_trainer.base.transfers import Transfers
 from qlora_trainer.errors import UserError
 from qlora_trainer.lora.inject import adapter_parameters, inject_adapter
 from qlora_trainer.lora.spec import AdapterSpec
@@ -22,6 +20,7 @@ from qlora_trainer.tasks.causal_lm import CausalLM
 from qlora_trainer.tasks.loss_path import LossPath
 from qlora_trainer.training.activations import plan_activations
 from qlora_trainer.training.step import seed_random
+from qlora_trainer.training.techniques import Techniques, apply_techniques
 
 CPU = torch.device("cpu")
 LAYERS = 5
@@ -31,6 +30,18 @@ CONFIG = LlamaConfig(
     num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
 )  # fmt: skip
 IDS = torch.arange(1, 25).view(2, 12)
+
+
+class Watched(Transfers):
+    """Real copies, counted."""
+
+    def __init__(self) -> None:
+        super().__init__(CPU)
+        self.copies = 0
+
+    def to_device(self, *args: Any) -> Any:
+        self.copies += 1
+        return super().to_device(*args)
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +69,40 @@ def gradients(model: Any) -> dict[str, Tensor]:
         ids = IDS + index
         task.loss_sum(model, task.prepare({"input_ids": ids, "labels": ids})).backward()
     return {n: p.grad.clone() for n, p in adapter_parameters(model).items() if p.grad is not None}
+
+
+@pytest.mark.parametrize("plan", ["recompute", "offload"])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("fast", [False, True])
+def test_streaming_changes_no_bit_of_any_gradient(
+    folder: Path, plan: Any, dropout: float, fast: bool
+) -> None:
+    found = []
+    for stream in (False, True):
+        model = adapted(folder, stream=stream, dropout=dropout)
+        apply_techniques(model, Techniques(fused_mlp=fast, tiled_norms=fast))
+        plan_activations(model, decoder_layers(model), plan)
+        found.append(gradients(model))
+    whole, streamed = found
+    assert whole.keys() == streamed.keys()
+    assert len(whole) == LAYERS * 7 * 2
+    assert all(torch.equal(whole[name], streamed[name]) for name in whole)
+
+
+def test_two_layers_at_most_and_the_next_one_always_on_its_way(folder: Path) -> None:
+    model = adapted(folder, stream=True)
+    plan_activations(model, decoder_layers(model), "recompute")
+    stream = stream_of(model)
+    assert stream is not None
+    watched = stream.transfers = Watched()
+    present: list[list[int]] = []
+    for _, layer in decoder_layers(model):
+        layer.mlp.register_forward_pre_hook(lambda *_: present.append(stream.present))
+    gradients(model)
+    up, down = [[0, 1], [1, 2], [2, 3], [3, 4], [3, 4]], [[3, 4], [2, 3], [1, 2], [0, 1], [0, 1]]
+    assert present == 2 * (up + down)
+    # the first pass brings all; each later one finds the two where it turns round
+    assert watched.copies == LAYERS + 3 * (LAYERS - 2)
 
 
 def test_what_is_away_is_no_number(folder: Path) -> None:
