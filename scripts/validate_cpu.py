@@ -40,12 +40,17 @@ def make(family: str, folder: Path) -> None:
     """Save a random model."""
     import torch
     import transformers
+    from tokenizers import Tokenizer, models
 
     torch.manual_seed(0)
     config = getattr(transformers, f"{family}Config")(**MODELS[family])
     transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(
         folder
     )
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1}, unk_token="<unk>"))
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words, unk_token="<unk>", eos_token="</s>", pad_token="</s>"
+    ).save_pretrained(folder)  # a run opens one, though these steps read no text
 
 
 def compare(folder: Path, settings: tuple[str, ...]) -> dict[str, Any]:
