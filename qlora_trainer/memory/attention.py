@@ -72,7 +72,8 @@ def _run(kernel: str, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | 
     if kernel == CPU_FLASH:
         # sdp_utils_cpp.cpp: the CPU has one fused kernel, for any mask and grouping, no dropout
         attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        on_cpu: Tensor = attend(query, key, value, dropout, causal, attn_mask=mask, scale=scale)[0]
+        bias = None if mask is None else _additive(mask, query.dtype)  # kept for the backward
+        on_cpu: Tensor = attend(query, key, value, dropout, causal, attn_mask=bias, scale=scale)[0]
         return on_cpu
     if kernel == EFFICIENT:
         recorded = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
@@ -96,13 +97,19 @@ def additive_bias(mask: Tensor, query: Tensor) -> Tensor:
 
     Source: convert_boolean_attn_mask and pad_bias, aten/src/ATen/native/transformers/attention.cpp.
     """
-    if mask.dtype == torch.bool:
-        hidden = torch.full((), float("-inf"), dtype=query.dtype, device=query.device)
-        mask = torch.where(mask, torch.zeros_like(hidden), hidden)
+    mask = _additive(mask, query.dtype)
     size = mask.shape[-1]
     if size % 16:
         mask = F.pad(mask, (0, -size % 16))[..., :size]
     return mask.expand(query.shape[0], query.shape[1], query.shape[2], size)
+
+
+def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask of truth values as one of numbers, as `convert_boolean_attn_mask` makes it."""
+    if mask.dtype != torch.bool:
+        return mask
+    hidden = torch.full((), float("-inf"), dtype=dtype, device=mask.device)
+    return torch.where(mask, torch.zeros_like(hidden), hidden)
 
 
 def attention_for(gpu: Gpu | None) -> str:
