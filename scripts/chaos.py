@@ -19,7 +19,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -53,7 +52,7 @@ class Tally:
     survived: int = 0
     steps_lost: int = 0
     most_steps_lost: int = 0
-    left_with: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    left_with: dict[str, int] = field(default_factory=dict)
 
 
 class Chaos:
@@ -104,7 +103,7 @@ class Chaos:
         if code == 0:
             raise Ended(0)
         tally.injected += 1
-        tally.left_with[str(code)] += 1
+        tally.left_with[str(code)] = tally.left_with.get(str(code), 0) + 1
         after = newest_whole_step(storm.folder)
         lost = steps_logged(storm.folder) - after
         tally.steps_lost += lost
