@@ -88,6 +88,11 @@ def show_foresight(foresight: Foresight, *, as_json: bool, notes: Sequence[str] 
     out.print(table)
     kernels = ", ".join(f"{name} {count}x" for name, count in foresight.kernels.items())
     out.print(f"\nkernels: {escape(kernels) or 'none chosen'}")
+    for operator, most_bytes in foresight.bounded.items():
+        out.print(
+            f"{escape(operator)} has no weightless implementation: its inner memory is counted as "
+            f"{format_bytes(most_bytes)}, and the peak may be off by as much"
+        )
 
 
 def show_sweep(

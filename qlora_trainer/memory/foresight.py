@@ -62,6 +62,7 @@ class Foresight:
         host_bytes_by_phase: Host RAM of each phase; see `artefacts.host_bytes_by_phase`.
         disk_peak_bytes: Artefact -> most bytes at one time; see `artefacts.disk_peak_bytes`.
         processes: How many make the run together; all sizes but those of the disk are one's.
+        bounded: Operator without a weightless implementation -> bytes the peak may be off by.
     """
 
     gpu: str
@@ -89,6 +90,7 @@ class Foresight:
     disk_peak_bytes: dict[str, int] = field(default_factory=dict)
     timeline: tuple[tuple[int, int, str], ...] = field(default=(), repr=False)
     processes: int = 1
+    bounded: dict[str, int] = field(default_factory=dict)
 
     @property
     def total_bytes(self) -> int:
@@ -180,6 +182,7 @@ class SimulatedRun:
             peak_phase=shown.peak_phase,
             alive=tuple(shown.alive[:50]),
             kernels=dict(self.trace.log.kernels),
+            bounded=dict(self.trace.log.bounded),
             fits=limited.fits,
             fits_without_retry=limited.fits and limited.retries == 0,
             host_bytes=self._host_bytes(),

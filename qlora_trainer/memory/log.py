@@ -44,7 +44,7 @@ class Log:
     allocations: list[Allocation] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
     kernels: dict[str, int] = field(default_factory=dict)
-    notes: dict[str, str] = field(default_factory=dict)
+    bounded: dict[str, int] = field(default_factory=dict)  # operator -> bytes, by `stand_in.py`
 
 
 WRAPPERS = ("torch/_dynamo/eval_frame.py", "torch/_compile.py")
@@ -55,6 +55,7 @@ _SKIP = (
     "/memory/tracker.py",
     "/memory/cuda_rules.py",
     "/memory/simulate.py",
+    "/memory/stand_in.py",
 )
 
 

@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from qlora_trainer.errors import UserError
 from qlora_trainer.memory.log import ALLOCATE, FREE, PHASE, WRAPPERS, Allocation, Log, maker_of
 from qlora_trainer.memory.shapes import ShapeMemory
+from qlora_trainer.memory.stand_in import stand_in
 
 _LOSS_FILES = ("linear_cross_entropy.py", "base/head.py")
 Rule: TypeAlias = Callable[["AllocationTracker", Any, tuple[Any, ...], dict[str, Any]], Any]
@@ -144,9 +145,23 @@ class AllocationTracker(TorchDispatchMode):
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run an operator from inside a rule; on weightless tensors its answer is remembered."""
-        if self.device_type == "meta":
+        if self.device_type != "meta":
+            return func(*args, **kwargs)
+        try:
             return self._shapes.run(func, args, kwargs)
-        return func(*args, **kwargs)
+        except RuntimeError as error:  # torch has several words for such an operator
+            return self._bounded(func, args, kwargs, error)
+
+    def _bounded(self, func: Any, args: Any, kwargs: Any, error: RuntimeError) -> Any:
+        """An operator without a weightless implementation, its inner memory at most as noted."""
+        try:
+            result, most_bytes = stand_in(func, args, kwargs)
+        except ValueError:
+            raise error from None
+        name = str(func)
+        self.log.bounded[name] = max(self.log.bounded.get(name, 0), most_bytes)
+        with self.temporary(most_bytes, name):
+            return result
 
     def count_kernel(self, name: str) -> None:
         """Remember that a kernel was chosen, to be printed with the prediction."""

@@ -110,3 +110,39 @@ def test_a_remembered_in_place_operator_still_refuses_what_cannot_be():
         kept.t_()
         kept.t_()
         assert kept.shape == (8, 4)
+
+
+def test_an_operator_without_weightless_form_is_named_and_its_memory_bounded():
+    def program(_tracker):
+        found = torch.nonzero(torch.zeros(1000, device="meta"))
+        assert found.shape == (1000, 1)
+
+    trace = simulate(program, None)
+    made = 1000 * 8
+    assert trace.log.bounded == {"aten.nonzero.default": 1000 * 4 + made}
+    peak = trace.live().peak_bytes
+    least = 1000 * 4 + made
+    assert least <= peak <= least + sum(trace.log.bounded.values())
+
+
+def test_an_operator_that_cannot_be_stood_in_for_is_named():
+    def program(_tracker):
+        weights = torch.zeros(2**15, 2**15, device="meta")
+        torch.nonzero(weights)
+
+    with pytest.raises(UnforeseeableOperator, match="nonzero"):
+        simulate(program, None)
+
+
+@torch.library.custom_op("qlora_test::doubled", mutates_args=())
+def doubled(x: torch.Tensor) -> torch.Tensor:
+    return x * 2
+
+
+def test_an_operator_of_a_package_is_stood_in_for():
+    def program(_tracker):
+        made = doubled(torch.zeros(8, 4, device="meta"))
+        assert made.is_meta
+        assert made.shape == (8, 4)
+
+    assert simulate(program, None).log.bounded == {"qlora_test.doubled.default": 2 * 8 * 4 * 4}
