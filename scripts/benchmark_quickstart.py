@@ -163,15 +163,24 @@ def comparisons(report: dict[str, Any]) -> dict[str, float]:
 
 def machine() -> dict[str, Any]:
     """Where the figures come from, without naming the machine."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    commit = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    # the file of figures itself has changed as soon as one part is written
+    commit = git_says("rev-parse", "--short=12", "HEAD")
+    changed = git_says("status", "--porcelain", "-uno", "--", ".", ":!scripts/results")
     return {
         "system": platform.system(),
         "architecture": platform.machine(),
         "python": platform.python_version(),
         "cores": os.cpu_count(),
-        "commit": commit.stdout.strip(),
+        "commit": commit + ("-dirty" if changed else ""),
     }
+
+
+def git_says(*words: str) -> str:
+    """What git answers in this repository."""
+    done = subprocess.run(
+        ["git", *words], cwd=REPOSITORY, capture_output=True, text=True, check=False
+    )
+    return done.stdout.strip()
 
 
 def read_json(path: Path) -> dict[str, Any]:

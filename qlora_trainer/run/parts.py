@@ -3,6 +3,7 @@
 data and its gate -> memory foreseen -> base -> adapters -> task, optimizer, windows, plan.
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,7 +81,9 @@ def prepare(
     told.gate(gate)
     forecast = forecast_run(run, source, data, told, processes)
     settings = setup.model_settings(data.encoder)
-    model = setup.load_model(run, source, tensors_loaded(told), settings=settings)
+    cached = run.model.quantized_cache is not None
+    with processes.main_first() if cached else nullcontext():  # made by one, read by the others
+        model = setup.load_model(run, source, tensors_loaded(told), settings=settings)
     account = audit_base(model)
     told.audit(account)
     spec = setup.add_adapter(run, model, source.base_spec.compute_dtype, source.kind)

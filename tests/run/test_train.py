@@ -110,6 +110,14 @@ def test_every_choice_trains(make_run: Make, sections: dict[str, Any]) -> None:
     assert held_out_metrics(trained)["loss"] == pytest.approx(result.metrics["loss"], rel=2e-3)
 
 
+def test_a_kept_copy_of_the_quantized_base_trains_the_same(make_run: Make, tmp_path: Path) -> None:
+    expected = train(make_run(output={"folder": str(tmp_path / "plain")})).metrics
+    copies = {"quantized_cache": str(tmp_path / "copies")}
+    for name in ("made", "read"):
+        result = train(make_run(model=copies, output={"folder": str(tmp_path / name)}))
+        assert result.metrics == expected
+
+
 def test_a_tilde_in_the_output_folder_is_the_users_home(
     make_run: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
