@@ -21,6 +21,7 @@ from qlora_trainer.run.report import Reporter
 from qlora_trainer.run.rescore import changed_rows, prove_saved, require_same_metrics
 from qlora_trainer.run.train import train
 from qlora_trainer.training.environment import always_alike
+from qlora_trainer.training.processes import ALONE
 from tests.tasks.tiny_texts import labelled_rows, tiny_encoder_folder, write_rows
 
 Make = Callable[..., RunConfig]
@@ -97,7 +98,8 @@ def test_earlier_rows_are_scored_on_the_device_of_this_run(
     shutil.copytree(first, earlier)
     text = (earlier / "run.yaml").read_text()
     (earlier / "run.yaml").write_text(text.replace("device: cpu", "device: cuda:99"))
-    found = open_earlier(make("here", labelled_rows(40), init_from=str(earlier)), Reporter())
+    run = make("here", labelled_rows(40), init_from=str(earlier))
+    found = open_earlier(run, Reporter(), ALONE)
     assert found is not None
     assert found.source.device == torch.device("cpu")
 
