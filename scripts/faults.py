@@ -151,11 +151,13 @@ def disk_full(storm: Storm) -> int:
     """Its disk has no byte left."""
     process, ballast = storm.running(), storm.folder.parent / "ballast"
     try:
+        process.send_signal(signal.SIGSTOP)  # or it writes between the asking and the taking
         with ballast.open("wb") as file:
             free = os.statvfs(storm.folder)
             size = free.f_bavail * free.f_frsize
             if size:
                 os.posix_fallocate(file.fileno(), 0, size)
+        process.send_signal(signal.SIGCONT)
         return _left(process)
     finally:
         ballast.unlink(missing_ok=True)
