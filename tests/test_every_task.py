@@ -27,9 +27,9 @@ from qlora_trainer.run.check import check
 from qlora_trainer.run.evaluate import evaluate_run, predict_file
 from qlora_trainer.run.export import export_run
 from qlora_trainer.run.foresee import foresee_run
-from qlora_trainer.run.report import Reporter
 from qlora_trainer.run.train import train
 from tests.data.pair_tokenizers import SENTENCES, t5_like
+from tests.run.conftest import Lines
 from tests.tasks.tiny_texts import (
     labelled_rows,
     tiny_decoder_folder,
@@ -139,16 +139,6 @@ CASES = {
         "accuracy", "label",
     ),
 }  # fmt: skip
-
-
-class Lines(Reporter):
-    """Keeps what is said."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def say(self, line: str) -> None:
-        self.lines.append(line)
 
 
 def kill_after_a_state(run_file: Path, folder: Path) -> None:

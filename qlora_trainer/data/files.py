@@ -264,4 +264,6 @@ def read_file(path: Path, faults: FaultLog) -> Iterator[Row]:
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         faults.add(Fault(str(path), f"broken gzip file ({error})", "write or download it again"))
     except OSError as error:
-        faults.add(Fault(str(path), f"cannot be read ({error.strerror})", "mend its permissions"))
+        denied = isinstance(error, PermissionError)
+        remedy = "mend its permissions" if denied else "look at the disk, or copy the file anew"
+        faults.add(Fault(str(path), f"cannot be read ({error.strerror})", remedy))

@@ -30,8 +30,7 @@ class Option:
     apply: Callable[[RunShape], RunShape]
 
 
-Change = tuple[Option, ...]
-"""Options of one kind, mildest first; a later one takes the place of an earlier."""
+Change = tuple[Option, ...]  # of one kind, mildest first; a later takes the place of an earlier
 
 
 def lossless_changes(shape: RunShape, *, on_cpu: bool, streaming: bool) -> list[Change]:

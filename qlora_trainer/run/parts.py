@@ -15,7 +15,7 @@ from qlora_trainer.run.check import inspect
 from qlora_trainer.run.continued import read_into
 from qlora_trainer.run.forecast import Forecast, forecast_run
 from qlora_trainer.run.report import Reporter, rows_read, tensors_loaded
-from qlora_trainer.run.shares import idle_notes, require_passes, require_same_run
+from qlora_trainer.run.shares import idle_notes, require_agreement, require_passes
 from qlora_trainer.tasks.task import Task
 from qlora_trainer.training import setup
 from qlora_trainer.training.optimizer import AdapterAdamW
@@ -76,7 +76,7 @@ def prepare(
         "data_fingerprint": data.train.fingerprint,
         "eval_fingerprint": None if data.held_out is None else data.held_out.fingerprint,
     }
-    require_same_run(run, source, identity, processes)
+    require_agreement(run, source, identity, processes)
     gate = inspect(run, source, data)
     told.gate(gate)
     forecast = forecast_run(run, source, data, told, processes)

@@ -36,7 +36,7 @@ def idle_notes(run: RunConfig, processes: Processes) -> Iterator[str]:
         )
 
 
-def require_same_run(
+def require_agreement(
     run: RunConfig,
     source: setup.ModelSource,
     identity: Mapping[str, str | None],

@@ -79,10 +79,6 @@ class Processes:
         """
         return self.gather(value if self.is_main else None)[0]
 
-    def any(self, value: bool) -> bool:
-        """Whether it is true for one of them."""
-        return any(self.gather(value))
-
     @contextmanager
     def together(self) -> Iterator[None]:
         """Leave the block when all have come through it; what fails in one fails in all.

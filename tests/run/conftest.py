@@ -13,8 +13,19 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from qlora_trainer.config.read import check_values
 from qlora_trainer.config.settings import RunConfig
+from qlora_trainer.run.report import Reporter
 
 Settings = dict[str, dict[str, Any]]
+
+
+class Lines(Reporter):
+    """Keeps what is said."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def say(self, line: str) -> None:
+        self.lines.append(line)
 
 
 @pytest.fixture(scope="session")

@@ -12,21 +12,11 @@ from qlora_trainer.config.settings import RunConfig
 from qlora_trainer.errors import UserError
 from qlora_trainer.run.forecast import forecast_run
 from qlora_trainer.run.measure import measure_run
-from qlora_trainer.run.report import Reporter
 from qlora_trainer.run.train import train
 from qlora_trainer.training import setup
+from tests.run.conftest import Lines
 
 Make = Callable[..., RunConfig]
-
-
-class Lines(Reporter):
-    """Keeps what is said."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def say(self, line: str) -> None:
-        self.lines.append(line)
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])

@@ -11,18 +11,9 @@ from qlora_trainer.memory.program import Accounts, RunShape
 from qlora_trainer.memory.simulate import Trace
 from qlora_trainer.run.report import Reporter
 from qlora_trainer.run.room import room_on_card, room_on_disk
+from tests.run.conftest import Lines
 
 Make = Callable[..., RunConfig]
-
-
-class Lines(Reporter):
-    """Keeps what is said."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def say(self, line: str) -> None:
-        self.lines.append(line)
 
 
 def test_a_disk_too_small_for_the_states_is_told(make_run: Make) -> None:

@@ -13,22 +13,12 @@ from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-import qlora_trainer
 from qlora_trainer import UserError, generate, held_out_metrics, load_run, load_trained, train
 from qlora_trainer.config.settings import RunConfig
 from qlora_trainer.lora.inject import adapter_parameters
+from tests.run.conftest import Lines
 
 Make = Callable[..., RunConfig]
-
-
-class Listener(qlora_trainer.Reporter):
-    """Keeps what it is told."""
-
-    def __init__(self) -> None:
-        self.told: list[str] = []
-
-    def say(self, line: str) -> None:
-        self.told.append(line)
 
 
 def test_a_run_learns_and_its_folder_explains_itself(make_run: Make, tmp_path: Path) -> None:
@@ -166,7 +156,7 @@ def test_what_cannot_be_written_at_the_very_end_is_made_up_for(
     with pytest.raises(UserError, match=r"loss\.png: cannot be written \(Is a directory\); what"):
         train(make_run())
     (tmp_path / "run" / "loss.png").rmdir()
-    listener = Listener()
+    listener = Lines()
     again = train(make_run(), reporter=listener)
     assert again.metrics == expected.metrics
     assert (again.folder / "result.json").is_file()
@@ -180,9 +170,9 @@ def test_a_run_of_another_machine_answers_here(make_run: Make) -> None:
     settings = yaml.safe_load((folder / "run.yaml").read_text())
     settings["model"] |= {"attention": "flash_attention_2", "device": "auto"}
     (folder / "run.yaml").write_text(yaml.safe_dump(settings))
-    listener = Listener()
+    listener = Lines()
     trained = load_trained(folder, reporter=listener)
-    assert "model.attention = 'flash_attention_2', which this machine does not" in listener.told[0]
+    assert "model.attention = 'flash_attention_2', which this machine does not" in listener.lines[0]
     assert generate(trained, ["What is 1 plus 1?"], max_new_tokens=4) == expected
     with pytest.raises(UserError, match="flash_attention_2': needs a GPU"):
         train(load_run(folder / "run.yaml"), restart=True)
@@ -205,12 +195,12 @@ def test_resuming_with_another_run_file_says_what_differs(make_run: Make, tmp_pa
     (tmp_path / "run" / "result.json").unlink()  # as if it had been killed while finishing
     with pytest.raises(UserError, match=r"adapter\.rank: was 4, now 8"):
         train(make_run(adapter={"rank": 8}))
-    listener = Listener()
+    listener = Lines()
     longer = train(
         make_run(train={"max_steps": 6}, output={"save_every_steps": 2}), reporter=listener
     )
     assert longer.outcome.step == 6
-    assert any("train.max_steps: was 4, now 6" in line for line in listener.told)
+    assert any("train.max_steps: was 4, now 6" in line for line in listener.lines)
 
 
 def test_generation_answers_in_order_and_the_adapter_can_be_off(make_run: Make) -> None:
@@ -285,9 +275,9 @@ def test_a_run_begun_by_an_older_version_goes_on(make_run: Make) -> None:
     for section, name in (("model", "double_quant"), ("train", "beta2"), ("data", "packing")):
         del settings[section][name]
     (folder / "run.yaml").write_text(yaml.safe_dump(settings))
-    listener = Listener()
+    listener = Lines()
     assert train(make_run(train={"max_steps": 2}), reporter=listener).outcome.complete
-    assert not [line for line in listener.told if "differs" in line]
+    assert not [line for line in listener.lines if "differs" in line]
     unfinish(folder)
     (folder / "run.yaml").write_text(yaml.safe_dump(settings))
     with pytest.raises(UserError, match=r"data\.packing: was False, now True"):
@@ -329,9 +319,9 @@ def test_resuming_elsewhere_is_said_and_recorded(make_run: Make) -> None:
     begun = json.loads(file.read_text())
     begun["versions"]["torch"] = "2.0.0"
     file.write_text(json.dumps(begun))
-    listener = Listener()
+    listener = Lines()
     train(make_run(train={"max_steps": 2}), reporter=listener)
-    assert [line for line in listener.told if "versions.torch: was '2.0.0'" in line]
+    assert [line for line in listener.lines if "versions.torch: was '2.0.0'" in line]
     recorded = json.loads(file.read_text())
     resumed = recorded.pop("resumed")
     assert recorded == begun
