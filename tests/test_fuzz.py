@@ -98,7 +98,12 @@ def test_what_once_came_out_comes_out_no_more(name: str, content: bytes, tmp_pat
 
 
 @pytest.mark.parametrize("name", TARGETS)
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(
+    max_examples=60,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=list(HealthCheck),
+)
 @given(data=st.data())
 def test_nothing_but_our_own_errors_comes_out(name: str, data: st.DataObject) -> None:
     with tempfile.TemporaryDirectory() as place:
