@@ -5,7 +5,7 @@
 Ours is a whole run (4-bit base, adapter, head, scored again by a fresh process); PEFT trains the
 same base, bit for bit, from the same first values with the same micro-batches in the same order
 (`peft_task_twin.py`). Both are scored by the same code on the same rows after the last step: no
-best step is chosen on the rows that are reported. Cases that are quick are run with several seeds.
+best step is chosen on the rows that are reported.
 A case whose model or data is not there is skipped, with the reason in the figures; figures of cases
 not run stay in the file. The assets come with `assets.py`, `assets_words.py`, `assets_text.py`,
 `assets_translation.py` and `assets_images.py`.

@@ -40,6 +40,7 @@ from training_process import (
 
 from qlora_trainer.config.read import read_run_file
 
+_LATE_ROUNDS = 5  # after the time is over: a run too short for a kind is told, not tried for ever
 _DISK_BYTES = 1 << 29  # of the small disk that fills up; memory is taken as it is used
 _FAKETIME = Path("/usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1")  # Debian's place
 
@@ -69,7 +70,7 @@ class Chaos:
         """One run to its end: faults while there is time or a kind left to try."""
         remove_run(self.storm.folder)
         try:
-            while time.monotonic() < until or not self.tried_all:
+            while time.monotonic() < until or self.untried:
                 self._strike(self._next())
         except Ended as end:
             if end.args[0] != 0:
@@ -83,9 +84,9 @@ class Chaos:
         self.compared += 8 * len(ours)
 
     @property
-    def tried_all(self) -> bool:
-        """Whether every kind has struck."""
-        return all(tally.injected for tally in self.tallies.values())
+    def untried(self) -> list[str]:
+        """Kinds that have not struck yet."""
+        return [kind for kind, tally in self.tallies.items() if not tally.injected]
 
     def _next(self) -> str:
         if not self._queue:
@@ -174,8 +175,13 @@ def run_chaos(arguments: argparse.Namespace) -> dict[str, Any]:
         chaos = Chaos(storm, [kind for kind in wanted if kind not in skipped])
         until = time.monotonic() + 60 * arguments.minutes
         try:
-            while chaos.rounds == 0 or time.monotonic() < until or not chaos.tried_all:
+            late = 0
+            while chaos.rounds == 0 or time.monotonic() < until or chaos.untried:
+                untried = chaos.untried
                 chaos.round(calm, until)
+                late = late + 1 if time.monotonic() > until and chaos.untried == untried else 0
+                if untried and late == _LATE_ROUNDS:
+                    raise SystemExit(f"the runs end before {', '.join(untried)} can strike")
         except SystemExit:
             print(said.read_text(errors="replace")[-3000:], file=sys.stderr)
             raise

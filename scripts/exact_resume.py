@@ -44,15 +44,13 @@ def kill_and_resume(command: list[str], folder: Path, *, kills: int, seed: int) 
     step_seconds = 1.0
     began = time.monotonic()
     while True:
-        before, process = steps_logged(folder), start(command)
-        moments: list[float] = []
+        before, process, struck = steps_logged(folder), start(command), False
         while process.poll() is None and len(killed_after) < kills:
             if steps_logged(folder) > before:
-                moments.append(time.monotonic())
                 time.sleep(chance.uniform(0, 2 * step_seconds))
                 if process.poll() is None:
                     process.kill()
-                    killed_after.append(steps_logged(folder))
+                    struck = True
                 break
             if time.monotonic() - began > SLOWEST_STEP_SECONDS * (kills + 1):
                 process.kill()
@@ -61,8 +59,9 @@ def kill_and_resume(command: list[str], folder: Path, *, kills: int, seed: int) 
         code = process.wait()
         if code == 0:
             break
-        if code not in (-9, 1) or len(killed_after) == 0:
+        if not struck or code not in (-9, 1):
             raise SystemExit(f"the run ended by itself with exit code {code}")
+        killed_after.append(steps_logged(folder))
         step_seconds = last_step_seconds(folder)
     return {
         "kills": len(killed_after),

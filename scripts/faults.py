@@ -152,6 +152,7 @@ def disk_full(storm: Storm) -> int:
     process, ballast = storm.running(), storm.folder.parent / "ballast"
     try:
         process.send_signal(signal.SIGSTOP)  # or it writes between the asking and the taking
+        os.waitpid(process.pid, os.WUNTRACED)
         with ballast.open("wb") as file:
             free = os.statvfs(storm.folder)
             size = free.f_bavail * free.f_frsize

@@ -74,6 +74,7 @@ def sbom(out: Path) -> dict[str, Any]:
 def audit(out: Path) -> dict[str, Any]:
     """Ask for known vulnerabilities of the pinned versions."""
     file = out / "audit.json"
+    file.unlink(missing_ok=True)  # of an earlier audit: one that fails now is not to pass by it
     command = [
         str(venv_python(TOOLS)), "-m", "pip_audit", "--requirement", str(CONSTRAINTS), "--no-deps",
         "--disable-pip", "--format", "json", "--output", str(file), "--progress-spinner", "off",
@@ -83,13 +84,15 @@ def audit(out: Path) -> dict[str, Any]:
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=AUDIT_SECONDS, check=False
         )
-        found = json.loads(file.read_text(encoding="utf-8"))["dependencies"]
     except subprocess.TimeoutExpired:
         return {"done": False, "reason": f"no answer within {AUDIT_SECONDS} s"}
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))["dependencies"]
     except (OSError, ValueError, KeyError):
         return {"done": False, "reason": "\n".join(done.stderr.strip().splitlines()[-3:])}
     bad = {d["name"]: [v["id"] for v in d["vulns"]] for d in found if d.get("vulns")}
-    return {"done": True, "packages": len(found), "vulnerable": bad}
+    skipped = {d["name"]: d["skip_reason"] for d in found if "skip_reason" in d}
+    return {"done": not skipped, "packages": len(found), "skipped": skipped, "vulnerable": bad}
 
 
 STEPS: dict[str, Callable[[Path], dict[str, Any]]] = {
@@ -109,8 +112,9 @@ def main() -> int:
     arguments.out.mkdir(parents=True, exist_ok=True)
     report: dict[str, Any] = {}
     try:
-        if {"sbom", "audit"} & set(arguments.only) and not venv_python(TOOLS).exists():
-            run_step(f"Making {TOOLS}", [sys.executable, "-m", "venv", TOOLS])
+        if {"sbom", "audit"} & set(arguments.only):
+            if not venv_python(TOOLS).exists():
+                run_step(f"Making {TOOLS}", [sys.executable, "-m", "venv", TOOLS])
             pip = [venv_python(TOOLS), "-m", "pip", "install", "--quiet", "--no-input"]
             run_step("Installing the release tools", [*pip, *TOOL_PINS])
         for name in arguments.only:

@@ -87,7 +87,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Ours and PEFT over seeds.")
     parser.add_argument("run_file", type=Path)
     parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--seeds", type=int, default=5, help="2 to 10")
+    parser.add_argument("--seeds", type=int, default=5, choices=range(2, 11), metavar="2..10")
     parser.add_argument("--set", action="append", default=[], dest="overrides")
     arguments = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -41,7 +41,8 @@ def start(
         environment: All of its variables; without, ours.
     """
     if said is None:
-        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        silent = subprocess.DEVNULL
+        return subprocess.Popen(command, stdout=silent, stderr=silent, env=environment)
     with said.open("ab") as file:
         return subprocess.Popen(command, stdout=file, stderr=file, env=environment)
 

@@ -40,13 +40,14 @@ def export_speed() -> str:
         "dequantized": "merging onto dequantized",
         "peft": "PEFT merge_and_unload, saved",
     }
-    rows, busy = [], []
+    rows, busy, several = [], [], False
     for size in ("1.1b", "7b"):
         jobs = found.get(size, {}).get("jobs", {})
         for job, label in names.items():
             if job in jobs:
                 part = jobs[job]
                 others = sorted(part.get("seconds_of_rounds", ()))[1:]
+                several = several or bool(others)
                 slower = f" ({', '.join(f'{seconds:.1f}' for seconds in others)})" if others else ""
                 rows.append(
                     [
@@ -62,11 +63,13 @@ def export_speed() -> str:
     said = (
         "fp16 from bf16, rank 16 on every linear layer, random weights; each job in a fresh "
         "process, the base's files out of the page cache before it, its own forced to disk after "
-        "it. Of several rounds the fastest, in brackets the others."
+        "it."
     )
+    if several:
+        said += " Of several rounds the fastest, in brackets the others."
     if busy:
         said += (
             " Other work, the system's own threads among it, kept "
-            f"{min(busy):.1f} to {max(busy):.1f} of the two cores busy where that was measured."
+            f"{min(busy):.1f} to {max(busy):.1f} of the cores busy where that was measured."
         )
     return f"{markdown(head, rows)}\n\n{said}"

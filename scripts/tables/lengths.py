@@ -16,6 +16,7 @@ _WITH = {
     "model.head_bits=8": "head in 8 bit",
     "model.head_bits=4": "head in 4 bit",
     "model.stream_layers=true": "streamed layers",
+    "train.mlp_tile_tokens=256": "tiles of 256 tokens",
 }
 
 

@@ -26,7 +26,8 @@ def memory() -> str:
     """Errors of the prediction, beside the bounds that were set beforehand."""
     t4 = result("memory-t4")
     rows = [[what, _share(t4["summary"][key]), bound] for what, key, bound in _T4]
-    a100, l40s = (result(f"memory-{card}")["summary"] for card in ("a100", "l40s"))
+    others = {card: result(f"memory-{card}") for card in ("a100", "l40s")}
+    a100, l40s = (found["summary"] for found in others.values())
     rows += [
         ["A100, peak allocated: worst", _share(a100["allocated_worst_error"]), "1.5 %"],
         ["L40S, peak reserved: worst", _share(l40s["reserved_worst_error"]), "1.5 %"],
@@ -38,12 +39,14 @@ def memory() -> str:
             errors = [s["errors"]["allocated"] for s in steps if s["settings"] == settings]
             worst = _share(max(errors, key=abs))
             rows.append([f"this CPU, live storages, {settings}: worst", worst, "0.5 %"])
-        own = f", and {len(steps)} of four architectures measured here"
+        kinds = len({step["model"] for step in steps})
+        own = f", and {len(steps)} of {kinds} architectures measured here"
     model, low, high = _widest(t4["rows"])
     return (
         f"{markdown(['', 'error', 'bound'], rows)}\n\n"
-        f"{len(t4['rows'])} training steps that others measured on a T4, 6 on an A100, 3 on an "
-        f"L40S (`tests/memory/measurements`){own}; nothing is "
+        f"{len(t4['rows'])} training steps that others measured on a T4, "
+        f"{len(others['a100']['rows'])} on an A100, {len(others['l40s']['rows'])} on an L40S "
+        f"(`tests/memory/measurements`){own}; nothing is "
         f"fitted to them. After load no prediction can be right for every row: {model}, loaded "
         f"alike, was measured once at {low:.1f} and once at {high:.1f} MiB, presumably as the "
         "loader's threads happened to run."
@@ -54,18 +57,27 @@ def profile_cost() -> str:
     """Time and host memory of `qlora profile`."""
     found = result("profile")
     names = {
-        "7b": "Llama-2-7B, one configuration",
-        "70b": "Llama-3.3-70B, one configuration",
-        "7b-sweep": "Llama-2-7B, 20 configurations",
+        "7b": "Llama-2-7B",
+        "70b": "Llama-3.3-70B",
+        "7b-sweep": "Llama-2-7B",
     }
     rows = [
-        [names[name], f"{run['seconds']:.1f} s", f"{run['peak_resident_bytes'] / 2**20:,.0f} MiB"]
+        [
+            f"{names[name]}{_count(run)}",
+            f"{run['seconds']:.1f} s",
+            f"{run['peak_resident_bytes'] / 2**20:,.0f} MiB",
+        ]
         for name, run in found["runs"].items()
     ]
     return (
         f"{markdown(['', 'time', 'host RAM'], rows)}\n\nThe whole process from its start, on "
         f"{found['machine']['cores']} CPU cores."
     )
+
+
+def _count(run: dict[str, Any]) -> str:
+    count = run["configurations"]
+    return f", {count} configurations" if count > 1 else ", one configuration"
 
 
 def _share(error: float) -> str:

@@ -23,9 +23,8 @@ def quickstart() -> str:
         rows.append(["Alpaca format: held-out loss", *(f"{loss:.4f}" for loss in losses)])
     table = markdown(["", "before", "qlora_trainer", "PEFT, fp32 adapters"], rows)
     said = [
-        "Same base in NF4, same batches, steps and learning rate, one commit. The quickstart ran "
-        "alone on the machine; the other parts ran after it with one thread, beside other work, so "
-        "of them only losses, answers and bits are compared.",
+        "Same base in NF4, same batches, steps and learning rate. Losses, answers and bits are "
+        "compared, not the times of the parts, which may have run beside other work.",
         f"From a clone to the trained, measured and merged adapter: "
         f"{ours['seconds_after_install'] / 60:.1f} minutes on {found['machine']['cores']} CPU "
         f"cores, and {ours['seconds']['install'] / 60:.1f} for the install before it.",

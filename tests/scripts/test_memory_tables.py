@@ -78,3 +78,10 @@ def test_what_is_empty_is_taken_from_what_is_there(row: dict[str, str]) -> None:
     told = measured_rows.measured_of(row | {"peak_reserved_mib": ""})
     assert "reserved" not in told
     assert "allocated" in told
+
+
+def test_rows_name_the_cards_the_recipe_knows() -> None:
+    from measured_rows import CARDS
+    from peft_recipe import GPUS
+
+    assert set(CARDS) == set(GPUS)
