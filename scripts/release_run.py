@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -65,6 +66,10 @@ def main() -> int:
     shutil.rmtree(place / "cache", ignore_errors=True)
     for file in (place / "run" / "run.yaml", place / "run" / "adapter" / "adapter_config.json"):
         text = file.read_text(encoding="utf-8").replace(str(place.resolve()), "/RELEASE")
+        file.write_text(text, encoding="utf-8")
+    system = f"{platform.system()}-{platform.machine()}"  # not the kernel of whoever made it
+    for file in (place / "run" / "environment.json", place / "run" / "adapter" / "README.md"):
+        text = file.read_text(encoding="utf-8").replace(platform.platform(), system)
         file.write_text(text, encoding="utf-8")
     (place / "run" / "loss.png").unlink()  # a picture, and half of the bytes
     return code
