@@ -74,7 +74,9 @@ def test_numbers_change_only_where_nothing_lossless_suffices(
     every = lossless_changes(short, on_cpu=False, streaming=True)
     smallest = Plan(tuple(change[-1] for change in every)).apply(short)
     smaller = replace(smallest, base=replace(smallest.base, quantization="nf4", head_bits=8))
-    found = fitter_between(config, short, smaller).smallest_change()
+    fitter = fitter_between(config, short, smaller)
+    assert not fitter.foresee(smallest).fits
+    found = fitter.smallest_change()
     assert found is not None
     settings = {override.partition("=")[0] for override in found.overrides}
     changes = lossy_changes(short, on_cpu=False)
