@@ -10,6 +10,7 @@ from transformers import LlamaConfig, Qwen3MoeConfig
 
 from qlora_trainer.cli.app import main
 from qlora_trainer.cli.flags import setting_flags
+from qlora_trainer.units import format_bytes
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +116,10 @@ def test_what_does_not_fit_leaves_with_4(profile: Any) -> None:
         (["--report", "out.pdf"], "ending in .html"),
         (["--sweep", "adapter.rank"], "write section.setting=value,value"),
         (["--measure"], "without weights"),
+        (
+            ["--processes", "3", "--gradient-accumulation-steps", "2"],
+            "train.gradient_accumulation_steps = 2: is dealt out over 3 processes, so 1 of them",
+        ),
     ],
 )
 def test_a_fault_is_one_message_and_code_2(
@@ -187,3 +192,14 @@ def test_disk_and_host_ram_follow_the_settings(profile: Any) -> None:
     assert few["disk_peak_bytes"]["merged export"] == few["disk_bytes"]["merged checkpoint"]
     assert few["host_peak_bytes"] == max(few["host_bytes_by_phase"].values())
     assert set(few["allocated_by_phase"]) < set(few["host_bytes_by_phase"])
+
+
+def test_several_processes_are_told_what_host_ram_they_take_together(profile: Any) -> None:
+    flags = ("--max-seq-len", "64", "--processes", "3", "--gradient-accumulation-steps", "3")
+    code, told, _ = profile(*flags)
+    each = json.loads(profile(*flags, "--json")[1])["host_peak_bytes"]
+    assert code == 0
+    line = next(line.split() for line in told.splitlines() if "3 processes" in line)
+    together = f"on one machine together {format_bytes(3 * each)} of host RAM"
+    assert " ".join(line) == f"3 processes each takes this of its card; {together}"
+    assert "processes" not in profile("--max-seq-len", "64")[1]
