@@ -278,6 +278,19 @@ def test_refusals_of_the_hub_say_what_to_do(hub: Hub, tmp_path: Path) -> None:
     assert hub.requested == []
 
 
+@pytest.mark.parametrize("shard", ["*.bin", "../x.safetensors"])
+def test_an_index_cannot_ask_for_other_files(hub: Hub, tmp_path: Path, shard: str) -> None:
+    weight_map = {"a.weight": "model-1.safetensors", "b.weight": shard}
+    hub.repositories["owner/strange"] = {
+        "config.json": b"{}", "pytorch_model.bin": b"pickle", "model-1.safetensors": b"",
+        "model.safetensors.index.json": json.dumps({"weight_map": weight_map}).encode(),
+    }  # fmt: skip
+    (text,) = resolve_online(hub.endpoint, tmp_path / "cache", ("owner/strange", None))
+    assert "owner/strange: model.safetensors.index.json cannot be followed" in text
+    assert shard in text
+    assert hub.requested == ["model.safetensors.index.json@0"]  # and no weight
+
+
 def test_a_disk_that_is_too_small_is_said_before_the_first_byte(hub: Hub, tmp_path: Path) -> None:
     hub.claimed_bytes = 2**60
     (text,) = resolve_online(hub.endpoint, tmp_path / "cache", ("owner/single", None))
