@@ -1,13 +1,18 @@
 """One of several processes of a run, started by `test_processes.py`: does jobs, writes what it saw.
 
 `python -m tests.run.several JOBS.json`: a list of run settings, trained one after the other, each
-with `stop_after`, the step after which the main process gets SIGTERM.
+with `stop_after`, the step after which the main process gets SIGTERM, with `other_gets`, a signal
+for process 1 and the step in which it comes, or with `other_has`, settings that process 1 has
+otherwise. No clock decides when a signal is sent.
 """
 
 import json
 import os
+import re
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,16 +26,24 @@ from qlora_trainer.training.launch import join_processes
 from qlora_trainer.training.loop import run_training
 from qlora_trainer.training.plan import TrainingPlan
 from qlora_trainer.training.processes import Processes
+from qlora_trainer.training.windows import Windows
 from tests.training.tiny import adapted_llama, make_run, trained_values
 
 
 class StopAfter(Reporter):
-    """Sends this process SIGTERM once the loop shows a step, as a scheduler does."""
+    """Sends this process SIGTERM once the loop shows a step, as a scheduler does.
 
-    def __init__(self, step: int | None) -> None:
+    Attributes:
+        resumed_after: The step of the saved state the loop went on from, as it says itself.
+    """
+
+    def __init__(self, step: int | None = None) -> None:
         self._shown, self._sent = f"step {step}/", False
+        self.resumed_after: int | None = None
 
     def write(self, text: str) -> int:
+        if resumed := re.search(r"resuming after step (\d+) of", text):
+            self.resumed_after = int(resumed.group(1))
         if text.startswith(self._shown) and not self._sent:
             self._sent = True  # what the handler says flushes the same line again
             os.kill(os.getpid(), signal.SIGTERM)
@@ -41,6 +54,26 @@ class StopAfter(Reporter):
 
     def console(self) -> Console:
         return Console(file=self, width=1000, soft_wrap=True)  # type: ignore[arg-type]
+
+
+@contextmanager
+def signalled_in(step: int, name: str) -> Iterator[None]:
+    """Within, this process sends itself a signal as it takes the window of a step.
+
+    Where every step is saved, the one before is by then: all wait until the main one has written.
+    """
+    window = Windows.window
+
+    def take(windows: Windows, number: int) -> list[Any]:
+        if number + 1 == step:
+            os.kill(os.getpid(), signal.Signals[name])
+        return window(windows, number)
+
+    Windows.window = take  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Windows.window = window  # type: ignore[method-assign]
 
 
 class ShortOfMemory:
@@ -75,8 +108,13 @@ def fault_in_one(processes: Processes) -> dict[str, str]:
             if processes.rank == 1:
                 raise UserError("no such column")
     except UserError as error:
-        return {"kind": type(error).__name__, "said": str(error)}
+        return told(error)
     return {}
+
+
+def told(error: UserError) -> dict[str, str]:
+    """What the test is to know of an error."""
+    return {"kind": type(error).__name__, "said": str(error)}
 
 
 def main() -> None:
@@ -85,10 +123,23 @@ def main() -> None:
     seen: dict[str, Any] = {}
     for name, job in jobs["runs"].items():
         settings = job["settings"]
+        unlike = job.get("other_has", {})
         if rank:  # a machine of its own, with nothing of the run on its disk
             settings["output"]["folder"] += "-elsewhere"
-        result = train(check_values(settings), reporter=StopAfter(job.get("stop_after")))
+            for section, values in unlike.items():
+                settings[section].update(values)
+        reporter = StopAfter(job.get("stop_after"))
+        signalled = job.get("other_gets") if rank == 1 else None
+        try:
+            with signalled_in(**signalled) if signalled else nullcontext():
+                result = train(check_values(settings), reporter=reporter)
+        except UserError as error:
+            if not unlike:
+                raise
+            seen[name] = told(error)
+            continue
         seen[name] = {"step": result.outcome.step, "complete": result.outcome.complete,
+                      "reason": result.outcome.reason, "resumed_after": reporter.resumed_after,
                       "wrote": Path(settings["output"]["folder"]).exists()}  # fmt: skip
     with join_processes("cpu") as processes:
         seen["facts"] = [processes.rank, processes.count, list(processes.share(5))]

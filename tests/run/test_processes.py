@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,32 +32,50 @@ from tests.training.tiny import adapted_llama, make_run, trained_values
 
 pytestmark = pytest.mark.slow
 STEPS = 6
+TIMEOUT_SECONDS = 900.0
 Settings = dict[str, dict[str, Any]]
 
 
-def start(command: list[str], count: int = 2) -> list[subprocess.Popen[str]]:
-    """As a launcher would, with nothing that watches over them."""
+def run_together(commands: Sequence[Sequence[str]], folder: Path) -> list[tuple[int, str]]:
+    """Start a process a command, as a launcher would, with nothing that watches over them.
+
+    Returns:
+        Exit code and standard error of each.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
+    count = str(len(commands))
     shared = {
-        "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1",
+        "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": port, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
     }  # fmt: skip
+    said = [folder / f"stderr-{rank}.txt" for rank in range(len(commands))]
+    processes: list[subprocess.Popen[bytes]] = []
+    until = time.monotonic() + TIMEOUT_SECONDS
+    try:
+        for rank, command in enumerate(commands):
+            with said[rank].open("w") as errors:
+                processes.append(
+                    subprocess.Popen(
+                        [sys.executable, "-m", *command], cwd=REPOSITORY, stderr=errors,
+                        stdout=subprocess.DEVNULL,
+                        env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                    )
+                )  # fmt: skip
+        for process in processes:
+            process.wait(max(0.0, until - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        told = "\n".join(f"{file.name}: {file.read_text()}" for file in said)
+        pytest.fail(f"not at an end after {TIMEOUT_SECONDS:g} s\n{told}")
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
     return [
-        subprocess.Popen(
-            [sys.executable, "-m", *command], cwd=REPOSITORY, text=True, stderr=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in range(count)
-    ]  # fmt: skip
-
-
-def ends(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str]]:
-    """Exit code and standard error of each."""
-    said = [process.communicate(timeout=300)[1] for process in processes]
-    return [(process.returncode, text) for process, text in zip(processes, said, strict=True)]
+        (process.returncode, file.read_text())
+        for process, file in zip(processes, said, strict=True)
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -105,12 +123,18 @@ def seen(
             "packed": {"settings": settings("packed", **changed(settings, PACKED))},
             "grown": {"settings": settings("grown")},
             "shrunk": {"settings": settings("shrunk"), "stop_after": 3},
+            "terminated": {
+                "settings": settings("terminated"), "other_gets": {"name": "SIGTERM", "step": 3},
+            },
+            "unlike": {
+                "settings": settings("unlike"), "other_has": {"train": {"learning_rate": 1e-3}},
+            },
         }
-    }
+    }  # fmt: skip
     file = tmp_path_factory.mktemp("jobs") / "jobs.json"
     file.write_text(json.dumps(jobs))
-    for code, said in ends(start(["tests.run.several", str(file)])):
-        assert code == 0, said
+    ended = run_together([["tests.run.several", str(file)]] * 2, file.parent)
+    assert [code for code, _ in ended] == [0, 0], "\n".join(said for _, said in ended)
     return [json.loads(Path(f"{file}.{rank}").read_text()) for rank in range(2)]
 
 
@@ -144,6 +168,21 @@ def assert_same_run(one: Path, other: Path) -> None:
         assert difference < 1e-3, name
 
 
+def goes_on_after(step: int, made: Settings) -> Path:
+    """Go on alone, from the state of this step, to the end; -> the run's folder."""
+    told = StopAfter()
+    resumed = train(check_values(made), reporter=told)
+    assert told.resumed_after == step
+    assert resumed.outcome.complete
+    return resumed.folder
+
+
+def processes_of(folder: Path) -> tuple[int, list[int]]:
+    """How many began a run, and how many each of its resumptions had."""
+    environment = json.loads((folder / "environment.json").read_text())
+    return environment["processes"], [again["processes"] for again in environment["resumed"]]
+
+
 def test_two_processes_make_the_run_of_one(
     seen: list[dict[str, Any]], alone: Path, settings: Callable[..., Settings]
 ) -> None:
@@ -161,22 +200,41 @@ def test_packed_rows_are_dealt_out_unevenly_without_loss(
 def test_a_run_goes_on_with_more_processes_or_fewer(
     seen: list[dict[str, Any]], alone: Path, settings: Callable[..., Settings]
 ) -> None:
-    assert_same_run(alone, Path(settings("grown")["output"]["folder"]))
+    grown = Path(settings("grown")["output"]["folder"])
+    assert_same_run(alone, grown)
+    assert seen[0]["grown"]["resumed_after"] == 2
+    assert processes_of(grown) == (1, [2])
     assert [process["shrunk"]["complete"] for process in seen] == [False, False]
     assert [process["shrunk"]["step"] for process in seen] == [3, 3]
-    resumed = train(check_values(settings("shrunk")))
-    assert resumed.outcome.complete
-    assert_same_run(alone, resumed.folder)
-    environment = json.loads((resumed.folder / "environment.json").read_text())
-    assert (environment["processes"], environment["resumed"][0]["processes"]) == (2, 1)
+    shrunk = goes_on_after(3, settings("shrunk"))
+    assert_same_run(alone, shrunk)
+    assert processes_of(shrunk) == (2, [1])
 
 
 def test_the_main_process_alone_writes(seen: list[dict[str, Any]]) -> None:
-    runs = ("plain", "packed", "grown", "shrunk")
+    runs = ("plain", "packed", "grown", "shrunk", "terminated")
     assert [[process[run]["wrote"] for run in runs] for process in seen] == [
-        [True] * 4,
-        [False] * 4,
+        [True] * 5,
+        [False] * 5,
     ]
+
+
+def test_a_signal_to_the_other_process_stops_both_and_saves(
+    seen: list[dict[str, Any]], alone: Path, settings: Callable[..., Settings]
+) -> None:
+    for process in seen:
+        assert (process["terminated"]["step"], process["terminated"]["complete"]) == (3, False)
+        assert process["terminated"]["reason"].startswith("stopped by SIGTERM")
+    assert_same_run(alone, goes_on_after(3, settings("terminated")))
+
+
+def test_processes_with_unlike_settings_are_refused_and_told_which(
+    seen: list[dict[str, Any]],
+) -> None:
+    assert seen[0]["unlike"]["kind"] == "UserError"
+    assert "train.learning_rate is 0.001, in process 0 0.002" in seen[0]["unlike"]["said"]
+    assert seen[0]["unlike"]["said"].count("process 1: ") == 1
+    assert seen[1]["unlike"]["kind"] == "ToldElsewhereError"
 
 
 def test_a_fault_in_one_is_told_by_the_main_process(seen: list[dict[str, Any]]) -> None:
@@ -202,19 +260,18 @@ def test_the_other_process_killed_ends_a_run_that_then_goes_on(
     settings: Callable[..., Settings], alone: Path, tmp_path: Path
 ) -> None:
     made = settings("killed")
-    file = tmp_path / "run.yaml"
-    file.write_text(json.dumps(made))  # YAML, too
-    folder = Path(made["output"]["folder"])
-    pair = start(["qlora_trainer", "train", str(file)])
-    while not list(folder.glob("states/step-*")) and pair[0].poll() is None:
-        time.sleep(0.01)
-    pair[1].send_signal(signal.SIGKILL)
-    (code, said), _ = ends(pair)
+    run, jobs = tmp_path / "run.yaml", tmp_path / "jobs.json"
+    run.write_text(json.dumps(made))  # YAML, too
+    killed = {"settings": made, "other_gets": {"name": "SIGKILL", "step": 3}}
+    jobs.write_text(json.dumps({"runs": {"killed": killed}}))
+    (code, said), (other, _) = run_together(
+        [["qlora_trainer", "train", str(run)], ["tests.run.several", str(jobs)]], tmp_path
+    )
+    assert other == -signal.SIGKILL
     assert code == 2, said
     assert "another process of this run is gone" in " ".join(said.split())
     assert "Traceback" not in said
-    assert train(check_values(made)).outcome.complete
-    assert_same_run(alone, folder)
+    assert_same_run(alone, goes_on_after(2, made))
 
 
 def test_processes_without_work_are_refused(settings: Callable[..., Settings]) -> None:
