@@ -7,6 +7,7 @@ import hashlib
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file
@@ -36,24 +37,37 @@ def kept(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mon
     return place
 
 
+def train_lines(run: Path) -> list[dict[str, Any]]:
+    return [line for line in read_metrics(run / "metrics.jsonl") if line["kind"] == "train"]
+
+
 def interrupt(run: Path) -> list[float]:
     """Make the run what a kill after step 2 leaves; the losses it logged to its end."""
-    losses = [r["loss"] for r in read_metrics(run / "metrics.jsonl") if r["kind"] == "train"]
+    losses = [line["loss"] for line in train_lines(run)]
     for name in ("adapter", "adapter-last", "states/step-00000004"):
         shutil.rmtree(run / name, ignore_errors=True)
     (run / "result.json").unlink()
     return losses
 
 
+def test_every_claim_here_is_tried_on_a_release() -> None:
+    assert KEPT != []
+
+
 def test_an_interrupted_run_goes_on_to_the_end_it_would_have_had(kept: Path) -> None:
     expected = load_file(kept / "run" / "adapter" / "adapter_model.safetensors")
+    logged = train_lines(kept / "run")
     losses = interrupt(kept / "run")
     result = train(load_run("run.yaml"))
     assert result.outcome.complete
-    lines = read_metrics(kept / "run" / "metrics.jsonl")
+    lines = train_lines(kept / "run")
+    assert lines[:2] == logged[:2], "begun anew: a resumed run keeps what was logged, with its time"
     # Another processor may round otherwise; another formula would be far off.
-    assert [r["loss"] for r in lines if r["kind"] == "train"] == pytest.approx(losses, rel=1e-3)
-    assert load_file(result.adapter / "adapter_model.safetensors").keys() == expected.keys()
+    assert [r["loss"] for r in lines] == pytest.approx(losses, rel=1e-3)
+    ended = load_file(result.adapter / "adapter_model.safetensors")
+    assert ended.keys() == expected.keys()
+    for name, values in expected.items():
+        assert (ended[name] - values).norm() <= 1e-3 * values.norm(), name
 
 
 def test_a_finished_run_still_scores_answers_and_exports(kept: Path, tmp_path: Path) -> None:
