@@ -7,8 +7,8 @@ same base, bit for bit, from the same first values with the same micro-batches i
 (`peft_task_twin.py`). Both are scored by the same code on the same rows after the last step: no
 best step is chosen on the rows that are reported.
 A case whose model or data is not there is skipped, with the reason in the figures; figures of cases
-not run stay in the file. The assets come with `assets.py`, `assets_words.py`, `assets_text.py`,
-`assets_translation.py` and `assets_images.py`.
+not run, or skipped now, stay in the file, and several processes may write it. The assets come with
+`assets.py`, `assets_words.py`, `assets_text.py`, `assets_translation.py` and `assets_images.py`.
 
 No registry has a real encoder-decoder or ResNet inside a package, so those are small and random
 (`random_models.py`; the figures say so): they show that both sides learn the same, not how well
@@ -18,7 +18,6 @@ such models translate or see.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 import time
@@ -27,6 +26,7 @@ from typing import Any
 
 import torch
 from benchmark_quickstart import machine
+from figures_file import record
 from peft_task_twin import train_with_peft
 from task_cases import CASES, Case, make_inputs, settings_of
 
@@ -100,19 +100,15 @@ def main() -> int:
     parser.add_argument("--only", choices=CASES, action="append", help="only this case")
     parser.add_argument("--steps", type=int, help="optimizer steps, instead of each case's own")
     given = parser.parse_args()
-    figures: dict[str, Any] = {}
-    if given.json.is_file():
-        figures = json.loads(given.json.read_text(encoding="utf-8"))
     for name in given.only or CASES:
         case = CASES[name]
         if why := case.missing():
-            figures[name] = {"skipped": why}
-            print(f"{name}: skipped, {why}")
-        else:
-            figures[name] = figures_of(case, given.steps)
-        ordered = {name: figures[name] for name in CASES if name in figures}
-        given.json.write_text(json.dumps(ordered, indent=1) + "\n", encoding="utf-8")
-        for metric, found in figures[name].get("means", {}).items():
+            kept = record(given.json, name, {"skipped": why}, [*CASES])
+            stay = "; the figures of an earlier run stay" if "skipped" not in kept else ""
+            print(f"{name}: skipped, {why}{stay}", flush=True)
+            continue
+        record(given.json, name, figures := figures_of(case, given.steps), [*CASES])
+        for metric, found in figures["means"].items():
             print(f"{name} ({case.weights} base): {metric} {found}", flush=True)
     return 0
 
