@@ -18,7 +18,7 @@ NOT_LLAMAS = (  # built otherwise than the columns of a row can say
     "bert", "bloom", "falcon-", "gpt-", "gpt2", "moe", "mixtral", "-a3b", "mpt-", "olmo-1", "opt-",
     "phi-1", "phi-2", "pythia", "rwkv", "mamba", "t5",
 )  # fmt: skip
-CARDS = ("Tesla T4", "A100", "L40S")  # those of peft_recipe.py, whose import takes seconds
+CARDS = ("Tesla T4", "A100", "L40S")  # those of peft_recipes, whose import takes seconds
 PHASES = {  # column of the CSV -> what the simulation calls it
     "after_load_allocated_mib": "after_load",
     "peak_forward_mib": "forward",

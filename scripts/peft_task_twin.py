@@ -15,21 +15,19 @@ import time
 from pathlib import Path
 from typing import Any
 
-import bitsandbytes.functional
 import peft
 import torch
 from bitsandbytes.nn import Linear4bit, Params4bit
+from peft_loop import train_steps
 
 from qlora_trainer.base.nf4 import NF4Linear
-from qlora_trainer.base.quantize import SCALE_BLOCK_SIZE
+from qlora_trainer.base.quantize import quant_state
 from qlora_trainer.lora.files import save_adapter
 from qlora_trainer.lora.trained import set_module
 from qlora_trainer.tasks.kind import TaskInputs
 from qlora_trainer.tasks.task import to_device
 from qlora_trainer.training import setup
 from qlora_trainer.training.evaluate import evaluate
-from qlora_trainer.training.schedule import learning_rate_factor
-from qlora_trainer.training.step import seed_random
 
 CPU = torch.device("cpu")
 
@@ -43,26 +41,17 @@ def as_linear4bit(layer: NF4Linear) -> Linear4bit:
     """
     if layer.in_features % layer.block_size:
         raise ValueError(f"{layer.in_features} columns are no whole blocks of {layer.block_size}")
-    held, shape = layer.tensors, torch.Size((layer.out_features, layer.in_features))
-    scales = None
-    if held.absmax_scale is not None:
-        scales = bitsandbytes.functional.QuantState(
-            absmax=held.absmax_scale, code=held.absmax_code, blocksize=SCALE_BLOCK_SIZE,
-            dtype=torch.float32,
-        )  # fmt: skip
-    state = bitsandbytes.functional.QuantState(
-        absmax=held.absmax, shape=shape, code=bitsandbytes.functional.get_4bit_type("nf4", "cpu"),
-        blocksize=layer.block_size, quant_type="nf4", dtype=layer.compute_dtype,
-        offset=held.absmax_offset, state2=scales,
-    )  # fmt: skip
+    held, double_quant = layer.tensors, layer.double_quant
+    shape = (layer.out_features, layer.in_features)
+    state = quant_state(held, shape, layer.block_size, layer.compute_dtype)
     new = Linear4bit(
         layer.in_features, layer.out_features, bias=layer.bias is not None,
-        compute_dtype=layer.compute_dtype, compress_statistics=scales is not None,
+        compute_dtype=layer.compute_dtype, compress_statistics=double_quant,
         quant_type="nf4", device="meta",
     )  # fmt: skip
     new.weight = Params4bit(
         held.codes.view(-1, 1), quant_state=state, blocksize=layer.block_size,
-        compress_statistics=scales is not None, quant_type="nf4", module=new, bnb_quantized=True,
+        compress_statistics=double_quant, quant_type="nf4", module=new, bnb_quantized=True,
     )  # fmt: skip
     new.quant_state, new.bias = state, layer.bias
     new.support_avx512bf16_for_cpu = False
@@ -109,31 +98,19 @@ def train_with_peft(run: Any) -> dict[str, Any]:
         TaskInputs(base, run.task_settings.model_dump(), data.encoder, data.train)
     )
     windows = setup.make_windows(run, data, base.config._attn_implementation)
-    plan = setup.training_plan(run, windows, task)
-    trained = [p for p in base.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        trained, betas=(run.train.beta1, run.train.beta2), eps=run.train.epsilon,
-        weight_decay=run.train.weight_decay,
-    )  # fmt: skip
     held_out = setup.eval_batches(run, data)
     assert held_out is not None
     references = setup.references(run, data)
     before = evaluate(base, held_out(), task=task, device=CPU, references=references)
     base.train()
-    for step in range(plan.total_steps):
-        factor = learning_rate_factor(
-            step, total_steps=plan.total_steps, warmup_steps=plan.warmup_steps,
-            schedule=plan.schedule,
-        )  # fmt: skip
-        optimizer.param_groups[0]["lr"] = plan.learning_rate * factor
-        window = [to_device(task.prepare(batch), CPU) for batch in windows.window(step)]
-        weight = sum(task.loss_weight(batch) for batch in window)
-        for number, batch in enumerate(window):
-            seed_random(plan.seed, step, number)
-            (task.loss_sum(base, batch) / weight).backward()
-        torch.nn.utils.clip_grad_norm_(trained, plan.max_grad_norm or float("inf"))
-        optimizer.step()
-        optimizer.zero_grad()
+    train_steps(
+        run,
+        setup.training_plan(run, windows, task),
+        [p for p in base.parameters() if p.requires_grad],
+        lambda step: [to_device(task.prepare(batch), CPU) for batch in windows.window(step)],
+        loss_sum=lambda batch: task.loss_sum(base, batch),
+        loss_weight=task.loss_weight,
+    )
     metrics = evaluate(base, held_out(), task=task, device=CPU, references=references)
     count, total = model.get_nb_trainable_parameters()
     return {

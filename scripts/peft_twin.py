@@ -28,6 +28,7 @@ import bitsandbytes
 import film_reviews
 import torch
 from peft import PeftModel
+from peft_loop import Batch, train_steps
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qlora_trainer import load_run
@@ -35,9 +36,6 @@ from qlora_trainer.data.encode import choose_pad_id
 from qlora_trainer.lora.files import save_adapter
 from qlora_trainer.tasks.generate import generate_tokens
 from qlora_trainer.training import setup
-from qlora_trainer.training.schedule import learning_rate_factor
-
-Batch = dict[str, torch.Tensor]
 
 
 def load_with_peft(run: Any, source: setup.ModelSource) -> Any:
@@ -100,38 +98,16 @@ def held_out_loss(model: Any, batches: Iterable[Batch]) -> float:
 def train(run: Any, model: Any, source: setup.ModelSource, data: setup.RunData) -> list[float]:
     """The steps of `qlora train`; returns the loss of each."""
     windows = setup.make_windows(run, data, model.config._attn_implementation)
-    plan = setup.training_plan(run, windows)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        parameters,
-        betas=(run.train.beta1, run.train.beta2),
-        eps=run.train.epsilon,
-        weight_decay=run.train.weight_decay,
-    )
-    losses = []
     model.train()
-    for step in range(plan.total_steps):
-        share = learning_rate_factor(
-            step,
-            total_steps=plan.total_steps,
-            warmup_steps=plan.warmup_steps,
-            schedule=plan.schedule,
-        )
-        for group in optimizer.param_groups:
-            group["lr"] = plan.learning_rate * share
-        window = windows.window(step)
-        weight = sum(map(trained_tokens, window))
-        losses.append(0.0)
-        for batch in window:
-            loss = loss_sum(model, batch) / weight
-            loss.backward()
-            losses[-1] += float(loss.detach())
-        if plan.max_grad_norm is not None:
-            torch.nn.utils.clip_grad_norm_(parameters, plan.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        print(f"PEFT step {step + 1}/{plan.total_steps}  loss {losses[-1]:.4f}", flush=True)
-    return losses
+    return train_steps(
+        run,
+        setup.training_plan(run, windows),
+        [p for p in model.parameters() if p.requires_grad],
+        windows.window,
+        loss_sum=lambda batch: loss_sum(model, batch),
+        loss_weight=trained_tokens,
+        said=lambda line: print(line, flush=True),
+    )
 
 
 def film_accuracy(model: Any, source: setup.ModelSource, data: setup.RunData) -> dict[str, Any]:

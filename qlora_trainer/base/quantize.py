@@ -123,6 +123,30 @@ def dequantize_nf4(
     return dense.view(-1)[:elements].view(shape)
 
 
+def quant_state(
+    tensors: NF4Tensors, shape: tuple[int, int], block_size: int, dtype: torch.dtype
+) -> bnb.QuantState:
+    """The scales as bitsandbytes holds them beside a weight's codes, its own tensors in it.
+
+    Args:
+        tensors: Of one weight.
+        shape: (out_features, in_features) of the weight.
+        block_size: Weights per scale.
+        dtype: What bitsandbytes is to rebuild the weight in.
+    """
+    nested = None
+    if tensors.absmax_scale is not None:
+        nested = bnb.QuantState(
+            absmax=tensors.absmax_scale, code=tensors.absmax_code, blocksize=SCALE_BLOCK_SIZE,
+            dtype=torch.float32,
+        )  # fmt: skip
+    return bnb.QuantState(
+        absmax=tensors.absmax, shape=torch.Size(shape), code=bnb.get_4bit_type("nf4", "cpu"),
+        blocksize=block_size, quant_type="nf4", dtype=dtype, offset=tensors.absmax_offset,
+        state2=nested,
+    )  # fmt: skip
+
+
 def _quantize_blocks(weight: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     """Codes and fp32 scales: our pieces on a CPU, bitsandbytes' kernel elsewhere."""
     flat = weight.detach().reshape(-1)

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import bitsandbytes
-import bitsandbytes.functional as bnb
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
@@ -31,7 +30,7 @@ from qlora_trainer.base.fingerprint import base_fingerprint
 from qlora_trainer.base.load import map_base
 from qlora_trainer.base.nf4 import NF4Linear
 from qlora_trainer.base.prequantized import quantization_settings, select_prequantized
-from qlora_trainer.base.quantize import SCALE_BLOCK_SIZE
+from qlora_trainer.base.quantize import quant_state
 from qlora_trainer.base.select import select_quantized
 from qlora_trainer.base.settle import Progress, quantize_layer
 from qlora_trainer.base.spec import BaseSpec
@@ -180,22 +179,8 @@ def _write(
 
 def _tensors_of(name: str, layer: NF4Linear) -> dict[str, Tensor]:
     """A weight's tensors under the names bitsandbytes gives them."""
-    nested = None
-    if layer.absmax_scale is not None:
-        nested = bnb.QuantState(
-            absmax=layer.absmax_scale, blocksize=SCALE_BLOCK_SIZE, code=layer.absmax_code,
-            dtype=torch.float32,
-        )  # fmt: skip
-    state = bnb.QuantState(
-        absmax=layer.absmax,
-        shape=torch.Size((layer.out_features, layer.in_features)),
-        code=bnb.get_4bit_type("nf4", "cpu"),
-        blocksize=layer.block_size,
-        quant_type="nf4",
-        dtype=layer.compute_dtype,
-        offset=layer.absmax_offset,
-        state2=nested,
-    )
+    shape = (layer.out_features, layer.in_features)
+    state = quant_state(layer.tensors, shape, layer.block_size, layer.compute_dtype)
     parts = {f"{name}.{key}": part for key, part in state.as_dict(packed=True).items()}
     return {name: layer.codes.view(-1, 1), **parts}
 

@@ -82,6 +82,6 @@ def test_what_is_empty_is_taken_from_what_is_there(row: dict[str, str]) -> None:
 
 def test_rows_name_the_cards_the_recipe_knows() -> None:
     from measured_rows import CARDS
-    from peft_recipe import GPUS
+    from peft_recipes.recipe import GPUS
 
     assert set(CARDS) == set(GPUS)
