@@ -41,7 +41,7 @@ from qlora_trainer.export.rows import (
 )
 from qlora_trainer.export.shards import DEFAULT_SHARD_BYTES, Announced, ShardWriter
 
-_PIECE_BLOCKS = 16  # 4 MiB in 16 bit: large enough for the system to read and write it well
+_PIECE_BLOCKS = 4  # 4 MiB in 16 bit: large enough for the system to read and write it well
 _MOST_THREADS = 4
 
 Progress = Callable[[str, int, int], None]  # tensor, bytes written, bytes in all
@@ -172,7 +172,7 @@ def _done_in_order(
     pieces: Iterator[_Piece], work: Callable[[_Piece], CastLoss], threads: int
 ) -> Generator[tuple[_Piece, CastLoss], None, None]:
     """Have pieces done by several threads, and hand them on in order when they are."""
-    threads = min(threads, _MOST_THREADS)
+    threads = min(2 * threads, _MOST_THREADS)  # while half of them wait for the disk
     waiting: deque[tuple[_Piece, Future[CastLoss]]] = deque()
     # How many threads share one operation is each thread's own setting.
     pool = ThreadPoolExecutor(threads, "merge", torch.set_num_threads, (1,))
