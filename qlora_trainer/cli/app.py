@@ -13,6 +13,7 @@ import typer
 from qlora_trainer.cli import ask, evaluate, export, profile
 from qlora_trainer.cli.flags import SweepingCommand
 from qlora_trainer.cli.options import STOPPED, Overrides, RunFile
+from qlora_trainer.config.tasks import TaskName
 from qlora_trainer.errors import ToldElsewhereError, UserError
 
 _NO_MEMORY = "DefaultCPUAllocator: can't allocate memory"  # torch says it as a RuntimeError
@@ -60,13 +61,15 @@ def init(
     ),
     model: Annotated[str, typer.Option(help="local folder or hub name")] = "path/to/model",
     data: Annotated[str, typer.Option(help="training data")] = "path/to/train.jsonl",
+    task: Annotated[TaskName, typer.Option(help="what is learned")] = "causal-lm",
 ) -> None:
     """Write a commented run file with every setting and its default."""
     from qlora_trainer.config.document import commented_run_file
 
     if path.exists():
         raise UserError(f"{path}: exists already; name another file or remove it first")
-    text = commented_run_file({("model", "source"): model, ("data", "train"): data})
+    chosen = {("model", "source"): model, ("data", "train"): data}
+    text = commented_run_file(chosen, task=task)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")

@@ -91,12 +91,11 @@ class ConsoleReporter(Reporter):
         self.close()
         outcome = result.outcome
         out.print(f"\n[bold]{escape(outcome.reason)}[/] after {outcome.step} steps")
-        before = result.metrics.get("loss_before")
-        if before is not None and "loss" in result.metrics:
-            best = f" (step {outcome.best_step})" if outcome.best_step != outcome.step else ""
-            out.print(
-                f"held-out loss {before:.4f} before, {result.metrics['loss']:.4f} after{best}"
-            )
+        best = f" (step {outcome.best_step})" if outcome.best_step != outcome.step else ""
+        for name in dict.fromkeys(("loss", outcome.best_metric)):
+            before, after = result.metrics.get(f"{name}_before"), result.metrics.get(name)
+            if before is not None and after is not None:
+                out.print(f"held-out {escape(name)} {before:.4f} before, {after:.4f} after{best}")
         out.print(f"run folder    {escape(str(result.folder))}")
         if result.adapter is not None:
             out.print(f"adapter       {escape(str(result.adapter))}")
@@ -132,10 +131,11 @@ def show_evaluation(found: Evaluated) -> None:
     scores = found.evaluation.scores
     if scores is not None and scores.report:
         out.print(escape(scores.report) + "\n")
+    width = max(20, *(len(name) for name in found.evaluation.metrics))
     for name, value in found.evaluation.metrics.items():
         shown = f"{value:,.0f}" if name in ("rows", "tokens") else f"{value:.4f}"
-        out.print(f"{escape(name):<20} {shown}")
-    out.print(f"written to           {escape(str(found.folder))}")
+        out.print(f"{escape(name):<{width}} {shown}")
+    out.print(f"{'written to':<{width}} {escape(str(found.folder))}")
 
 
 def show_compared(found: Compared) -> None:
@@ -198,7 +198,8 @@ def show_gate(report: GateReport) -> None:
             f"{escape(repr(label))} {rows / total:.1%}" for label, rows in report.labels[:8]
         )
         more = f" and {len(report.labels) - 8} more" if len(report.labels) > 8 else ""
-        out.print(f"answers       {shown}{more}")
+        heading = "answers" if report.end_of_turn else "labels"
+        out.print(f"{heading:<13} {shown}{more}")
     for name, value in report.facts:
         out.print(f"{escape(name):<13} {escape(value)}")
     if report.end_of_turn:
@@ -239,7 +240,7 @@ def _show_part(title: str, part: PartReport) -> None:
 
 
 def _show_sample(number: int, sample: Sample) -> None:
-    text = Text(f"\nexample {number} ({sample.where}); trained tokens are green\n", style="dim")
+    text = Text(f"\nexample {number} ({sample.where}); what is learned is green\n", style="dim")
     shown = 0
     for piece, trained in sample.pieces:
         part = piece[: max(0, _SAMPLE_CHARACTERS - shown)]

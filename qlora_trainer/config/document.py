@@ -12,6 +12,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from qlora_trainer.config.settings import RunConfig
+from qlora_trainer.config.tasks import TaskName
 
 _EXAMPLES = {
     ("model", "source"): "path/to/model",
@@ -24,18 +25,22 @@ def json_schema() -> str:
     return json.dumps(RunConfig.model_json_schema(), indent=2)
 
 
-def commented_run_file(examples: dict[tuple[str, str], str] | None = None) -> str:
+def commented_run_file(
+    examples: dict[tuple[str, str], str] | None = None, *, task: TaskName = "causal-lm"
+) -> str:
     """A run file with every setting: what must be given written out, every default commented.
 
     Args:
         examples: Values for settings, by (section, name), written out instead of the defaults.
+        task: What is learned.
     """
     chosen = {**_EXAMPLES, **(examples or {})}
     lines = ["# A run file of qlora_trainer. Commented lines show the defaults.", ""]
     for section, field in RunConfig.model_fields.items():
         inner = field.annotation
         if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
-            lines += [_line(section, field.default, field, indent=""), ""]
+            value = task if section == "task" else field.default
+            lines += [_line(section, value, field, indent=""), ""]
             continue
         given = [key for key in chosen if key[0] == section]
         lines += [f"{'' if given else '# '}{section}:  # {field.description}"]

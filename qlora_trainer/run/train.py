@@ -244,7 +244,10 @@ def _finished(
     outcome: TrainingOutcome,
     memory: dict[str, Any],
 ) -> TrainResult:
-    draw_losses(folder.path / "metrics.jsonl", folder.path / "loss.png")
+    draw_losses(
+        folder.path / "metrics.jsonl", folder.path / "loss.png",
+        unit=parts.source.kind.loss_unit, metric=outcome.best_metric,
+    )  # fmt: skip
     metrics = {f"{name}_before": value for name, value in (outcome.first_evaluation or {}).items()}
     metrics |= outcome.best_evaluation or {}
     metrics = {

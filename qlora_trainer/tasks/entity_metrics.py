@@ -110,4 +110,6 @@ def entity_report(scores: dict[str, EntityScore]) -> str:
     micro = (mean["precision"], mean["recall"], mean["f1"])
     macro = (mean["macro_precision"], mean["macro_recall"], mean["macro_f1"])
     lines += [line("micro average", micro, expected), line("macro average", macro, expected)]
+    if not together(scores).predicted:
+        lines += ["", "no entity was predicted at all"]
     return "\n".join(lines)

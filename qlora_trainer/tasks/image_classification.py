@@ -202,4 +202,5 @@ KIND = TaskKind(
     weightless_settings=_weightless_settings,
     new_head=True,
     reads="image",
+    loss_unit="picture",
 )

@@ -135,6 +135,7 @@ class TaskKind:
             none, always trained and saved, never quantized.
         packing: Examples may share a row.
         reads: What records hold: decides between tokenizer and image processor.
+        loss_unit: What the loss is a mean over.
     """
 
     name: str
@@ -147,3 +148,4 @@ class TaskKind:
     new_head: bool = False
     packing: bool = False
     reads: Literal["text", "image"] = "text"
+    loss_unit: str = "trained token"

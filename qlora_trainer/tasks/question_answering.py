@@ -60,11 +60,11 @@ class QuestionAnswering:
         return {**kept, **needed_mask(batch)}
 
     def loss_weight(self, batch: Batch) -> int:
-        """Rows."""
+        """Windows."""
         return batch["input_ids"].shape[0]
 
     def loss_sum(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Mean cross-entropy of first and last token, summed over rows."""
+        """Mean cross-entropy of first and last token, summed over windows."""
         return self._loss(self._logits(model, batch), batch)
 
     def _logits(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -238,4 +238,5 @@ KIND = TaskKind(
     make_task=_task,
     weightless_batch=weightless_batch,
     new_head=True,
+    loss_unit="window",
 )

@@ -242,4 +242,5 @@ KIND = TaskKind(
     weightless_batch=weightless_batch,
     weightless_settings=_weightless_settings,
     new_head=True,
+    loss_unit="word",
 )

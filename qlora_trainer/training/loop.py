@@ -265,6 +265,7 @@ class _Loop:
             last_evaluation=course.last_evaluation,
             overflows=run.scaler.overflows if run.scaler is not None else 0,
             micro_batch_parts=course.micro_batch_parts,
+            best_metric=self._plan.best_metric,
         )
 
 

@@ -80,6 +80,7 @@ class TrainingOutcome:
         reason: In words.
         best_step: Whose adapter is in `adapter/`; None without evaluation.
         best_value: Its metric.
+        best_metric: The name of that.
         first_evaluation: Metrics before any step, where there are held-out rows.
         best_evaluation: Metrics of the best step.
         last_evaluation: Metrics of the last evaluation.
@@ -97,6 +98,7 @@ class TrainingOutcome:
     last_evaluation: dict[str, float] | None
     overflows: int
     micro_batch_parts: int
+    best_metric: str = "loss"
 
 
 @dataclass(frozen=True)

@@ -124,6 +124,23 @@ def test_a_finished_run_names_the_commands_that_take_it(
     assert commands == (["generate"] if task == "causal-lm" else ["evaluate", "predict"])
 
 
+def test_a_finished_run_says_loss_and_its_own_metric_before_and_after(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    outcome = TrainingOutcome(
+        step=4, complete=True, reason="all steps done", best_step=2, best_value=0.75,
+        first_evaluation=None, best_evaluation=None, last_evaluation=None, overflows=0,
+        micro_batch_parts=1, best_metric="accuracy",
+    )  # fmt: skip
+    metrics = {"loss_before": 1.5, "loss": 0.5, "accuracy_before": 0.25, "accuracy": 0.75}
+    metrics |= {"macro_f1_before": 0.125, "macro_f1": 0.625}
+    ConsoleReporter().show_result(TrainResult(Path("runs/a"), None, outcome, metrics))
+    shown = capsys.readouterr().out
+    assert "held-out loss 1.5000 before, 0.5000 after (step 2)\n" in shown
+    assert "held-out accuracy 0.2500 before, 0.7500 after (step 2)\n" in shown
+    assert "macro_f1" not in shown
+
+
 def test_no_prompt_is_a_fault(tmp_path: Path) -> None:
     assert "no prompt given" in qlora("generate", ".", cwd=tmp_path, stdin="\n").stderr
 

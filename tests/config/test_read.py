@@ -3,6 +3,7 @@
 import contextlib
 import json
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from qlora_trainer.config.document import commented_run_file, json_schema, settings_table
 from qlora_trainer.config.read import check_values, read_run_file
 from qlora_trainer.config.settings import RunConfig
+from qlora_trainer.config.tasks import TaskName
 from qlora_trainer.data.read import DataSource
 from qlora_trainer.errors import UserError
 
@@ -72,6 +74,13 @@ def test_written_run_file_is_valid_and_means_the_defaults(tmp_path: Path) -> Non
         {"model": {"source": "path/to/model"}, "data": {"train": "path/to/train.jsonl"}}
     )
     assert written == plain
+
+
+@pytest.mark.parametrize("task", get_args(TaskName))
+def test_a_run_file_is_written_for_every_task(task: TaskName, tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(commented_run_file(task=task))
+    assert read_run_file(path).task == task
 
 
 def test_every_commented_default_is_what_the_program_takes(tmp_path: Path) -> None:

@@ -46,6 +46,12 @@ def test_figures_by_hand():
     report = entity_report(count_entities(guessed, right))
     assert "LOC                1.000   1.000   1.000         2" in report
     assert "micro average" in report
+    assert "no entity was predicted" not in report
+
+
+def test_a_model_that_predicts_nothing_is_told_so():
+    report = entity_report(count_entities([["O", "O"]], [["B-LOC", "I-LOC"]]))
+    assert report.endswith("no entity was predicted at all")
 
 
 def test_nothing_to_find_scores_nothing_and_does_not_fail():

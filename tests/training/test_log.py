@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from rich.console import Console
 
 from qlora_trainer.errors import UserError
@@ -83,6 +84,9 @@ def test_the_curve_is_a_picture_of_both_losses(tmp_path: Path) -> None:
                 log.evaluation(step, {"loss": 1.1 / step, "token_accuracy": 0.5, "tokens": 9.0})
     assert draw_losses(tmp_path / "m.jsonl", tmp_path / "loss.png")
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    draw_losses(tmp_path / "m.jsonl", tmp_path / "both.png", unit="row", metric="token_accuracy")
+    with Image.open(tmp_path / "loss.png") as one, Image.open(tmp_path / "both.png") as both:
+        assert both.height > one.height, "the task's own metric stands below"
     assert not draw_losses(tmp_path / "none.jsonl", tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
 
