@@ -20,13 +20,13 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from benchmark_quickstart import machine
 from figures_file import record
+from peft_loop import Clock
 from peft_task_twin import train_with_peft
 from task_cases import CASES, Case, make_inputs, settings_of
 
@@ -45,9 +45,9 @@ class Said(Reporter):
 
 def ours(run: Any) -> dict[str, Any]:
     """A whole run of this package."""
-    start = time.perf_counter()
+    clock = Clock()
     result = train(run, reporter=Said())
-    return {"metrics": result.metrics, "seconds": round(time.perf_counter() - start, 1)}
+    return {"metrics": result.metrics, **clock.read()}
 
 
 def run_case(case: Case, seed: int, steps: int | None) -> dict[str, Any]:
@@ -57,7 +57,20 @@ def run_case(case: Case, seed: int, steps: int | None) -> dict[str, Any]:
         values = settings_of(case, Path(place), steps)
         values["train"]["seed"] = seed
         run = check_values(values, name=case.task)
-        return {"seed": seed, "ours": ours(run), "peft": train_with_peft(run)}
+        sides = {"seed": seed, "ours": ours(run), "peft": train_with_peft(run)}
+    check_that_both_began_alike(sides)
+    return sides
+
+
+def check_that_both_began_alike(run: dict[str, Any]) -> None:
+    """Both sides have the same base and first values: so they score the same before any step.
+
+    Raises:
+        ValueError: They do not, so what they end with cannot be compared.
+    """
+    first, second = (run[side]["metrics"]["loss_before"] for side in ("ours", "peft"))
+    if abs(first - second) > 1e-3 * abs(first):
+        raise ValueError(f"held-out loss before any step: ours {first}, PEFT {second}")
 
 
 def figures_of(case: Case, steps: int | None) -> dict[str, Any]:
@@ -73,7 +86,10 @@ def figures_of(case: Case, steps: int | None) -> dict[str, Any]:
         "data": case.data,
         "metric": metric,
         "means": {name: means(runs, name) for name in shown},
-        "seconds": max(run["ours"]["seconds"] + run["peft"]["seconds"] for run in runs),
+        **{
+            name: max(run["ours"][name] + run["peft"][name] for run in runs)
+            for name in ("seconds", "processor_seconds")
+        },
         "trained_share": runs[0]["peft"]["trained_parameters"] / runs[0]["peft"]["parameters"],
         "settings": {name: values[name] for name in ("adapter", "train", "evaluation")},
         "threads": torch.get_num_threads(),

@@ -6,6 +6,8 @@ micro-batches are those the run file makes in this package.
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,6 +17,28 @@ from qlora_trainer.training.schedule import learning_rate_factor
 from qlora_trainer.training.step import seed_random
 
 Batch = dict[str, torch.Tensor]
+
+
+class Clock:
+    """Time since it was made, on the clock and of the processor.
+
+    Processor time (of this process and the children it has waited for) does not grow while
+    others use the machine or the process is paused.
+    """
+
+    def __init__(self) -> None:
+        self._wall, self._processor = time.perf_counter(), _processor_seconds()
+
+    def read(self) -> dict[str, float]:
+        """`seconds` and `processor_seconds`, rounded to tenths."""
+        return {
+            "seconds": round(time.perf_counter() - self._wall, 1),
+            "processor_seconds": round(_processor_seconds() - self._processor, 1),
+        }
+
+
+def _processor_seconds() -> float:
+    return sum(os.times()[:4])
 
 
 def train_steps(

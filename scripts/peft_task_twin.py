@@ -11,14 +11,13 @@ training.
 from __future__ import annotations
 
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 import peft
 import torch
 from bitsandbytes.nn import Linear4bit, Params4bit
-from peft_loop import train_steps
+from peft_loop import Clock, train_steps
 
 from qlora_trainer.base.nf4 import NF4Linear
 from qlora_trainer.base.quantize import quant_state
@@ -89,7 +88,7 @@ def _as_fp32(_: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def train_with_peft(run: Any) -> dict[str, Any]:
     """The run's figures with PEFT: metrics at the end, seconds, share of what is trained."""
-    start = time.perf_counter()
+    clock = Clock()
     source = setup.open_model(run)
     data = setup.open_data(run, source)
     # PEFT puts its layers into the base itself, which is asked: some wrappers know texts only.
@@ -118,5 +117,5 @@ def train_with_peft(run: Any) -> dict[str, Any]:
         "best_by": task.best_metric,
         "trained_parameters": count,
         "parameters": total,
-        "seconds": round(time.perf_counter() - start, 1),
+        **clock.read(),
     }

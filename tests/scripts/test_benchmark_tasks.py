@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import task_cases
-from benchmark_tasks import means
+from benchmark_tasks import check_that_both_began_alike, means
 from task_cases import CASES, make_inputs, settings_of
 
 from qlora_trainer.config.read import check_values
@@ -61,6 +61,14 @@ def test_inputs_are_copies_without_dropout_and_with_excerpts(tmp_path, monkeypat
     (kept,) = map(json.loads, (tmp_path / "data" / "eval.jsonl").read_text().splitlines())
     assert kept["context"] == "Two goes . Rome is three . Four . "
     assert kept["context"][kept["answers"]["answer_start"][0] :].startswith("Rome")
+
+
+def test_sides_that_began_otherwise_are_not_compared():
+    run = {"ours": {"metrics": {"loss_before": 6.987}}, "peft": {"metrics": {"loss_before": 6.926}}}
+    with pytest.raises(ValueError, match=r"ours 6\.987, PEFT 6\.926"):
+        check_that_both_began_alike(run)
+    run["peft"]["metrics"]["loss_before"] = 6.9871
+    check_that_both_began_alike(run)
 
 
 def test_figures_are_means_over_seeds():
