@@ -2,17 +2,17 @@
 
     python scripts/benchmark_step.py --model FOLDER [--json FILE] [--peers peft,trainer,trl]
                                      [--tokens 512] [--rows 1] [--steps 6] [--repeats 3]
+    python scripts/benchmark_step.py --part NAME --model FOLDER --json FILE [--data FILE.jsonl]
 
-    ours        all techniques of the step
-    ours-plain  the same without the fused MLP and the tiled norms (ablation)
-    peft        PEFT and bitsandbytes, the loop written by hand
-    trainer     transformers.Trainer on PEFT's model
-    trl         TRL's SFTTrainer on PEFT's model (`pip install trl`)
+Without `--part`: ours with all techniques, without the fused MLP and the tiled norms
+(`ours-plain`), and the peers asked for, at equal settings. `step_cases.py` says what each part of
+the whole comparison and each contender is; a part is written into FILE beside those done earlier.
 
 The machine may be shared, so contenders take turns, each in a process of its own, and a ratio is
 the median over turns of ours and the peer's of the same turn; the spread is printed beside it. All
 start from the same adapter and see the same tokens. `ceiling_share` is the time of the step's
-matrix products alone, at the bf16 rate measured between the turns, over the time of our step.
+matrix products alone, at the bf16 rate measured before and after our turn (the better of both),
+over the time of our step.
 """
 
 from __future__ import annotations
@@ -29,10 +29,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from step_cases import CONTENDERS, PARTS, PEERS
 from steps import REPOSITORY, Stop, say, stop_with_message
 
-OURS = ("ours", "ours-plain")
-PEERS = ("peft", "trainer", "trl")
 RANK = 16
 
 
@@ -113,44 +112,51 @@ def run_contender(job: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def summarize(
-    turns: Sequence[Mapping[str, Mapping[str, Any]]],
-    rates: Sequence[float],
-    tokens: int,
-    flops: float,
+    turns: Sequence[Mapping[str, Mapping[str, Any]]], rates: Sequence[float], flops: float
 ) -> dict[str, Any]:
     """Medians of all turns, ratios of pairs, and the share of the ceiling.
 
     Args:
-        turns: Contender -> its figures, turn by turn.
+        turns: Contender -> its figures, turn by turn; the first is ours.
         rates: Measured product rate of each turn, operations per second.
-        tokens: Of a step.
         flops: Of a step's products.
     """
     names = list(turns[0])
-    seconds = {name: [float(turn[name]["step_seconds"]) for turn in turns] for name in names}
+    ours = names[0]
+    speeds = {n: [float(turn[n]["tokens_per_second"]) for turn in turns] for n in names}
     pairs = {
-        name: [theirs / ours for theirs, ours in zip(seconds[name], seconds["ours"], strict=True)]
-        for name in names
-        if name != "ours"
+        name: [own / theirs for own, theirs in zip(speeds[ours], speeds[name], strict=True)]
+        for name in names[1:]
     }
-    shares = [flops / rate / own for rate, own in zip(rates, seconds["ours"], strict=True)]
+    peaks = {n: [float(turn[n]["peak_step_bytes"]) for turn in turns] for n in names}
+    shares = [
+        flops / rate / turn[ours]["step_seconds"] for rate, turn in zip(rates, turns, strict=True)
+    ]
     return {
-        "tokens_per_second": {n: tokens / statistics.median(s) for n, s in seconds.items()},
-        "peak_step_bytes": {
-            n: statistics.median(turn[n]["peak_step_bytes"] for turn in turns) for n in names
-        },
+        "tokens_per_second": {n: statistics.median(s) for n, s in speeds.items()},
+        "peak_step_bytes": {n: statistics.median(p) for n, p in peaks.items()},
         "final_loss": {n: turns[-1][n]["losses"][-1] for n in names},
         "times_faster": {n: statistics.median(ratios) for n, ratios in pairs.items()},
         "spread": {n: [min(ratios), max(ratios)] for n, ratios in pairs.items()},
+        "memory_share": {
+            n: statistics.median(peaks[ours]) / statistics.median(peaks[n]) for n in names[1:]
+        },
         "ceiling_share": statistics.median(shares),
+        "loss_difference": {n: _apart(turns[-1][ours], turns[-1][n]) for n in names[1:]},
     }
 
 
-def installed_peers(wanted: Sequence[str]) -> list[str]:
-    """Peers that can run here; one that is not installed is named."""
+def _apart(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> float:
+    """The largest relative difference of two losses of the same step (Trainer shuffles rows)."""
+    pairs = zip(ours["losses"], theirs["losses"], strict=False)
+    return max(abs(a - b) / abs(b) for a, b in pairs)
+
+
+def installed(contenders: Sequence[str]) -> list[str]:
+    """Contenders that can run here; one whose package is not installed is named and left out."""
     found = []
-    for name in wanted:
-        package = {"peft": "peft", "trainer": "peft", "trl": "trl"}[name]
+    for name in contenders:
+        package = {"ours": "qlora_trainer", "trl": "trl"}.get(CONTENDERS[name]["kind"], "peft")
         command = [sys.executable, "-c", f"import {package}"]
         if subprocess.run(command, capture_output=True, check=False).returncode == 0:
             found.append(name)
@@ -164,7 +170,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", type=Path, required=True, help="folder of a base model")
     parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--part", choices=list(PARTS), help="one part of the whole comparison")
     parser.add_argument("--peers", default=",".join(PEERS), help="of peft, trainer, trl")
+    parser.add_argument("--data", type=Path, help="instructions, for the parts on real data")
     parser.add_argument("--activations", choices=("keep", "recompute"), default="recompute")
     for name, value in (("tokens", 512), ("rows", 1), ("steps", 6), ("repeats", 3)):
         parser.add_argument(f"--{name}", type=int, default=value)
@@ -173,33 +181,83 @@ def main(arguments: Sequence[str] | None = None) -> int:
     peers = [name for name in given.peers.split(",") if name]
     if unknown := set(peers) - set(PEERS):
         parser.error(f"--peers: {', '.join(sorted(unknown))}: choose of {', '.join(PEERS)}")
+    contenders = ["ours", "ours-plain", *peers]
+    if given.part:
+        part = PARTS[given.part]
+        given.tokens, given.rows = part["tokens"], part["rows"]
+        contenders = part["contenders"]
+        if part["real"] and given.data is None:
+            parser.error(f"--part {given.part}: needs --data")
+    real = bool(given.part and PARTS[given.part]["real"])
     try:
         with tempfile.TemporaryDirectory() as scratch:
-            content = _compare(given, [*OURS, *installed_peers(peers)], Path(scratch))
+            content = _compare(given, installed(contenders), Path(scratch), real)
     except Stop as error:
         return stop_with_message(error)
-    print(json.dumps(content["figures"], indent=2))
+    print(json.dumps({k: v for k, v in content.items() if k != "turns"}, indent=2))
     if given.json is not None:
-        given.json.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write_figures(given.json, given.part, content)
+        plot(content, given.json.with_name(f"{given.json.stem}-{given.part or 'all'}.png"))
     return 0
 
 
-def _compare(given: argparse.Namespace, contenders: Sequence[str], scratch: Path) -> dict[str, Any]:
+def plot(content: Mapping[str, Any], path: Path) -> None:
+    """Tokens per second and peak memory of every contender, side by side."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.5), layout="constrained")
+    names = list(content["tokens_per_second"])
+    left.barh(names, list(content["tokens_per_second"].values()))
+    left.set_xlabel("tokens per second")
+    right.barh(names, [peak / 2**20 for peak in content["peak_step_bytes"].values()])
+    right.set_xlabel("peak over the base (MiB)")
+    for axis in (left, right):
+        axis.invert_yaxis()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def write_figures(path: Path, part: str | None, content: dict[str, Any]) -> None:
+    """Write a comparison; one of `PARTS` beside those the file already has."""
+    if part:
+        whole: dict[str, Any] = {"parts": {}}
+        if path.is_file():
+            whole = json.loads(path.read_text(encoding="utf-8"))
+        done = {**whole["parts"], part: content}
+        content = {"parts": {name: done[name] for name in PARTS if name in done}}
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def _compare(
+    given: argparse.Namespace, contenders: Sequence[str], scratch: Path, real: bool
+) -> dict[str, Any]:
     make_adapter(given.model, scratch)
     job = {
         "model": str(given.model), "adapter": str(scratch), "tokens": given.tokens,
         "rows": given.rows, "steps": given.steps, "threads": given.threads,
-        "activations": given.activations,
+        "activations": given.activations, "data": str(given.data) if real else None,
     }  # fmt: skip
     tokens = given.tokens * given.rows
     turns, rates = [], []
     for number in range(given.repeats):
         say(f"turn {number + 1} of {given.repeats}: {', '.join(contenders)}")
-        rates.append(matmul_rate(given.model, tokens, given.threads))
-        turns.append({name: run_contender(job | {"contender": name}) for name in contenders})
-    found = summarize(turns, rates, tokens, step_flops(given.model, tokens))
-    settings = {name: value for name, value in job.items() if name != "adapter"}
-    return {"settings": settings | {"rank": RANK}, "figures": found, "turns": turns}
+        turn, rate = {}, matmul_rate(given.model, tokens, given.threads)
+        for name in contenders:
+            turn[name] = run_contender({**job, **CONTENDERS[name], "contender": name})
+            if not rates[number:]:
+                rates.append(max(rate, matmul_rate(given.model, tokens, given.threads)))
+        turns.append(turn)
+    found = summarize(turns, rates, step_flops(given.model, tokens))
+    settings = {name: value for name, value in job.items() if name not in ("adapter", "model")}
+    settings |= {"model": given.model.name, "data": given.data and given.data.parent.name}
+    described = {name: {**CONTENDERS[name]} for name in contenders}
+    return {
+        **found, "settings": settings | {"rank": RANK}, "contenders": described,
+        "products_per_second": rates, "turns": turns,
+    }  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -1,75 +1,88 @@
 """One contender of `benchmark_step.py`, in a process of its own: some steps, timed and weighed.
 
-    python scripts/step_contender.py '{"contender": "ours", "model": ..., ...}'
+    python scripts/step_contender.py '{"contender": "ours", "kind": "ours", "model": ..., ...}'
 
 Prints one line of JSON. Every contender trains the same NF4 base (double quantization, bf16), the
-same adapter on all linear layers, from the same first values, on the same made-up tokens, with
-AdamW at a fixed learning rate and no dropout. PEFT's weights are quantized by bitsandbytes and
-multiplied by its own kernels; Trainer and SFTTrainer run on PEFT's model.
+same adapter on all linear layers, from the same first values, on the same tokens, with AdamW at a
+fixed learning rate and no dropout. PEFT's weights are quantized by bitsandbytes and multiplied by
+its own kernels; Trainer and SFTTrainer run on PEFT's model.
 """
 
 from __future__ import annotations
 
 import json
-import statistics
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
+from step_data import Batch, made_up_rows, packed_batches, real_examples
+from step_figures import Resident, figures, timed
 
 CPU = torch.device("cpu")
+WIDE = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def made_up_rows(job: dict[str, Any], vocabulary: int) -> list[torch.Tensor]:
-    """One (rows, tokens) batch per step: every next token is the last one plus a fixed step."""
-    generator = torch.Generator().manual_seed(11)
-    batches = []
-    for _ in range(job["steps"]):
-        first = torch.randint(vocabulary, (job["rows"], 1), generator=generator)
-        stride = torch.randint(1, 17, (job["rows"], 1), generator=generator)
-        batches.append((first + stride * torch.arange(job["tokens"])) % vocabulary)
-    return batches
-
-
-def run_ours(job: dict[str, Any], plain: bool) -> dict[str, Any]:
-    """Our step; `plain` without the techniques of this benchmark's ablation."""
+def run_ours(job: dict[str, Any]) -> dict[str, Any]:
+    """Our step with the techniques the job names."""
     from transformers import AutoModelForCausalLM
 
+    from qlora_trainer.base.host_memory import give_back_free_memory
     from qlora_trainer.base.layers import decoder_layers
     from qlora_trainer.base.load import BaseSpec, load_base
+    from qlora_trainer.base.packed_attention import use_packed_attention
     from qlora_trainer.lora.files import load_adapter
-    from qlora_trainer.lora.inject import adapter_parameters
+    from qlora_trainer.lora.inject import adapted_layers, adapter_parameters
     from qlora_trainer.tasks.causal_lm import CausalLM
+    from qlora_trainer.tasks.loss_path import LossPath
     from qlora_trainer.training.activations import plan_activations
     from qlora_trainer.training.optimizer import AdapterAdamW
     from qlora_trainer.training.step import train_step
     from qlora_trainer.training.techniques import Techniques, apply_techniques
 
+    on = set(job["techniques"])
     spec = BaseSpec("nf4", compute_dtype=torch.bfloat16)
     model = load_base(Path(job["model"]), AutoModelForCausalLM, spec, CPU)
-    load_adapter(model, Path(job["adapter"]), dtype=torch.bfloat16, trainable=True)
-    if not plain:
-        apply_techniques(model, Techniques(fused_mlp=True, tiled_norms=True))
-    plan_activations(model, decoder_layers(model), job["activations"])
+    load_adapter(model, Path(job["adapter"]), dtype=WIDE[job["adapter_dtype"]], trainable=True)
+    techniques = Techniques(fused_mlp="fused_mlp" in on, tiled_norms="tiled_norms" in on)
+    apply_techniques(model, techniques)
+    if "fused_linear" not in on:
+        for layer in adapted_layers(model).values():
+            layer.fused = False
+    if job["data"]:
+        use_packed_attention(model, job["tokens"])
+    layers = decoder_layers(model)
+    plan_activations(model, layers, activation_plan(job["activations"], len(layers)))
     task = CausalLM.for_model(model)
+    if "chunked_loss" not in on:
+        task = CausalLM(LossPath(False, "left out by the benchmark"), task.takes_positions)
     optimizer = AdapterAdamW(adapter_parameters(model), kind="adamw", weight_decay=0.0)
     model.train()
     losses: list[float] = []
 
-    def step(ids: torch.Tensor) -> None:
-        batch = task.prepare({"input_ids": ids, "labels": ids})
+    def step(batch: Batch) -> None:
         result = train_step(
-            model, [batch], task=task, optimizer=optimizer, learning_rate=1e-4, device=CPU,
-            step=len(losses),
+            model, [task.prepare(batch)], task=task, optimizer=optimizer, learning_rate=1e-4,
+            device=CPU, step=len(losses),
         )  # fmt: skip
+        give_back_free_memory()  # as our loop does
         losses.append(float(result.loss))
 
-    return timed(step, made_up_rows(job, model.config.vocab_size), losses)
+    return timed(step, _batches(job, model.config.vocab_size), losses)
+
+
+def activation_plan(activations: str, layers: int) -> Any:
+    """What each layer does: `recompute:N` recomputes the first N layers and keeps the rest."""
+    kind, _, count = activations.partition(":")
+    return [kind if index < int(count) else "keep" for index in range(layers)] if count else kind
+
+
+def _batches(job: dict[str, Any], vocabulary: int) -> list[Batch]:
+    if job["data"]:
+        return packed_batches(job)
+    return [{"input_ids": ids, "labels": ids} for ids in made_up_rows(job, vocabulary)]
 
 
 def peft_model(job: dict[str, Any]) -> Any:
@@ -86,8 +99,10 @@ def peft_model(job: dict[str, Any]) -> Any:
         attn_implementation="sdpa", local_files_only=True,
     )  # fmt: skip
     base.config.use_cache = False
+    # PEFT's own default casts the adapter to fp32.
+    wide = job["adapter_dtype"] == "float32"
     model = PeftModel.from_pretrained(
-        base, job["adapter"], is_trainable=True, autocast_adapter_dtype=False
+        base, job["adapter"], is_trainable=True, autocast_adapter_dtype=wide
     )
     if job["activations"] == "recompute":
         model.enable_input_require_grads()
@@ -102,115 +117,92 @@ def run_peft(job: dict[str, Any]) -> dict[str, Any]:
     optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.0)
     losses: list[float] = []
 
-    def step(ids: torch.Tensor) -> None:
-        loss = model(input_ids=ids, labels=ids).loss
+    def step(batch: Batch) -> None:
+        loss = model(**batch).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
 
-    return timed(step, made_up_rows(job, model.config.vocab_size), losses)
+    return timed(step, _batches(job, model.config.vocab_size), losses)
 
 
-def run_trainer(job: dict[str, Any], trainer_class: Any, arguments_class: Any) -> dict[str, Any]:
+def run_trainer(job: dict[str, Any]) -> dict[str, Any]:
     """Transformers' Trainer, or TRL's; timed from its own callbacks."""
     from transformers import TrainerCallback
 
-    model = peft_model(job)
-    batches = made_up_rows(job, model.config.vocab_size)
-    rows = [{"input_ids": row, "labels": row} for batch in batches for row in batch]
-    stamps = [0.0]
+    seconds: list[float] = []
+    counts: list[int] = []
 
     class Stamp(TrainerCallback):  # type: ignore[misc]
         """Notes when steps begin and end."""
 
         def on_step_begin(self, *_: Any, **__: Any) -> None:
-            stamps.append(-time.perf_counter())
+            seconds.append(-time.perf_counter())
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            stamps[-1] += time.perf_counter()
+            seconds[-1] += time.perf_counter()
 
     with tempfile.TemporaryDirectory() as folder:
-        arguments = arguments_class(
-            output_dir=folder, per_device_train_batch_size=job["rows"], max_steps=job["steps"],
-            learning_rate=1e-4, lr_scheduler_type="constant", weight_decay=0.0, logging_steps=1,
-            report_to=[], save_strategy="no", use_cpu=True, bf16=True, seed=1,
-            gradient_checkpointing=job["activations"] == "recompute",
-            gradient_checkpointing_kwargs={"use_reentrant": False}, disable_tqdm=True,
-        )  # fmt: skip
-        trainer = trainer_class(model=model, args=arguments, train_dataset=rows)
+        trainer = _trainer(job, peft_model(job), folder)
+        collate = trainer.data_collator
+
+        def counted(rows: Any) -> Any:
+            batch = collate(rows)
+            mask = batch.get("attention_mask")
+            counts.append(int(batch["input_ids"].numel() if mask is None else mask.sum()))
+            return batch
+
+        trainer.data_collator = counted
         trainer.add_callback(Stamp())
         with Resident() as resident:
             trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    return figures(stamps[2:] or stamps[1:], resident, losses)
+    return figures(seconds, counts[: len(seconds)], resident, losses)
 
 
-def timed(step: Any, batches: list[torch.Tensor], losses: list[float]) -> dict[str, Any]:
-    """Run every batch; the first step warms up and is not timed."""
-    seconds = []
-    with Resident() as resident:
-        for ids in batches:
-            began = time.perf_counter()
-            step(ids)
-            seconds.append(time.perf_counter() - began)
-    return figures(seconds[1:] or seconds, resident, losses)
+def _trainer(job: dict[str, Any], model: Any, folder: str) -> Any:
+    """Set up as the job says, on its data."""
+    from transformers import AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
+    settings: dict[str, Any] = {
+        "output_dir": folder, "max_steps": job["steps"], "learning_rate": 1e-4,
+        "lr_scheduler_type": "constant", "logging_steps": 1, "report_to": [],
+        "save_strategy": "no", "use_cpu": True, "seed": 1, "disable_tqdm": True,
+        "gradient_checkpointing": job["activations"] == "recompute",
+        "gradient_checkpointing_kwargs": {"use_reentrant": False},
+    } | job["arguments"]  # fmt: skip
+    tokenizer, rows = None, []
+    if job["data"]:
+        tokenizer = AutoTokenizer.from_pretrained(job["model"], local_files_only=True)
+        rows = real_examples(job)
+    else:
+        settings["per_device_train_batch_size"] = job["rows"]
+        rows = [row for batch in made_up_rows(job, model.config.vocab_size) for row in batch]
+    if job["kind"] == "trl":
+        from datasets import Dataset
+        from trl import SFTConfig, SFTTrainer
 
-class Resident:
-    """The most resident memory inside the block, above what stood before it."""
-
-    def __enter__(self) -> Resident:
-        self._process = psutil.Process()
-        self._before = self._highest = self._process.memory_info().rss
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-        return self
-
-    def _watch(self) -> None:
-        while not self._done.wait(0.005):
-            self._highest = max(self._highest, self._process.memory_info().rss)
-
-    def __exit__(self, *_: object) -> None:
-        self._done.set()
-        self._thread.join()
-        self._highest = max(self._highest, self._process.memory_info().rss)
-
-    @property
-    def grown_bytes(self) -> int:
-        """Highest minus what stood before."""
-        return self._highest - self._before
-
-
-def figures(seconds: list[float], resident: Resident, losses: list[float]) -> dict[str, Any]:
-    """What the benchmark compares."""
-    return {
-        "step_seconds": statistics.median(seconds),
-        "peak_step_bytes": resident.grown_bytes,
-        "losses": losses,
-    }
+        lists = [list(map(int, ids)) for ids in rows]
+        data = Dataset.from_list([{"input_ids": ids, "labels": ids} for ids in lists])
+        return SFTTrainer(model=model, args=SFTConfig(**settings), train_dataset=data,
+                          processing_class=tokenizer)  # fmt: skip
+    pads = {} if tokenizer is None else {"data_collator": DataCollatorForSeq2Seq(tokenizer)}
+    data = [{"input_ids": ids, "labels": ids} for ids in rows]
+    return Trainer(model=model, args=TrainingArguments(**settings), train_dataset=data, **pads)
 
 
 def main() -> int:
-    """Run the contender named in the one argument."""
+    """Run the contender described in the one argument."""
     job = json.loads(sys.argv[1])
     torch.set_num_threads(job["threads"])
-    name = job["contender"]
-    if name in ("ours", "ours-plain"):
-        found = run_ours(job, plain=name == "ours-plain")
-    elif name == "peft":
-        found = run_peft(job)
-    elif name == "trainer":
-        from transformers import Trainer, TrainingArguments
+    if "kept_memory" in job["techniques"]:
+        from qlora_trainer.base.host_memory import keep_free_memory
 
-        found = run_trainer(job, Trainer, TrainingArguments)
-    else:
-        from trl import SFTConfig, SFTTrainer
-
-        found = run_trainer(job, SFTTrainer, SFTConfig)
-    print("\n" + json.dumps(found), flush=True)
+        keep_free_memory()
+    run = {"ours": run_ours, "peft": run_peft}.get(job["kind"], run_trainer)
+    print("\n" + json.dumps(run(job)), flush=True)
     return 0
 
 

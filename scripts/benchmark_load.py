@@ -1,0 +1,130 @@
+"""What loading a base in 4 bits takes on this CPU: quantized, quantized and kept, and kept before.
+
+    python scripts/benchmark_load.py [--model FOLDER] [--json scripts/results/load.json]
+                                     [--rounds 3] [--threads 2]
+
+Each load is a process of its own that has imported everything before its clock starts. `quantize`
+reads the 16-bit weights and quantizes them; `first` does so and keeps the quantized copy
+(`model.quantized_cache`); `second` reads that copy, whose checksums it verifies. Rounds alternate;
+the medians count. Without `--model`: a Llama of 1.1 billion random weights, made in a folder that
+is removed. Files may come from the page cache, for all three alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from steps import Stop, say, stop_with_message
+
+WAYS = ("quantize", "first", "second")
+
+
+def load_once(way: str, model: Path, cache: Path, threads: int) -> dict[str, Any]:
+    """In the process of one load: its seconds, and the weights it holds in 4 bits."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from qlora_trainer.base.load import BaseSpec, load_base
+    from qlora_trainer.base.nf4 import NF4Linear
+    from qlora_trainer.base.quantized_cache import cached_base
+
+    torch.set_num_threads(threads)
+    device, spec = torch.device("cpu"), BaseSpec("nf4")
+    began = time.perf_counter()
+    folder = model
+    if way != "quantize":
+        folder = cached_base(model, cache, AutoModelForCausalLM, spec, device)
+    held = load_base(folder, AutoModelForCausalLM, spec, device)
+    seconds = time.perf_counter() - began
+    layers = [layer for layer in held.modules() if isinstance(layer, NF4Linear)]
+    weights = sum(layer.in_features * layer.out_features for layer in layers)
+    return {"seconds": seconds, "quantized_weights": weights}
+
+
+def make_model(folder: Path) -> None:
+    """A Llama of TinyLlama's shape with random weights."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=32_000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=22,
+        num_attention_heads=32, num_key_value_heads=4, tie_word_embeddings=False,
+        dtype=torch.bfloat16,
+    )  # fmt: skip
+    torch.set_default_dtype(torch.bfloat16)
+    LlamaForCausalLM(config).save_pretrained(folder)
+
+
+def in_a_process(*words: str, threads: int) -> str:
+    """Run this script with a job; its last line.
+
+    Raises:
+        Stop: It failed.
+    """
+    command = [sys.executable, __file__, *words]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(threads)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    if done.returncode != 0:
+        raise Stop("\n".join(done.stderr.strip().splitlines()[-5:]))
+    return done.stdout.strip().splitlines()[-1] if done.stdout.strip() else ""
+
+
+def measure(model: Path, scratch: Path, rounds: int, threads: int) -> dict[str, Any]:
+    """All rounds."""
+    found: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
+    for number in range(rounds):
+        cache = scratch / f"cache-{number}"
+        for way in WAYS:
+            line = in_a_process("--once", way, str(model), str(cache), str(threads),
+                                threads=threads)  # fmt: skip
+            found[way].append(json.loads(line))
+            say(f"round {number + 1}, {way}: {found[way][-1]['seconds']:.1f} s")
+    return {
+        "threads": threads,
+        "quantized_weights": found["quantize"][0]["quantized_weights"],
+        "seconds": {w: statistics.median(one["seconds"] for one in found[w]) for w in WAYS},
+        "seconds_of_rounds": {w: [one["seconds"] for one in found[w]] for w in WAYS},
+    }
+
+
+def main() -> int:
+    """Command line."""
+    if sys.argv[1:2] == ["--once"]:
+        way, model, cache, threads = sys.argv[2:]
+        print(json.dumps(load_once(way, Path(model), Path(cache), int(threads))))
+        return 0
+    if sys.argv[1:2] == ["--make"]:
+        make_model(Path(sys.argv[2]))
+        return 0
+    parser = argparse.ArgumentParser(description="Time loading a base in 4 bits.")
+    parser.add_argument("--model", type=Path)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    given = parser.parse_args()
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            model = given.model or Path(folder) / "model"
+            if given.model is None:
+                in_a_process("--make", str(model), threads=given.threads)
+            content = measure(model, Path(folder), given.rounds, given.threads)
+    except Stop as error:
+        return stop_with_message(error)
+    print(json.dumps(content["seconds"], indent=1))
+    if given.json is not None:
+        given.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,78 @@
+"""Who takes part in `benchmark_step.py`, with which settings, in which part of the comparison.
+
+`ours*` are the package's own step; what a contender leaves out of `TECHNIQUES` is what an ablation
+switches off. `activations` is given here where it is the contender's own choice; else every
+contender of a part has the same. Peers use scaled-dot-product attention, which was faster here than
+their eager one, and all threads. Adapters are bf16 for all but where a peer's own default (fp32)
+is the point.
+
+    equal-*     same recomputation, same batch, no packing; `ours-own` keeps all, in memory saved
+                elsewhere
+    ablation    ours, and without one technique each
+    same-losses ours beside PEFT's plain path, fp32 adapters, on real rows; compared step by step
+    real        instructions of real lengths: ours packed and tuned, Trainer as it comes, TRL tuned
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+PEERS = ("peft", "trainer", "trl")
+TECHNIQUES = ("fused_linear", "fused_mlp", "tiled_norms", "chunked_loss", "kept_memory")
+OURS: dict[str, Any] = {
+    "kind": "ours", "techniques": TECHNIQUES, "adapter_dtype": "bfloat16",
+}  # fmt: skip
+PEER: dict[str, Any] = {"techniques": (), "adapter_dtype": "bfloat16"}
+BF16 = {"bf16": True, "weight_decay": 0.0}
+
+
+def without(technique: str) -> dict[str, Any]:
+    """Ours, one technique left out."""
+    return OURS | {"techniques": tuple(t for t in TECHNIQUES if t != technique)}
+
+
+CONTENDERS: dict[str, dict[str, Any]] = {
+    "ours": OURS,
+    "ours-plain": OURS | {"techniques": ("fused_linear", "chunked_loss", "kept_memory")},
+    "ours-own": OURS | {"activations": "keep"},
+    "ours-packed": OURS | {"activations": "keep"},
+    **{f"ours-without-{t.replace('_', '-')}": without(t) for t in TECHNIQUES},
+    "peft": PEER | {"kind": "peft"},
+    # with what `base/host_memory.py` does for ours, so that the rest is seen apart
+    "peft-kept-memory": PEER | {"kind": "peft", "techniques": ("kept_memory",)},
+    "ours-fp32": OURS | {"adapter_dtype": "float32"},
+    "peft-fp32": {"kind": "peft", "techniques": (), "adapter_dtype": "float32"},
+    "trainer": PEER | {"kind": "trainer", "arguments": BF16},
+    "trl": PEER | {"kind": "trl", "arguments": BF16},
+    # as they come: batches of 8, padded; PEFT's fp32 adapters; nothing computed again
+    "trainer-defaults": {
+        "kind": "trainer", "adapter_dtype": "float32", "activations": "keep", "arguments": {},
+        "techniques": (),
+    },
+    # its best: packed rows, its chunked loss (the default), nothing computed again
+    "trl-packed": PEER | {
+        "kind": "trl", "activations": "keep",
+        "arguments": BF16 | {
+            "packing": True, "max_length": 1024, "per_device_train_batch_size": 1,
+        },
+    },
+}  # fmt: skip
+
+
+def part(tokens: int, rows: int, contenders: list[str], *, real: bool = False) -> dict[str, Any]:
+    """Tokens of a row, rows of a batch, and who runs; ours comes first."""
+    return {"tokens": tokens, "rows": rows, "contenders": contenders, "real": real}
+
+
+EQUAL = ["ours", "ours-own", "peft", "trainer", "peft-kept-memory"]
+PARTS: dict[str, dict[str, Any]] = {
+    "equal-1x512": part(512, 1, EQUAL),
+    "equal-4x512": part(512, 4, EQUAL),
+    "1b-equal-1x512": part(512, 1, EQUAL),
+    "1b-keep-1x512": part(512, 1, ["ours-own"]),
+    "ablation-1x512": part(
+        512, 1, ["ours", *(f"ours-without-{t.replace('_', '-')}" for t in TECHNIQUES)]
+    ),
+    "same-losses": part(256, 1, ["ours-fp32", "peft-fp32"], real=True),
+    "real": part(1024, 1, ["ours-packed", "trainer-defaults", "trl-packed"], real=True),
+}
