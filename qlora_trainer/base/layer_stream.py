@@ -1,147 +1,160 @@
-"""The frozen layers in host memory: one on the device, the next one on its way.
+"""The frozen layers elsewhere: one on the device, the next one on its way.
 
-A card smaller than the 4-bit model trains it. Each layer's frozen tensors wait in pinned host
-memory as one flat buffer. When a layer begins, its buffer is on the device and the copy of the one
-that comes next starts: the layer above in the forward, the layer below while the backward computes
-the layers again. Two buffers then, one in use and one being filled; what has been used is dropped
-before the next is allocated. Adapters, optimizer, embeddings and head stay where they are. The
-bits are the same, and so are losses and gradients. How copies are made, and why no block is reused
-under one, is `base/transfers.py`'s.
+A card smaller than the 4-bit model trains it. Each layer's frozen tensors are one flat buffer
+(`base/layer_buffer.py`) that waits in pinned host memory, or in parts on the cards of several
+processes (`base/layer_shards.py`). When a layer begins, its buffer is on the device and the copy of
+the one that comes next starts: the layer above in the forward, the layer below while the backward
+computes the layers again. Two buffers then, one in use and one being filled; what has been used is
+dropped before the next is allocated. Adapters, optimizer, embeddings and head stay where they are.
+The bits are the same, and so are losses and gradients. How copies to and from the host are made,
+and why no block is reused under one, is `base/transfers.py`'s.
 
-A layer's parameters and buffers are views into its flat buffer while it is there. Away, they are
-placeholders of the same shape, dtype and device that hold one NaN: what is read at the wrong time
-cannot pass for a weight. The layer's forward is wrapped on the instance; transformers computes a
-layer again inside that forward, so whoever plans this (`training/activations.py`) puts `bringing`
-around what is computed again.
+The layer's forward is wrapped on the instance; transformers computes a layer again inside that
+forward, so whoever plans this (`training/activations.py`) puts `bringing` around what is computed
+again.
 
 Given up: keeping the activations of a streamed layer, whose backward would find its weights gone
 (the run file refuses it), and training its own weights in full.
 """
 
 import functools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from qlora_trainer.base.layer_buffer import LayerBuffer
 from qlora_trainer.base.layers import decoder_layers
 from qlora_trainer.base.transfers import Copy, Transfers, piece_sizes
 from qlora_trainer.errors import UserError
 
-_ALIGNMENT = 512  # bytes, as the allocator's own
 _BRING = "_bring_to_the_device"
 
 
-@dataclass(frozen=True)
-class _Slot:
-    """One tensor of a layer, and where it lies in the flat buffer."""
+class Waiting(Protocol):
+    """One layer's flat buffer while it is elsewhere."""
 
-    owner: nn.Module
-    name: str
-    first: int
-    shape: torch.Size
-    dtype: torch.dtype
+    def start(self) -> None:
+        """Begin to bring it."""
 
-    def put(self, tensor: Tensor) -> None:
-        """Let the module find `tensor` under its name."""
-        parameter = self.owner._parameters.get(self.name)
-        if parameter is None:
-            self.owner._buffers[self.name] = tensor
-        else:
-            parameter.data = tensor  # the same parameter: others may share the object
+    def arrive(self) -> Tensor:
+        """The buffer on the device, once it is all there; after `start`."""
 
-    def view(self, flat: Tensor) -> Tensor:
-        """This tensor's part of the flat buffer."""
-        size_bytes = self.shape.numel() * self.dtype.itemsize
-        return flat[self.first : self.first + size_bytes].view(self.dtype).view(self.shape)
+    def leave(self) -> None:
+        """Let its device memory go, also where it is on its way."""
 
-    def placeholder(self, device: torch.device) -> Tensor:
-        """What stands there while the layer is away: no memory to speak of."""
-        value = float("nan") if self.dtype.is_floating_point else 0
-        return torch.full((), value, dtype=self.dtype, device=device).expand(self.shape)
+
+class Store(Protocol):
+    """Where the layers wait.
+
+    Attributes:
+        setting: That asks for it.
+        device: Where they compute.
+    """
+
+    setting: str
+    device: torch.device
+
+    def keep(self, index: int, buffer: LayerBuffer) -> Waiting:
+        """Take over the tensors of a layer."""
+
+
+class HostStore:
+    """Pinned host memory.
+
+    Args:
+        transfers: Buffers and copies; another may be put in its place.
+    """
+
+    setting = "model.stream_layers"
+
+    def __init__(self, transfers: Transfers) -> None:
+        self.transfers, self.device = transfers, transfers.device
+        self.host_bytes = 0
+
+    def keep(self, index: int, buffer: LayerBuffer) -> Waiting:
+        """Copy a layer to the host."""
+        flat = buffer.read(torch.device("meta" if self.device.type == "meta" else "cpu"))
+        pieces = [self.transfers.host_buffer(size) for size in piece_sizes(flat.numel())]
+        self.transfers.move(pieces, flat, back=False)
+        self.host_bytes += sum(piece.nbytes for piece in pieces)
+        return _OnHost(self, pieces, flat.shape)
+
+
+class _OnHost:
+    def __init__(self, store: HostStore, pieces: list[Tensor], shape: torch.Size) -> None:
+        self._store, self._pieces, self._shape = store, pieces, shape
+        self._coming: tuple[Tensor, Copy] | None = None
+
+    def start(self) -> None:
+        self._coming = self._store.transfers.to_device(self._pieces, self._shape, torch.uint8)
+
+    def arrive(self) -> Tensor:
+        assert self._coming is not None
+        (flat, copy), self._coming = self._coming, None
+        copy.wait()
+        return flat
+
+    def leave(self) -> None:
+        self._coming = None
 
 
 class _Layer:
-    """The frozen tensors of one layer."""
+    """One layer, and where it is."""
 
-    def __init__(self, layer: nn.Module, transfers: Transfers) -> None:
-        self.slots: list[_Slot] = []
-        first, tensors = 0, []
-        for owner in layer.modules():
-            own = (*owner.named_parameters(recurse=False), *owner.named_buffers(recurse=False))
-            for name, tensor in own:
-                self.slots.append(_Slot(owner, name, first, tensor.shape, tensor.dtype))
-                tensors.append(tensor.detach())
-                first += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
-        self.size_bytes = first
-        place = torch.device("meta" if transfers.device.type == "meta" else "cpu")
-        flat = torch.empty(first, dtype=torch.uint8, device=place)
-        for slot, tensor in zip(self.slots, tensors, strict=True):
-            slot.view(flat).copy_(tensor)
-        self.pieces = [transfers.host_buffer(size) for size in piece_sizes(first)]
-        transfers.move(self.pieces, flat, back=False)
-        self.away = [slot.placeholder(transfers.device) for slot in self.slots]
-        self.coming: tuple[Tensor, Copy] | None = None
-        self.here = False
-        self.leave(force=True)
+    def __init__(self, layer: nn.Module, index: int, store: Store) -> None:
+        self._buffer = LayerBuffer(layer, store.device)
+        self.waiting = store.keep(index, self._buffer)
+        self.here = self.coming = False
+        self._buffer.put_away()
 
-    def start(self, transfers: Transfers) -> None:
-        """Begin its copy to the device, unless it is there or on its way."""
-        if not self.here and self.coming is None:
-            size = torch.Size((self.size_bytes,))
-            self.coming = transfers.to_device(self.pieces, size, torch.uint8)
+    def start(self) -> None:
+        """Begin its way to the device, unless it is there or on it."""
+        if not self.here and not self.coming:
+            self.waiting.start()
+            self.coming = True
 
-    def arrive(self, transfers: Transfers) -> None:
+    def arrive(self) -> None:
         """Have it on the device."""
-        self.start(transfers)
-        if self.coming is None:
-            return
-        (flat, copy), self.coming = self.coming, None
-        copy.wait()
-        for slot in self.slots:
-            slot.put(slot.view(flat))
-        self.here = True
+        self.start()
+        if self.coming:
+            self._buffer.put(self.waiting.arrive())
+            self.here, self.coming = True, False
 
-    def leave(self, *, force: bool = False) -> None:
+    def leave(self) -> None:
         """Let its device memory go."""
-        self.coming = None
-        if self.here or force:
-            for slot, placeholder in zip(self.slots, self.away, strict=True):
-                slot.put(placeholder)
-        self.here = False
+        if self.here:
+            self._buffer.put_away()
+        self.here = self.coming = False
+        self.waiting.leave()
 
 
 class LayerStream:
     """The layers of a model, each on the device when it computes.
 
     Args:
-        layers: In the order they run.
-        transfers: Buffers and copies; another may be put in its place.
+        store: Where they wait.
 
     Attributes:
-        transfers: As given.
-        names: Of all streamed tensors, as the model had them.
+        store: As given.
+        names: Of all streamed tensors, as the model had them, with the number of their layer.
     """
 
-    def __init__(self, layers: Sequence[tuple[str, nn.Module]], transfers: Transfers) -> None:
-        self.transfers = transfers
-        self.names = frozenset(
-            f"{path}.{name}"
-            for path, layer in layers
-            for name, _ in (*layer.named_parameters(), *layer.named_buffers())
-        )
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.names: dict[str, int] = {}
         self._last = 0
         self._layers: list[_Layer] = []
-        for index, (_, layer) in enumerate(layers):
-            self._layers.append(_Layer(layer, transfers))
-            self._bring_before(layer, index)
 
-    @property
-    def host_bytes(self) -> int:
-        """Pinned memory that the layers take."""
-        return sum(piece.nbytes for layer in self._layers for piece in layer.pieces)
+    def add(self, path: str, layer: nn.Module) -> None:
+        """Take over the next layer, in the order they run; all is as it shall stay."""
+        index = len(self._layers)
+        own = (*layer.named_parameters(), *layer.named_buffers())
+        self.names |= {f"{path}.{name}": index for name, _ in own}
+        self._layers.append(_Layer(layer, index, self.store))
+        layer.__dict__[_BRING] = functools.partial(self.bring, index)
+        layer.forward = bringing(layer, layer.forward)
 
     @property
     def present(self) -> list[int]:
@@ -159,12 +172,8 @@ class LayerStream:
         for present in self.present:
             if present not in (index, following):
                 self._layers[present].leave()
-        self._layers[index].arrive(self.transfers)
-        self._layers[following].start(self.transfers)
-
-    def _bring_before(self, layer: nn.Module, index: int) -> None:
-        layer.__dict__[_BRING] = functools.partial(self.bring, index)
-        layer.forward = bringing(layer, layer.forward)
+        self._layers[index].arrive()
+        self._layers[following].start()
 
 
 def bringing(layer: nn.Module, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -180,8 +189,14 @@ def bringing(layer: nn.Module, function: Callable[..., Any]) -> Callable[..., An
     return brought
 
 
-def streamed_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
+def streamed_layers(
+    model: nn.Module, setting: str = HostStore.setting
+) -> list[tuple[str, nn.Module]]:
     """The layers that can be streamed, by path.
+
+    Args:
+        model: Its layers as transformers made them.
+        setting: That asks for it.
 
     Raises:
         UserError: The model has no stack of layers, or layers share weights.
@@ -189,8 +204,7 @@ def streamed_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
     layers = decoder_layers(model)
     if not layers:
         raise UserError(
-            f"model.stream_layers = true: {type(model).__name__} has no stack of layers; "
-            "set model.stream_layers: false"
+            f"{setting} = true: {type(model).__name__} has no stack of layers; set {setting}: false"
         )
     paths = tuple(f"{path}." for path, _ in layers)
     owners: dict[int, set[str]] = {}
@@ -200,8 +214,8 @@ def streamed_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
     inside = {id(p) for _, layer in layers for p in layer.parameters()}
     if any(len(found) > 1 for key, found in owners.items() if key in inside):
         raise UserError(
-            f"model.stream_layers = true: layers of {type(model).__name__} share weights with "
-            "others, which cannot come and go with one of them; set model.stream_layers: false"
+            f"{setting} = true: layers of {type(model).__name__} share weights with "
+            f"others, which cannot come and go with one of them; set {setting}: false"
         )
     return layers
 

@@ -21,6 +21,7 @@ import transformers
 from qlora_trainer.base.checkpoint import Checkpoint, open_checkpoint
 from qlora_trainer.base.expanded_attention import use_expanded_attention
 from qlora_trainer.base.fit import check_class, check_keys, load_config
+from qlora_trainer.base.layer_shards import Peers
 from qlora_trainer.base.prequantized import check_quantization, quantization_settings
 from qlora_trainer.base.settle import Progress, buffer_dtypes, settle
 from qlora_trainer.base.spec import BaseSpec
@@ -38,6 +39,7 @@ def load_base(
     new_heads_allowed: bool = False,
     head_seed: int = 0,
     config_changes: dict[str, Any] | None = None,
+    peers: Peers | None = None,
 ) -> Any:
     """Load a checkpoint as the frozen base.
 
@@ -51,6 +53,7 @@ def load_base(
             language model), or bring one it has no place for.
         head_seed: Decides the weights of such a new head.
         config_changes: Settings of the model configuration the task decides, such as `num_labels`.
+        peers: The processes that hold the other parts of the layers, where they share them.
 
     Returns:
         The model, evaluating, `use_cache` off, no parameter wanting a gradient.
@@ -62,7 +65,7 @@ def load_base(
         folder, model_class, spec, new_heads_allowed=new_heads_allowed, head_seed=head_seed,
         config_changes=config_changes,
     )  # fmt: skip
-    model = settle(model, spec, device, buffers, progress)
+    model = settle(model, spec, device, buffers, progress, peers)
     if device.type == "cuda":
         use_expanded_attention(model, torch.cuda.get_device_capability(device))
     return model

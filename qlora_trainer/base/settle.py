@@ -15,8 +15,8 @@ from transformers.pytorch_utils import Conv1D
 from qlora_trainer.base.batch_norm import freeze_batch_norms
 from qlora_trainer.base.head import quantize_head
 from qlora_trainer.base.host_embedding import host_table, keep_on_host
-from qlora_trainer.base.layer_stream import LayerStream, streamed_layers
-from qlora_trainer.base.layers import decoder_layers
+from qlora_trainer.base.layer_shards import Peers, ShardStore, WeightlessShards
+from qlora_trainer.base.layer_stream import HostStore, LayerStream, Store, streamed_layers
 from qlora_trainer.base.nf4 import NF4Linear
 from qlora_trainer.base.prequantized import is_bitsandbytes_linear, select_prequantized
 from qlora_trainer.base.quantize import QUANTIZABLE_DTYPES
@@ -34,6 +34,7 @@ def settle(
     device: torch.device,
     buffers: dict[str, torch.dtype],
     progress: Progress | None,
+    peers: Peers | None = None,
 ) -> Any:
     """Settle a whole model, in place.
 
@@ -43,6 +44,7 @@ def settle(
         device: Where.
         buffers: Dtype of every buffer, by path.
         progress: Called with (path, number, count) for every tensor put in its place.
+        peers: The processes that hold the other parts of sharded layers; none on `meta`.
 
     Returns:
         The same model, evaluating, `use_cache` off, no parameter wanting a gradient.
@@ -55,55 +57,122 @@ def settle(
             model, spec.head_bits, spec.block_size, spec.compute_dtype,
             on_host=spec.embeddings_on_host,
         )  # fmt: skip
-    streamed = streamed_layers(model) if spec.stream_layers else []
-    home = _homes(tuple(f"{path}." for path, _ in streamed), device)
-    ready_made = select_prequantized(model)
-    if ready_made is not None:
-        selection = ready_made
-    else:
-        selection = select_quantized(model, spec.keep_unquantized)
-    quantized = selection.quantized if spec.quantization == "nf4" else ()
-    on_host = host_table(model) if spec.embeddings_on_host else None
-    places = _parameter_places(model, set(quantized))
-    count = len(quantized) + len(places)
-    for number, path in enumerate(quantized, start=1):
-        layer = quantize_layer(path, model.get_submodule(path), spec, device)
-        _replace(model, path, layer.to(home(path)))
-        if progress is not None:
-            progress(path, number, count)
-    fp32 = stays_fp32(model, fp16=spec.compute_dtype == torch.float16)
-    for number, owners in enumerate(places, start=len(quantized) + 1):
-        path, name = owners[0]
-        full_name = f"{path}.{name}" if path else name
-        original = cast(Tensor, getattr(model.get_submodule(path), name))
-        dtype = torch.float32 if fp32 and fp32.search(full_name) else spec.compute_dtype
-        # What stays on the host stays where transformers made it: there, or on `meta`.
-        place = original.device if original is on_host else home(full_name)
-        settled = nn.Parameter(_moved(original.detach(), place, dtype), requires_grad=False)
-        for path, name in owners:
-            setattr(model.get_submodule(path), name, settled)
-        if progress is not None:
-            progress(full_name, number, count)
-    _settle_buffers(model, set(quantized), home, buffers)
-    if on_host is not None:
+    store = _store(spec, device, peers)
+    layers = [] if store is None else streamed_layers(model, store.setting)
+    settling = _Settling(model, spec, device, buffers, progress)
+    if store is not None:
+        model.layer_stream = LayerStream(store)
+        in_host_memory = spec.stream_layers and device.type != "meta"
+        home = torch.device("cpu") if in_host_memory else device
+        for path, layer in layers:  # shared out one by one: no two are whole on the device
+            settling.settle(f"{path}.", home)
+            model.layer_stream.add(path, layer)
+    settling.settle("", device)
+    if settling.on_host is not None:
         keep_on_host(model)
     for part in model.modules():
         _settle_config(getattr(part, "config", None), spec.compute_dtype)
     for mark in ("hf_quantizer", "quantization_method", "is_loaded_in_4bit"):
         if getattr(model, mark, None) is not None:
             setattr(model, mark, None)  # its quantized layers are ours now
-    model.kept_unquantized = dict(selection.kept) if spec.quantization == "nf4" else {}
+    model.kept_unquantized = dict(settling.kept) if spec.quantization == "nf4" else {}
     freeze_batch_norms(model)
-    if streamed:
-        # read anew: quantized layers have taken the places of others
-        model.layer_stream = LayerStream(decoder_layers(model), Transfers(device))
     return model.eval()
 
 
-def _homes(streamed: tuple[str, ...], device: torch.device) -> Callable[[str], torch.device]:
-    """Path -> where a tensor or layer of the model is settled; streamed layers wait on the host."""
-    host = device if device.type == "meta" else torch.device("cpu")
-    return lambda path: host if f"{path}.".startswith(streamed) else device
+def _store(spec: BaseSpec, device: torch.device, peers: Peers | None) -> Store | None:
+    """Where the layers wait; None where they stay on the device."""
+    if spec.stream_layers:
+        return HostStore(Transfers(device))
+    if spec.layer_parts == 1:
+        return None
+    if device.type == "meta":
+        return WeightlessShards(spec.layer_parts)
+    if peers is None or peers.count != spec.layer_parts:
+        raise ValueError(f"{spec.layer_parts} parts of every layer need as many processes")
+    return ShardStore(device, peers)
+
+
+class _Settling:
+    """A model on its way to where it stays, part by part.
+
+    Attributes:
+        kept: Path -> why, of layers outside NF4.
+        on_host: The table of token embeddings, where it stays on the host.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        spec: BaseSpec,
+        device: torch.device,
+        buffers: dict[str, torch.dtype],
+        progress: Progress | None,
+    ) -> None:
+        self._model, self._spec, self._device = model, spec, device
+        self._buffers, self._progress = buffers, progress
+        ready_made = select_prequantized(model)
+        if ready_made is not None:
+            selection = ready_made
+        else:
+            selection = select_quantized(model, spec.keep_unquantized)
+        self.kept = selection.kept
+        self._quantized = selection.quantized if spec.quantization == "nf4" else ()
+        self.on_host = host_table(model) if spec.embeddings_on_host else None
+        self._places = _parameter_places(model, set(self._quantized))
+        self._count, self._number = len(self._quantized) + len(self._places), 0
+        self._fp32 = stays_fp32(model, fp16=spec.compute_dtype == torch.float16)
+        self._done: tuple[str, ...] = ()
+
+    def settle(self, prefix: str, home: torch.device) -> None:
+        """Settle all whose path begins so and has not been settled, at home on this device."""
+        for path in self._quantized:
+            if self._has_turn(path, prefix):
+                module = self._model.get_submodule(path)
+                layer = quantize_layer(path, module, self._spec, self._device)
+                _replace(self._model, path, layer.to(home))
+                self._told(path)
+        for owners in self._places:
+            if self._has_turn(_full_name(*owners[0]), prefix):
+                self._settle_parameter(owners, home)
+        self._settle_buffers(prefix, home)
+        self._done += (prefix,)
+
+    def _has_turn(self, name: str, prefix: str) -> bool:
+        return name.startswith(prefix) and not name.startswith(self._done)
+
+    def _settle_parameter(self, owners: list[tuple[str, str]], home: torch.device) -> None:
+        path, name = owners[0]
+        full_name = _full_name(path, name)
+        original = cast(Tensor, getattr(self._model.get_submodule(path), name))
+        fp32 = self._fp32 is not None and self._fp32.search(full_name)
+        dtype = torch.float32 if fp32 else self._spec.compute_dtype
+        # What stays on the host stays where transformers made it: there, or on `meta`.
+        place = original.device if original is self.on_host else home
+        settled = nn.Parameter(_moved(original.detach(), place, dtype), requires_grad=False)
+        for path, name in owners:
+            setattr(self._model.get_submodule(path), name, settled)
+        self._told(full_name)
+
+    def _settle_buffers(self, prefix: str, home: torch.device) -> None:
+        quantized = set(self._quantized)
+        for path, module in self._model.named_modules():
+            if path in quantized:
+                continue
+            for name, buffer in list(module.named_buffers(recurse=False)):
+                full_name = _full_name(path, name)
+                if self._has_turn(full_name, prefix):
+                    dtype = self._buffers.get(full_name, buffer.dtype)
+                    module._buffers[name] = _moved(buffer.detach(), home, dtype)
+
+    def _told(self, path: str) -> None:
+        self._number += 1
+        if self._progress is not None:
+            self._progress(path, self._number, self._count)
+
+
+def _full_name(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
 
 
 def _settle_config(config: Any, compute_dtype: torch.dtype) -> None:
@@ -168,21 +237,6 @@ def _moved(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
     """A copy of its own, also where nothing changes: the source may be a mapped file."""
     target = dtype if tensor.is_floating_point() else tensor.dtype
     return tensor.to(device, target, copy=True)
-
-
-def _settle_buffers(
-    model: nn.Module,
-    quantized: set[str],
-    home: Callable[[str], torch.device],
-    dtypes: dict[str, torch.dtype],
-) -> None:
-    for path, module in model.named_modules():
-        if path in quantized:
-            continue
-        for name, buffer in list(module.named_buffers(recurse=False)):
-            full_name = f"{path}.{name}" if path else name
-            dtype = dtypes.get(full_name, buffer.dtype)
-            module._buffers[name] = _moved(buffer.detach(), home(full_name), dtype)
 
 
 def buffer_dtypes(model: nn.Module) -> dict[str, torch.dtype]:

@@ -20,6 +20,7 @@ class BaseSpec:
         embeddings_on_host: Leave the table of token embeddings in host memory.
         head_bits: Of the output head: 16 (the compute dtype), 8 or 4.
         stream_layers: Leave the layers in host memory, one on the device at a time.
+        layer_parts: Processes that share the layers, each with its part of all; 1: none do.
     """
 
     quantization: str
@@ -32,7 +33,10 @@ class BaseSpec:
     embeddings_on_host: bool = False
     head_bits: int = 16
     stream_layers: bool = False
+    layer_parts: int = 1
 
     def plain(self) -> "BaseSpec":
         """The same base, whole on its device, as exports and proofs take it."""
-        return replace(self, embeddings_on_host=False, head_bits=16, stream_layers=False)
+        return replace(
+            self, embeddings_on_host=False, head_bits=16, stream_layers=False, layer_parts=1
+        )

@@ -70,11 +70,12 @@ def profile(
         raise UserError(f"--report {report}: name a file ending in .html")
     with _quick_imports(compiler=measure):
         from qlora_trainer.run import foresee
-    from qlora_trainer.run.shares import require_passes
+    from qlora_trainer.run.shares import require_passes, require_several
 
     runs = list(foresee.sweep(run_file, model, overrides or (), axes or ()))
     for _, config in runs:
         require_passes(config, processes)
+        require_several(config, 1 if measure else processes, "ask with --processes 2 or more")
     if measure:
         _measure(runs[0][1], report, as_json=as_json)
         return

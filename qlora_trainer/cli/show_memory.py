@@ -64,6 +64,14 @@ def show_foresight(foresight: Foresight, *, as_json: bool, notes: Sequence[str] 
             f"  {count} processes     each takes this of its card; on one machine together "
             f"{format_bytes(count * foresight.host_peak_bytes)} of host RAM"
         )
+    if foresight.gathered_bytes:
+        out.print(
+            f"  layers in parts {format_bytes(foresight.part_bytes)} here, two more whole at most; "
+            f"{format_bytes(foresight.gathered_bytes)} from the others a step, "
+            f"{foresight.gathering_seconds:.1f} s at 12 GB/s (assumed), beside the computing\n"
+            "                  NCCL's own buffers are outside torch and not counted: leave some "
+            "0.3 GiB (estimated, not measured)"
+        )
     if foresight.pinned_bytes:
         out.print(
             f"  pinned host     {format_bytes(foresight.pinned_bytes)} of layer inputs and layers; "

@@ -33,6 +33,7 @@ def contradictions(config: RunConfig) -> Iterator[Contradiction]:
     yield from _held_out_rows(config)
     yield from _precision(config)
     yield from _streaming(config)
+    yield from _sharding(config)
     yield from _quantized_cache(config)
     yield from _warm_up(config)
     yield from _task(config)
@@ -97,6 +98,22 @@ def _streaming(config: RunConfig) -> Iterator[Contradiction]:
             (("train", "activations"), ("model", "stream_layers")),
             "train.activations = 'keep': the layers of model.stream_layers = true leave the card "
             "before their backward; take 'recompute', 'offload' or 'auto'",
+        )
+
+
+def _sharding(config: RunConfig) -> Iterator[Contradiction]:
+    model, name = config.model, ("model", "shard_layers")
+    if model.shard_layers and config.train.activations == "keep":
+        yield Contradiction(
+            (("train", "activations"), name),
+            "train.activations = 'keep': a layer of model.shard_layers = true is in parts again "
+            "before its backward; take 'recompute', 'offload' or 'auto'",
+        )
+    if model.shard_layers and model.stream_layers:
+        yield Contradiction(
+            (("model", "stream_layers"), name),
+            "model.stream_layers = true: with model.shard_layers = true the layers wait in parts "
+            "on the cards; keep one of them",
         )
 
 

@@ -66,6 +66,9 @@ class ModelSettings(Settings):
     stream_layers: bool = Field(
         False, description="hold the layers in host memory, one on the card and one on its way"
     )
+    shard_layers: bool = Field(
+        False, description="several processes share the layers, each holds its part of all (FSDP)"
+    )
 
 
 class SourceSettings(Settings):

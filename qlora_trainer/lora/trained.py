@@ -55,7 +55,6 @@ def select_saved_modules(
     """
     modules = candidates(model)
     stream = stream_of(model)
-    streamed = frozenset[str]() if stream is None else stream.names
     faults = [
         f"adapter.modules_to_save: {name!r} matches no module; {nearest(name, modules)}"
         for name in names
@@ -72,10 +71,10 @@ def select_saved_modules(
             faults.append(f"adapter.modules_to_save: {path} carries an adapter; choose one of both")
         elif isinstance(module, nn.ModuleList | nn.ModuleDict):
             faults.append(f"adapter.modules_to_save: {path} is a container; name what is inside it")
-        elif any(name.startswith(f"{path}.") for name in streamed):
+        elif stream is not None and any(name.startswith(f"{path}.") for name in stream.names):
             faults.append(
                 f"adapter.modules_to_save: {path} comes and goes with its layer "
-                "(model.stream_layers = true) and cannot be trained in full"
+                f"({stream.store.setting} = true) and cannot be trained in full"
             )
         elif isinstance(module, QuantizedHead):
             faults.append(

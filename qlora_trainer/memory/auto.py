@@ -68,7 +68,8 @@ def choose_activations(
     if count == 0:
         return ()
     smallest, *larger = plans(count)
-    if shape.base.stream_layers:  # whose weights have gone when a kept layer's backward comes
+    # Weights that come and go have gone when a kept layer's backward comes.
+    if shape.base.stream_layers or shape.base.layer_parts > 1:
         larger = [plan for plan in larger if "keep" not in plan]
 
     def fits(index: int) -> bool:

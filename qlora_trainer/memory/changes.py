@@ -165,7 +165,7 @@ def _smaller_head(shape: RunShape, *, on_cpu: bool) -> Change:
 
 def _streamed(shape: RunShape) -> Change:
     """Not beside kept activations: a layer's weights have gone when its backward comes."""
-    if shape.base.stream_layers or shape.activations == "keep":
+    if shape.base.stream_layers or shape.base.layer_parts > 1 or shape.activations == "keep":
         return ()
     what = "layers in host memory, one on the card at a time (same result, much slower)"
     return (_of_base(what, stream_layers=True),)

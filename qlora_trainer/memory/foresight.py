@@ -59,6 +59,8 @@ class Foresight:
         paged_on_card: What is paged counts on the card (it does on Windows).
         pinned_bytes: Pinned host memory of offloaded layer inputs and streamed layers.
         moved_bytes: Over PCIe, both ways together, in one optimizer step.
+        part_bytes: Of sharded layers, what each process holds.
+        gathered_bytes: Of sharded layers, received from the other processes in one optimizer step.
         host_bytes_by_phase: Host RAM of each phase; see `artefacts.host_bytes_by_phase`.
         disk_peak_bytes: Artefact -> most bytes at one time; see `artefacts.disk_peak_bytes`.
         processes: How many make the run together; all sizes but those of the disk are one's.
@@ -86,6 +88,8 @@ class Foresight:
     paged_on_card: bool = False
     pinned_bytes: int = 0
     moved_bytes: int = 0
+    part_bytes: int = 0
+    gathered_bytes: int = 0
     host_bytes_by_phase: dict[str, int] = field(default_factory=dict)
     disk_peak_bytes: dict[str, int] = field(default_factory=dict)
     timeline: tuple[tuple[int, int, str], ...] = field(default=(), repr=False)
@@ -120,6 +124,11 @@ class Foresight:
     def moving_seconds(self) -> float:
         """What the copies of a step take, were nothing computed meanwhile."""
         return self.moved_bytes / PCIE_BYTES_PER_SECOND
+
+    @property
+    def gathering_seconds(self) -> float:
+        """What gathering the layers of a step takes over the same bus, likewise."""
+        return self.gathered_bytes / PCIE_BYTES_PER_SECOND
 
     @property
     def verdict(self) -> str:
@@ -191,6 +200,8 @@ class SimulatedRun:
             large_unquantized=self.accounts.large_unquantized,
             pinned_bytes=self.accounts.pinned_bytes + self.accounts.streamed_bytes,
             moved_bytes=self.accounts.moved_bytes * self.shape.own_accumulation,
+            part_bytes=self.accounts.part_bytes,
+            gathered_bytes=self.accounts.gathered_bytes * self.shape.own_accumulation,
             host_bytes_by_phase=host_bytes_by_phase(self.accounts),
             disk_peak_bytes=disk_peak_bytes(self.accounts, self.shape.keep_last),
             timeline=tuple(free.timeline),

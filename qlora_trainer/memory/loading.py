@@ -1,7 +1,8 @@
 """The load as the tracker sees it: each tensor of the base born on the card, or left on the host.
 
 A linear weight is on the card in 16 bit while it is quantized there. A quantized head comes from
-the host as it is; a streamed layer is quantized on the card and goes back at once.
+the host as it is; a streamed layer is quantized on the card and goes back at once, of a sharded
+one a part stays.
 """
 
 from dataclasses import dataclass, field
@@ -14,7 +15,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 from qlora_trainer.base.audit import audit_base
 from qlora_trainer.base.head import QuantizedHead
 from qlora_trainer.base.host_embedding import HostEmbedding
-from qlora_trainer.base.layer_stream import stream_of
+from qlora_trainer.base.layer_shards import WeightlessShards
+from qlora_trainer.base.layer_stream import HostStore, stream_of
 from qlora_trainer.base.nf4 import NF4Linear
 from qlora_trainer.memory.tracker import AllocationTracker
 
@@ -39,6 +41,7 @@ class LoadedBase:
         largest_tensor_bytes: The largest tensor on its way to the card.
         host_table_bytes: Token embeddings left in host memory.
         streamed_bytes: Pinned host memory of streamed layers.
+        part_bytes: Of sharded layers, what this process holds.
         large_unquantized: Path -> bytes of weights outside NF4.
     """
 
@@ -46,6 +49,7 @@ class LoadedBase:
     largest_tensor_bytes: int = 0
     host_table_bytes: int = 0
     streamed_bytes: int = 0
+    part_bytes: int = 0
     large_unquantized: dict[str, int] = field(default_factory=dict)
 
 
@@ -54,8 +58,9 @@ def watch_load(tracker: AllocationTracker, model: Any) -> LoadedBase:
     with _disable_current_modes():
         audit = {item.name: item for item in audit_base(model).tensors}
     stream, loaded = stream_of(model), LoadedBase()
-    streamed = frozenset[str]() if stream is None else stream.names
-    loaded.streamed_bytes = 0 if stream is None else stream.host_bytes
+    store = None if stream is None else stream.store
+    streamed = {} if stream is None else stream.names
+    loaded.streamed_bytes = store.host_bytes if isinstance(store, HostStore) else 0
     dense = _quantized_on_the_card(model)
     on_host = {
         f"{path}.base.weight"
@@ -64,6 +69,12 @@ def watch_load(tracker: AllocationTracker, model: Any) -> LoadedBase:
     }
     tensors: dict[str, Tensor] = dict(model.named_parameters())
     tensors |= dict(model.named_buffers())
+    if isinstance(store, WeightlessShards):
+        loaded.part_bytes = store.shard_bytes
+        for index, part in enumerate(store.shards):
+            whole = {name: tensors[name] for name, layer in streamed.items() if layer == index}
+            _watch_sharing(tracker, whole, dense, part)
+        dense = {name: size for name, size in dense.items() if name not in streamed}
     for name, tensor in tensors.items():
         item = audit.get(name)
         role = item.role if item is not None else "other"
@@ -88,6 +99,21 @@ def watch_load(tracker: AllocationTracker, model: Any) -> LoadedBase:
     sizes = [t.nbytes for t in tensors.values()] + list(dense.values())
     loaded.largest_tensor_bytes = max(sizes, default=0)
     return loaded
+
+
+def _watch_sharing(
+    tracker: AllocationTracker, whole: dict[str, Tensor], dense: dict[str, int], part: Tensor
+) -> None:
+    """Log one layer on the card, then as one buffer beside it, then as the part that stays."""
+    taken = []
+    for name, tensor in whole.items():
+        with tracker.temporary(dense.get(name, 0), "weight before quantization"):
+            taken.append(tracker.allocate(tensor.nbytes, "layer to be shared", "layer parts"))
+    size_bytes = sum(tensor.nbytes for tensor in whole.values())
+    with tracker.temporary(size_bytes, "layer in one piece"):
+        tracker.adopt(part, "load", "layer parts")
+    for index in taken:
+        tracker.free(index)
 
 
 def _quantized_on_the_card(model: Any) -> dict[str, int]:

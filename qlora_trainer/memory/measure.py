@@ -17,6 +17,8 @@ import psutil
 import torch
 
 from qlora_trainer.base.audit import audit_base
+from qlora_trainer.base.layer_shards import ShardStore
+from qlora_trainer.base.layer_stream import stream_of
 from qlora_trainer.memory.foresight import simulate_run
 from qlora_trainer.memory.loading import ROLE_COMPONENTS
 from qlora_trainer.memory.log import PHASE, RESET_PEAK
@@ -122,7 +124,28 @@ def _started(model: Any, optimizer: AdapterAdamW, device: torch.device) -> Alloc
         tracker.adopt(tensor, "load", "adapters" if id(tensor) in trained else role)
     for _name, tensor, _pageable in optimizer.state_tensors():
         tracker.adopt(tensor, "load", "optimizer states")
+    stream = stream_of(model)
+    if stream is not None and isinstance(stream.store, ShardStore):
+        _follow_gathering(tracker, stream.store)
     return tracker
+
+
+def _follow_gathering(tracker: AllocationTracker, store: ShardStore) -> None:
+    """Count parts, and whole layers, whose storages torch fills and empties in their places."""
+    alive: dict[int, int] = {}
+
+    def changed(layer: int, size_bytes: int) -> None:
+        if size_bytes:
+            alive[layer] = tracker.allocate(size_bytes, "unshard", "gathered layers")
+        else:
+            tracker.free(alive.pop(layer))
+
+    for part in store.parts():
+        tracker.adopt(part, "load", "layer parts")
+    store.gather_each()  # now, as storages are new the first time, which the tracker would see
+    store.watch = changed
+    for layer, size_bytes in store.whole().items():
+        changed(layer, size_bytes)
 
 
 @contextmanager

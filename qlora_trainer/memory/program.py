@@ -5,6 +5,7 @@ phase it is in and what belongs to which component. `watch_step` marks a step's 
 weightless and for real tensors alike.
 """
 
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlora_trainer.base.layer_stream import stream_of
+from qlora_trainer.base.layer_shards import WeightlessShards
+from qlora_trainer.base.layer_stream import HostStore, stream_of
 from qlora_trainer.base.layers import decoder_layers
 from qlora_trainer.base.spec import BaseSpec
 from qlora_trainer.lora.inject import adapter_parameters, inject_adapter, with_heads
@@ -93,7 +95,9 @@ class Accounts:
         large_unquantized: Path -> bytes of large weights outside NF4.
         pinned_bytes: Host memory that offloaded layer inputs take at most.
         streamed_bytes: Host memory, pinned as well, that streamed layers take.
+        part_bytes: Of sharded layers, what the process holds.
         moved_bytes: Over PCIe, both ways, by one forward and backward.
+        gathered_bytes: From the other processes, of sharded layers, likewise.
         host_table_bytes: Token embeddings left in host memory.
         saving_bytes: Most copies on the host at one time while a state is saved.
         resuming_bytes: A saved state read back, before it is on the card.
@@ -108,7 +112,9 @@ class Accounts:
     large_unquantized: dict[str, int] = field(default_factory=dict)
     pinned_bytes: int = 0
     streamed_bytes: int = 0
+    part_bytes: int = 0
     moved_bytes: int = 0
+    gathered_bytes: int = 0
     host_table_bytes: int = 0
     saving_bytes: int = 0
     resuming_bytes: int = 0
@@ -133,14 +139,19 @@ class Program:
         accounts.large_unquantized = loaded.large_unquantized
         accounts.host_table_bytes = loaded.host_table_bytes
         accounts.streamed_bytes = loaded.streamed_bytes
+        accounts.part_bytes = loaded.part_bytes
         with tracker.component("adapters"):
             inject_adapter(model, _with_heads(model, shape), dtype=shape.adapter_dtype)
         parameters = adapter_parameters(model)
         apply_techniques(model, shape.techniques)
         transfers = WatchedTransfers(tracker)
         weights = WatchedTransfers(tracker, "streamed layers")
-        if stream is not None:
-            stream.transfers = weights
+        shards = None
+        if stream is not None and isinstance(stream.store, HostStore):
+            stream.store.transfers = weights
+        elif stream is not None and isinstance(stream.store, WeightlessShards):
+            shards = stream.store
+            shards.watch = functools.partial(tracker.tag, component="gathered layers")
         layers = decoder_layers(model)
         plan_activations(model, layers, shape.activations, transfers=transfers)
         task = task_kind(shape.task).make_task(
@@ -178,6 +189,8 @@ class Program:
             moved = transfers.moved_bytes + weights.moved_bytes
             accounts.moved_bytes = moved // most
             transfers.moved_bytes = weights.moved_bytes = 0
+            if shards is not None:
+                accounts.gathered_bytes, shards.received_bytes = shards.received_bytes // most, 0
         tracker.set_phase("evaluation")
         model.eval()
         task.evaluate(model, to_device(batch, torch.device("meta")))

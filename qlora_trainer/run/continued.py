@@ -148,7 +148,7 @@ def open_earlier(run: RunConfig, told: Reporter, processes: Processes) -> Earlie
     model = earlier.model.model_copy(update=here)
     earlier = earlier.model_copy(update={"model": model})
     with processes.main_first():
-        source = setup.open_model(earlier, processes.local_rank)
+        source = setup.open_model(earlier, processes)
         return Earlier(earlier, source, setup.open_data(earlier, source), processes)
 
 

@@ -146,8 +146,7 @@ def forecast_run(
         return max(live.by_phase.get(phase, 0) for phase in _STEP_PHASES)
 
     config = task_config(run, source.config, setup.model_settings(data.encoder))
-    shape = _shape_of_data(run, run_shape(run, source.config, gpu), data)
-    shape = replace(shape, processes=processes.count)
+    shape = _shape_of_data(run, run_shape(run, source.config, gpu, processes.count), data)
     sharing = processes.local_count
     try:
         shape = with_auto(

@@ -176,7 +176,7 @@ def run_shape(run: RunConfig, config: Any, gpu: GpuProfile | None, processes: in
     text = config.get_text_config()
     count: int = getattr(text, "num_hidden_layers", 0)
     return RunShape(
-        base=setup.base_spec(run, compute_dtype),
+        base=setup.base_spec(run, compute_dtype, processes),
         adapter=setup.adapter_spec(run, count),
         adapter_dtype=setup.adapter_dtype(run, compute_dtype),
         micro_batch_size=run.train.micro_batch_size,

@@ -15,7 +15,7 @@ from qlora_trainer.run.check import inspect
 from qlora_trainer.run.continued import read_into
 from qlora_trainer.run.forecast import Forecast, forecast_run
 from qlora_trainer.run.report import Reporter, rows_read, tensors_loaded
-from qlora_trainer.run.shares import idle_notes, require_agreement, require_passes
+from qlora_trainer.run.shares import idle_notes, require_agreement, require_passes, require_several
 from qlora_trainer.tasks.task import Task
 from qlora_trainer.training import setup
 from qlora_trainer.training.optimizer import AdapterAdamW
@@ -67,6 +67,7 @@ def prepare(
         UserError: The data, the model or the memory at hand does not allow the run.
     """
     require_passes(run, processes.count)
+    require_several(run, processes.count)
     if processes.is_main:
         require_trackers(run.output.trackers)
     with processes.main_first():
@@ -83,7 +84,9 @@ def prepare(
     settings = setup.model_settings(data.encoder)
     cached = run.model.quantized_cache is not None
     with processes.main_first() if cached else nullcontext():  # made by one, read by the others
-        model = setup.load_model(run, source, tensors_loaded(told), settings=settings)
+        model = setup.load_model(
+            run, source, tensors_loaded(told), settings=settings, processes=processes
+        )
     account = audit_base(model)
     told.audit(account)
     spec = setup.add_adapter(run, model, source.base_spec.compute_dtype, source.kind)

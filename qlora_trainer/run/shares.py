@@ -25,6 +25,25 @@ def require_passes(run: RunConfig, count: int) -> None:
         )
 
 
+def require_several(run: RunConfig, count: int, way: str = "start several (README)") -> None:
+    """See that there is somebody to share the layers with.
+
+    Args:
+        run: The settings.
+        count: How many processes there are.
+        way: How there would be more.
+
+    Raises:
+        UserError: There is nobody.
+    """
+    if run.model.shard_layers and count == 1:
+        raise UserError(
+            "model.shard_layers = true: one process has nobody to share the layers with; "
+            f"{way}, or set model.shard_layers: false (model.stream_layers: true leaves the "
+            "layers of a model too large for the card in host memory)"
+        )
+
+
 def idle_notes(run: RunConfig, processes: Processes) -> Iterator[str]:
     """What the user should know where some process waits in every step."""
     passes, count = run.train.gradient_accumulation_steps, processes.count
@@ -55,6 +74,7 @@ def require_agreement(
             **{f"train.{name}": value for name, value in run.train.model_dump().items()},
             **{f"evaluation.{name}": value for name, value in run.evaluation.model_dump().items()},
             "adapter.rank": run.adapter.rank,
+            "model.shard_layers": run.model.shard_layers,
             "compute_dtype": dtype_name(source.base_spec.compute_dtype),
             **{name: installed[name] for name in ("qlora-trainer", "torch", "bitsandbytes")},
         }

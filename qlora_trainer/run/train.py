@@ -96,7 +96,7 @@ def _train(run: RunConfig, told: Reporter, processes: Processes, *, restart: boo
         if earlier is not None:
             run = at_the_same_commit(run, earlier)
         with processes.main_first():
-            source = setup.open_model(run, processes.local_rank)
+            source = setup.open_model(run, processes)
         settings = resolved_settings(run, source.resolved.revision)
         base = base_fingerprint(source.resolved.folder)
         environment = describe_environment(

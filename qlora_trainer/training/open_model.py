@@ -25,6 +25,7 @@ from qlora_trainer.data.isolation import refuse_packing_leak
 from qlora_trainer.errors import UserError
 from qlora_trainer.tasks.catalogue import task_kind
 from qlora_trainer.tasks.kind import TaskKind
+from qlora_trainer.training.processes import ALONE, Processes
 
 Progress = Callable[[str, int, int], None]
 
@@ -54,19 +55,19 @@ class ModelSource:
     stop_ids: tuple[int, ...]
 
 
-def open_model(run: RunConfig, local_rank: int = 0) -> ModelSource:
+def open_model(run: RunConfig, processes: Processes = ALONE) -> ModelSource:
     """Find the model and read what is light: configuration and tokenizer.
 
     Args:
         run: The settings.
-        local_rank: This process' number on the machine, and so of its card.
+        processes: Those that hold it; this one's number on the machine is that of its card.
 
     Raises:
         UserError: It is not there, is broken, or does not fit the device or the settings.
     """
     model, kind = run.model, task_kind(run.task)
     try:
-        device = choose_device(model.device, local_rank)
+        device = choose_device(model.device, processes.local_rank)
     except ValueError as error:
         raise UserError(f"model.device = {model.device!r}: {error}") from None
     check_attention(model.attention, device)
@@ -75,7 +76,7 @@ def open_model(run: RunConfig, local_rank: int = 0) -> ModelSource:
     )
     config = load_config(resolved.folder, trust_remote_code=model.trust_remote_code)
     compute_dtype = choose_compute_dtype(model.compute_dtype, device, config.model_type)
-    spec = base_spec(run, compute_dtype)
+    spec = base_spec(run, compute_dtype, processes.count)
     reads_text = kind.reads == "text"
     tokenizer = _read_tokenizer(resolved, model) if reads_text else None
     processor = None if reads_text else _read_processor(resolved, model)
@@ -139,9 +140,14 @@ def _read_processor(resolved: ResolvedModel, model: Any) -> Any:
         ) from error
 
 
-def base_spec(run: RunConfig, compute_dtype: torch.dtype) -> BaseSpec:
-    """How the base is held."""
+def base_spec(run: RunConfig, compute_dtype: torch.dtype, processes: int = 1) -> BaseSpec:
+    """How the base is held by each of so many processes.
+
+    One alone takes layers that were shared from host memory instead, to evaluate or answer with a
+    model too large for its card.
+    """
     model = run.model
+    parts = processes if model.shard_layers else 1
     return BaseSpec(
         quantization=model.quantization,
         double_quant=model.double_quant,
@@ -152,7 +158,8 @@ def base_spec(run: RunConfig, compute_dtype: torch.dtype) -> BaseSpec:
         trust_remote_code=model.trust_remote_code,
         embeddings_on_host=model.embeddings_on_host,
         head_bits=model.head_bits,
-        stream_layers=model.stream_layers,
+        stream_layers=model.stream_layers or (model.shard_layers and parts == 1),
+        layer_parts=parts,
     )
 
 
@@ -172,6 +179,7 @@ def load_model(
     progress: Progress | None = None,
     *,
     settings: Mapping[str, Any] | None = None,
+    processes: Processes = ALONE,
 ) -> Any:
     """Load the base, frozen, onto its device.
 
@@ -181,6 +189,7 @@ def load_model(
         progress: Told of every tensor.
         settings: What the data says of the model's configuration (its labels); without, what the
             run file alone says.
+        processes: Those that share the layers, as `open_model` was told.
 
     Raises:
         UserError: The checkpoint is not whole, or the model lets packed examples see each other.
@@ -203,6 +212,7 @@ def load_model(
         new_heads_allowed=kind.new_head,
         head_seed=run.train.seed,
         config_changes=dict(settings),
+        peers=processes if source.base_spec.layer_parts > 1 else None,
     )
     if run.data.packing:
         if run.data.mask_free_packing:

@@ -7,15 +7,16 @@ one of gloo on the hosts carries short JSON messages. Before cards talk to each 
 answered on the host: there a process that has died is found at once (its connection is closed),
 and one that is silent after `WAIT_SECONDS`; NCCL alone would wait.
 
-What fails in one fails in all (`together`), so that nobody waits for who has left. One process
-alone talks to nobody, and nothing here changes what it does.
+What fails in one fails in all (`together`), so that nobody waits for who has left. Where they
+share the layers of the base, whoever needs one says so (`meet`), and all gather it at that point of
+their exchange: also those that wait there for something else. One process alone talks to nobody,
+and nothing here changes what it does.
 """
 
-import json
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,13 +24,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from qlora_trainer.errors import ToldElsewhereError, UserError
+from qlora_trainer.training.messages import (
+    HeardError,
+    Message,
+    PeerLostError,
+    everyones,
+    first_error,
+)
 
 WAIT_SECONDS = 1200.0  # for a process that does not answer; a silent host, a machine that hangs
-_Message = dict[str, Any]
-
-
-class PeerLostError(UserError):
-    """Another process of the run is gone, or does not answer."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,7 @@ class Processes:
     local_count: int = 1
     hosts: Any = None
     wait_seconds: float = WAIT_SECONDS
+    _joins: list[Callable[[int], None]] = field(default_factory=list, init=False, repr=False)
 
     @property
     def is_main(self) -> bool:
@@ -94,6 +98,8 @@ class Processes:
             yield
         except PeerLostError:
             raise
+        except HeardError as heard:
+            raise heard.error from heard
         except Exception as error:
             instead = self._tell(error)
             if instead is not None:
@@ -143,10 +149,32 @@ class Processes:
         if lost:
             raise lost[0]
 
+    def serve(self, join: Callable[[int], None]) -> None:
+        """Call `join` with its number whenever another process gathers a layer.
+
+        It takes the place of the one before: one model is trained at a time.
+        """
+        self._joins[:] = [join]
+
+    def meet(self, layer: int) -> None:
+        """Return when all are about to gather this layer; take part in others until then.
+
+        Raises:
+            UserError: One is gone. What has failed in one is raised where `together` ends.
+        """
+        if self.hosts is None:
+            return
+        try:
+            self._exchange({"layer": layer})
+        except PeerLostError:
+            raise
+        except (UserError, torch.OutOfMemoryError) as error:
+            raise HeardError(error) from error
+
     def add_up(self, tensor: Tensor) -> None:
         """Sum a tensor over all processes, in place; all must have answered just before."""
         if self.hosts is not None:
-            with self._linked():
+            with self.linked():
                 dist.all_reduce(tensor)
 
     def take_from_main(self, tensor: Tensor) -> None:
@@ -155,7 +183,7 @@ class Processes:
             return
         # NCCL knows neither int16 nor managed memory: bytes, in a tensor of their own
         copy = tensor.detach().reshape(-1).clone()
-        with self._linked():
+        with self.linked():
             dist.broadcast(copy.view(torch.uint8), 0)
         tensor.detach().copy_(copy.view(tensor.shape))
 
@@ -189,7 +217,7 @@ class Processes:
         except PeerLostError:
             return None
         if out_of_memory:
-            graver = _first(found, "fault")
+            graver = first_error(found, "fault")
             return None if graver is None else self._told(UserError(graver))
         return self._told(error) if isinstance(error, UserError) else None
 
@@ -197,15 +225,17 @@ class Processes:
         """An error that all have: the main process tells it."""
         return error if self.is_main else ToldElsewhereError(str(error))
 
-    def _raise_for(self, found: Sequence[_Message]) -> None:
-        fault, memory = _first(found, "fault"), _first(found, "memory")
+    def _raise_for(self, found: Sequence[Message]) -> None:
+        fault, memory = first_error(found, "fault"), first_error(found, "memory")
         if fault is not None:
             raise self._told(UserError(fault))
         if memory is not None:
             raise torch.OutOfMemoryError(memory)
 
-    def _exchange(self, message: _Message) -> list[_Message]:
-        """Everyone's message, by rank; rounds go on while one is busy.
+    def _exchange(self, message: Message) -> list[Message]:
+        """Everyone's message, by rank; rounds go on while one is busy or asks for a layer.
+
+        Who asks has its answer when that layer's turn has come, the lowest rank's first.
 
         Raises:
             UserError: One has failed (unless this process tells of its own failure), or is gone.
@@ -216,26 +246,22 @@ class Processes:
             if "error" in message:
                 return found
             self._raise_for(found)
-            if "busy" in message or not any("busy" in answer for answer in found):
+            if "busy" in message:
                 return found
+            if any("busy" in answer for answer in found):
+                continue
+            asked = next((answer["layer"] for answer in found if "layer" in answer), None)
+            if asked is None or asked == message.get("layer"):
+                return found
+            self._joins[0](asked)
 
-    def _round(self, message: _Message) -> list[_Message]:
-        content = torch.frombuffer(bytearray(json.dumps(message).encode()), dtype=torch.uint8)
-        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.count)]
-        with self._linked():
-            dist.all_gather(sizes, torch.tensor([len(content)]), group=self.hosts)
-            lengths = [int(size) for size in sizes]
-            padded = torch.zeros(max(lengths), dtype=torch.uint8)
-            padded[: len(content)] = content
-            found = [torch.zeros_like(padded) for _ in range(self.count)]
-            dist.all_gather(found, padded, group=self.hosts)
-        return [
-            json.loads(bytes(answer[:length].tolist()))
-            for answer, length in zip(found, lengths, strict=True)
-        ]
+    def _round(self, message: Message) -> list[Message]:
+        with self.linked():
+            return everyones(message, self.count, self.hosts)
 
     @contextmanager
-    def _linked(self) -> Iterator[None]:
+    def linked(self) -> Iterator[None]:
+        """Within, tell a link that breaks as a process that is gone."""
         try:
             yield
         except torch.OutOfMemoryError:
@@ -250,11 +276,3 @@ class Processes:
 
 
 ALONE = Processes()
-
-
-def _first(found: Sequence[_Message], kind: str) -> str | None:
-    """What the first process with an error of this kind said."""
-    for rank, message in enumerate(found):
-        if message.get("error") == kind:
-            return f"process {rank}: {message['said']}" if rank else str(message["said"])
-    return None

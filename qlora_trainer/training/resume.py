@@ -29,6 +29,7 @@ MAY_CHANGE = (
     "model.attention",
     "model.trust_remote_code",
     "model.stream_layers",
+    "model.shard_layers",
     "model.quantized_cache",
     "train.epochs",
     "train.max_steps",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from qlora_trainer.base.layer_stream import stream_of, streamed_layers
+from qlora_trainer.base.layer_stream import HostStore, stream_of, streamed_layers
 from qlora_trainer.base.layers import decoder_layers
 from qlora_trainer.base.load import BaseSpec, load_base
 from qlora_trainer.base.transfers import Transfers
@@ -94,7 +94,8 @@ def test_two_layers_at_most_and_the_next_one_always_on_its_way(folder: Path) -> 
     plan_activations(model, decoder_layers(model), "recompute")
     stream = stream_of(model)
     assert stream is not None
-    watched = stream.transfers = Watched()
+    assert isinstance(stream.store, HostStore)
+    watched = stream.store.transfers = Watched()
     present: list[list[int]] = []
     for _, layer in decoder_layers(model):
         layer.mlp.register_forward_pre_hook(lambda *_: present.append(stream.present))

@@ -15,6 +15,17 @@ def test_streamed_layers_cannot_keep_their_activations() -> None:
         check_values(SMALLEST, overrides=[*streamed, "train.activations=keep"], name="run")
 
 
+
+def test_layers_in_parts_cannot_keep_their_activations_nor_wait_on_the_host() -> None:
+    shared = ["model.shard_layers=true"]
+    assert check_values(SMALLEST, overrides=shared, name="run").model.shard_layers
+    both = [*shared, "train.activations=keep", "model.stream_layers=true"]
+    with pytest.raises(UserError) as told:
+        check_values(SMALLEST, overrides=both, name="run")
+    assert "train.activations = 'keep': a layer of model.shard_layers = true" in str(told.value)
+    assert "model.stream_layers = true: with model.shard_layers = true" in str(told.value)
+
+
 @pytest.mark.parametrize("setting", ["label_smoothing", "z_loss"])
 def test_only_tasks_with_a_vocabulary_know_what_regularizes_its_loss(setting: str) -> None:
     given = [f"train.{setting}=0.1"]

@@ -5,13 +5,8 @@ of it: losses to a share of 1e-5, the adapter's tensors to 1e-3 of their norm.
 """
 
 import json
-import os
 import signal
-import socket
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,56 +21,13 @@ from qlora_trainer.training.log import read_metrics
 from qlora_trainer.training.loop import run_training
 from qlora_trainer.training.plan import TrainingPlan
 from qlora_trainer.training.processes import Processes
-from tests.conftest import REPOSITORY
 from tests.run.several import StopAfter
+from tests.together import run_together
 from tests.training.tiny import adapted_llama, make_run, trained_values
 
 pytestmark = pytest.mark.slow
 STEPS = 6
-TIMEOUT_SECONDS = 900.0
 Settings = dict[str, dict[str, Any]]
-
-
-def run_together(commands: Sequence[Sequence[str]], folder: Path) -> list[tuple[int, str]]:
-    """Start a process a command, as a launcher would, with nothing that watches over them.
-
-    Returns:
-        Exit code and standard error of each.
-    """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    count = str(len(commands))
-    shared = {
-        "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
-    }  # fmt: skip
-    said = [folder / f"stderr-{rank}.txt" for rank in range(len(commands))]
-    processes: list[subprocess.Popen[bytes]] = []
-    until = time.monotonic() + TIMEOUT_SECONDS
-    try:
-        for rank, command in enumerate(commands):
-            with said[rank].open("w") as errors:
-                processes.append(
-                    subprocess.Popen(
-                        [sys.executable, "-m", *command], cwd=REPOSITORY, stderr=errors,
-                        stdout=subprocess.DEVNULL,
-                        env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                    )
-                )  # fmt: skip
-        for process in processes:
-            process.wait(max(0.0, until - time.monotonic()))
-    except subprocess.TimeoutExpired:
-        told = "\n".join(f"{file.name}: {file.read_text()}" for file in said)
-        pytest.fail(f"not at an end after {TIMEOUT_SECONDS:g} s\n{told}")
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    return [
-        (process.returncode, file.read_text())
-        for process, file in zip(processes, said, strict=True)
-    ]
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +56,7 @@ def settings(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Call
     return make
 
 
+SHARED = {"shard_layers": True}
 PACKED = {
     "data": {"packing": True},
     "train": {"gradient_accumulation_steps": 3, "micro_batch_size": 1},
@@ -114,15 +67,19 @@ PACKED = {
 def seen(
     settings: Callable[..., Settings], tmp_path_factory: pytest.TempPathFactory
 ) -> list[dict[str, Any]]:
-    """What both processes saw of all jobs; the run `grown` was begun by one process."""
-    begun = train(check_values(settings("grown")), reporter=StopAfter(2))
-    assert begun.outcome.step == 2
+    """What both processes saw of all jobs; those named `grown` were begun by one process."""
+    for name in ("grown", "shared-grown"):
+        begun = train(check_values(settings(name)), reporter=StopAfter(2))
+        assert begun.outcome.step == 2
     jobs = {
         "runs": {
             "plain": {"settings": settings("plain")},
             "packed": {"settings": settings("packed", **changed(settings, PACKED))},
             "grown": {"settings": settings("grown")},
             "shrunk": {"settings": settings("shrunk"), "stop_after": 3},
+            "shared": {"settings": settings("shared", model=SHARED)},
+            "shared-grown": {"settings": settings("shared-grown", model=SHARED)},
+            "shared-shrunk": {"settings": settings("shared-shrunk", model=SHARED), "stop_after": 3},
             "terminated": {
                 "settings": settings("terminated"), "other_gets": {"name": "SIGTERM", "step": 3},
             },
@@ -211,11 +168,46 @@ def test_a_run_goes_on_with_more_processes_or_fewer(
     assert processes_of(shrunk) == (2, [1])
 
 
+def test_sharing_the_layers_changes_no_bit(
+    seen: list[dict[str, Any]], settings: Callable[..., Settings]
+) -> None:
+    folders = [Path(settings(name)["output"]["folder"]) for name in ("plain", "shared")]
+    whole, shared = (load_file(f / "adapter" / "adapter_model.safetensors") for f in folders)
+    assert whole.keys() == shared.keys()
+    assert all(torch.equal(whole[name], shared[name]) for name in whole)
+    curves = [
+        [(line.get("loss"), line.get("eval_loss")) for line in read_metrics(f / "metrics.jsonl")]
+        for f in folders
+    ]
+    assert curves[0] == curves[1]
+
+
+def test_a_run_with_shared_layers_goes_on_alone_and_one_begun_alone_with_them(
+    seen: list[dict[str, Any]], alone: Path, settings: Callable[..., Settings]
+) -> None:
+    assert seen[1]["shared-grown"]["complete"]
+    assert seen[0]["shared-grown"]["resumed_after"] == 2
+    assert_same_run(alone, Path(settings("shared-grown")["output"]["folder"]))
+    assert [process["shared-shrunk"]["step"] for process in seen] == [3, 3]
+    assert_same_run(alone, goes_on_after(3, settings("shared-shrunk")))
+
+
+def test_memory_foreseen_with_shared_layers_is_what_the_first_step_takes(
+    seen: list[dict[str, Any]], settings: Callable[..., Settings]
+) -> None:
+    folder = Path(settings("shared")["output"]["folder"])
+    memory = json.loads((folder / "memory.json").read_text())
+    assert abs(memory["compared"]["error"]) < 0.01
+    parts = memory["predicted"]["by_component"]
+    assert parts["layer parts"] > 0
+    assert parts["gathered layers"] > 0
+
+
 def test_the_main_process_alone_writes(seen: list[dict[str, Any]]) -> None:
-    runs = ("plain", "packed", "grown", "shrunk", "terminated")
+    runs = ("plain", "packed", "grown", "shrunk", "shared", "terminated")
     assert [[process[run]["wrote"] for run in runs] for process in seen] == [
-        [True] * 5,
-        [False] * 5,
+        [True] * 6,
+        [False] * 6,
     ]
 
 
@@ -280,3 +272,9 @@ def test_processes_without_work_are_refused(settings: Callable[..., Settings]) -
     assert "2 of them wait" in next(idle_notes(run, Processes(count=3)))
     with pytest.raises(UserError, match="gradient_accumulation_steps = 4: is dealt out over 5"):
         require_passes(run, 5)
+
+
+def test_one_process_has_nobody_to_share_layers_with(settings: Callable[..., Settings]) -> None:
+    run = check_values(settings("unused", model=SHARED))
+    with pytest.raises(UserError, match=r"model.shard_layers = true: one process has nobody"):
+        train(run)
