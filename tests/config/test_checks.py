@@ -15,7 +15,6 @@ def test_streamed_layers_cannot_keep_their_activations() -> None:
         check_values(SMALLEST, overrides=[*streamed, "train.activations=keep"], name="run")
 
 
-
 def test_layers_in_parts_cannot_keep_their_activations_nor_wait_on_the_host() -> None:
     shared = ["model.shard_layers=true"]
     assert check_values(SMALLEST, overrides=shared, name="run").model.shard_layers
