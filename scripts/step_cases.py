@@ -18,11 +18,11 @@ from __future__ import annotations
 from typing import Any
 
 PEERS = ("peft", "trainer", "trl")
-TECHNIQUES = ("fused_linear", "fused_mlp", "tiled_norms", "chunked_loss", "kept_memory")
+TECHNIQUES = ("fused_linear", "fused_mlp", "tiled_norms", "chunked_loss")
 OURS: dict[str, Any] = {
     "kind": "ours", "techniques": TECHNIQUES, "adapter_dtype": "bfloat16",
 }  # fmt: skip
-PEER: dict[str, Any] = {"techniques": (), "adapter_dtype": "bfloat16"}
+PEER: dict[str, Any] = {"adapter_dtype": "bfloat16"}
 BF16 = {"bf16": True, "weight_decay": 0.0}
 
 
@@ -33,21 +33,18 @@ def without(technique: str) -> dict[str, Any]:
 
 CONTENDERS: dict[str, dict[str, Any]] = {
     "ours": OURS,
-    "ours-plain": OURS | {"techniques": ("fused_linear", "chunked_loss", "kept_memory")},
+    "ours-plain": OURS | {"techniques": ("fused_linear", "chunked_loss")},
     "ours-own": OURS | {"activations": "keep"},
     "ours-packed": OURS | {"activations": "keep"},
     **{f"ours-without-{t.replace('_', '-')}": without(t) for t in TECHNIQUES},
     "peft": PEER | {"kind": "peft"},
-    # with what `base/host_memory.py` does for ours, so that the rest is seen apart
-    "peft-kept-memory": PEER | {"kind": "peft", "techniques": ("kept_memory",)},
     "ours-fp32": OURS | {"adapter_dtype": "float32"},
-    "peft-fp32": {"kind": "peft", "techniques": (), "adapter_dtype": "float32"},
+    "peft-fp32": {"kind": "peft", "adapter_dtype": "float32"},
     "trainer": PEER | {"kind": "trainer", "arguments": BF16},
     "trl": PEER | {"kind": "trl", "arguments": BF16},
     # as they come: batches of 8, padded; PEFT's fp32 adapters; nothing computed again
     "trainer-defaults": {
         "kind": "trainer", "adapter_dtype": "float32", "activations": "keep", "arguments": {},
-        "techniques": (),
     },
     # its best: packed rows, its chunked loss (the default), nothing computed again
     "trl-packed": PEER | {
@@ -64,7 +61,7 @@ def part(tokens: int, rows: int, contenders: list[str], *, real: bool = False) -
     return {"tokens": tokens, "rows": rows, "contenders": contenders, "real": real}
 
 
-EQUAL = ["ours", "ours-own", "peft", "trainer", "peft-kept-memory"]
+EQUAL = ["ours", "ours-own", "peft", "trainer"]
 PARTS: dict[str, dict[str, Any]] = {
     "equal-1x512": part(512, 1, EQUAL),
     "equal-4x512": part(512, 4, EQUAL),

@@ -197,10 +197,6 @@ def main() -> int:
     """Run the contender described in the one argument."""
     job = json.loads(sys.argv[1])
     torch.set_num_threads(job["threads"])
-    if "kept_memory" in job["techniques"]:
-        from qlora_trainer.base.host_memory import keep_free_memory
-
-        keep_free_memory()
     run = {"ours": run_ours, "peft": run_peft}.get(job["kind"], run_trainer)
     print("\n" + json.dumps(run(job)), flush=True)
     return 0

@@ -15,7 +15,6 @@ from safetensors.torch import save_file
 from torch import nn
 
 from qlora_trainer.base.files import replace_folder
-from qlora_trainer.base.host_memory import keep_free_memory
 from qlora_trainer.errors import UserError
 from qlora_trainer.tasks.task import Batch, Task, cut_rows
 from qlora_trainer.training.checks import LearningChecks
@@ -53,8 +52,6 @@ class StepRunner:
     ) -> None:
         self._model, self._task, self._optimizer = model, task, optimizer
         self._checks, self._device, self._seed = checks, device, seed
-        if device.type == "cpu":
-            keep_free_memory()
         self._max_grad_norm, self._scaler = max_grad_norm, scaler
         self._failure_folder, self._decode, self._say = failure_folder, decode, say
         self._processes = processes

@@ -18,7 +18,6 @@ _NAMES = {
     "ours-own": "ours, keeping all",
     "ours-packed": "ours, packed, keeping all",
     "peft": "PEFT, recomputing",
-    "peft-kept-memory": "PEFT, recomputing, freed memory kept as ours",
     "trainer": "Trainer, recomputing",
     "trainer-defaults": "Trainer as it comes",
     "trl-packed": "TRL, packed, keeping all",
