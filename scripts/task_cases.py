@@ -98,12 +98,12 @@ CASES = {
         "question-answering", "minilm", "disfl-qa", _WORDS, still=True, excerpts=True,
         settings={"data": {"max_seq_len": 192}, "adapter": {"rank": 16, "alpha": 32.0},
                   "train": {"max_steps": 240, "micro_batch_size": 8}},
-        also=("exact_match",),
+        also=("exact_match",), seeds=(42, 43),
     ),
     "translation": Case(
         "seq2seq-lm", "t5", "django-en-de", "assets_translation.py", is_random=True,
         settings={"task_settings": {"max_target_len": 64}, **_FROM_NOTHING},
-        also=("token_accuracy", "bleu"),
+        also=("token_accuracy", "bleu"), seeds=(42, 43, 44),
     ),
     "pictures": Case(
         "image-classification", "dinov2-small", "fashion", "assets_images.py",

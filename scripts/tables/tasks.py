@@ -46,8 +46,13 @@ def figure(case: dict[str, Any], metric: str, value: float) -> str:
 
 
 def minutes(case: dict[str, Any]) -> str:
-    """Of the slowest seed, both sides together."""
-    return f"{case['seconds'] / 60:.1f}"
+    """Of the slowest seed, both sides together: of the processor, where that was taken.
+
+    A process that was paused, so that others could measure, tells nothing by the clock.
+    """
+    if case.get("paused"):
+        return "-"
+    return f"{case.get('processor_seconds', case['seconds']) / 60:.1f}"
 
 
 def _said(found: dict[str, Any]) -> list[str]:
@@ -56,7 +61,13 @@ def _said(found: dict[str, Any]) -> list[str]:
     return [
         "Same base bit for bit, same first values, batches, order, steps and learning rate on "
         "both sides; each figure is of the last step, on rows held out. Minutes are of the slowest "
-        "seed, both sides with all their scoring, one thread, another case beside it on two cores.",
+        "seed, both sides with all their scoring, one thread: time of the processor, or, of older "
+        "figures that hold no other, on the clock with another case beside it on two cores.",
+        *(
+            f"The process of `{name}` was paused for others, so its minutes are not known."
+            for name, case in found.items()
+            if case.get("paused")
+        ),
         f"In each case's first figure the least of ours over PEFT's is {worst:.3f}.",
     ]
 
