@@ -30,6 +30,7 @@ from qlora_trainer.data.rows import RowEncoder
 __all__ = ["GateReport", "PartReport", "Sample", "decode_pieces", "inspect_data", "inspect_rows"]
 
 _SHORT_ANSWER_TOKENS = 8
+_DRAWN_FOR_ONE = 10  # sentences without an entity are many
 _MOST_LABELS = 100  # more distinct short answers than this are no classes
 _Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -93,7 +94,6 @@ def inspect_rows(
     """
     shared, first_shared = _shared(train, evaluation)
     found = encoder.findings(train)
-    drawn = _drawn(train, samples)
     report = GateReport(
         train=_part(train),
         evaluation=_part(evaluation) if evaluation is not None else None,
@@ -103,7 +103,7 @@ def inspect_rows(
         unended_rows=0,
         shared_rows=shared,
         first_shared=first_shared,
-        samples=[Sample(train.where(i), encoder.pieces(train, i)) for i in drawn],
+        samples=_telling(train, encoder, samples),
         warnings=[],
         facts=found.facts,
     )
@@ -206,6 +206,14 @@ def _samples(dataset: EncodedDataset, tokenizer: Any, count: int) -> list[Sample
         Sample(dataset.where(i), decode_pieces(tokenizer, dataset.input_ids(i), dataset.trained(i)))
         for i in _drawn(dataset, count)
     ]
+
+
+def _telling(dataset: EncodedDataset, encoder: RowEncoder, count: int) -> list[Sample]:
+    """Examples in which something is marked, where there are such among some that are drawn."""
+    drawn = _drawn(dataset, _DRAWN_FOR_ONE * count)
+    found = [Sample(dataset.where(i), encoder.pieces(dataset, i)) for i in drawn]
+    found.sort(key=lambda sample: not any(marked for _, marked in sample.pieces))  # stable
+    return found[:count]
 
 
 def _drawn(dataset: EncodedDataset, count: int) -> list[int]:

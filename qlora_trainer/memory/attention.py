@@ -70,7 +70,6 @@ def _run(kernel: str, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | 
         out: Tensor = attend(query, key, value, dropout, causal, scale=scale)[0]
         return out[..., :size] if padding else out
     if kernel == CPU_FLASH:
-        # sdp_utils_cpp.cpp: the CPU has one fused kernel, for any mask and grouping, no dropout
         attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         bias = None if mask is None else _additive(mask, query.dtype)  # kept for the backward
         on_cpu: Tensor = attend(query, key, value, dropout, causal, attn_mask=bias, scale=scale)[0]
@@ -137,7 +136,8 @@ def attention_for(gpu: Gpu | None) -> str:
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         causal = bool(causal) and query.shape[2] > 1 and attention_mask is None
         width = max(query.shape[-1], value.shape[-1])
-        kernel = CPU_FLASH
+        # sdp_utils_cpp.cpp: the CPU's one fused kernel takes any mask and grouping, no dropout
+        kernel = MATH if dropout else CPU_FLASH
         if gpu is not None:
             kernel = choose_kernel(
                 gpu, query.dtype, width, masked=attention_mask is not None, grouped=grouped

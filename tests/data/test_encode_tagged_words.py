@@ -4,6 +4,7 @@ import pytest
 
 from qlora_trainer.data.dataset import build_dataset, split_eval
 from qlora_trainer.data.encode_tagged_words import TaggedWordsEncoder
+from qlora_trainer.data.gate import inspect_rows
 from qlora_trainer.data.read import DataSource
 from qlora_trainer.errors import UserError
 from tests.data.conftest import byte_level, metaspace
@@ -156,6 +157,16 @@ def test_the_gate_counts_entities_and_shows_them(tmp_path, tokenizer):
     assert ("entities", "4") in found.facts
     assert "LOC (2), PER (2)" in found.warnings[0]
     assert [text for text, learned in maker.pieces(data, 0) if learned] == ["Zoe", "New Paris"]
+
+
+def test_the_gate_shows_sentences_with_entities_first(tmp_path, tokenizer):
+    maker = encoder(tokenizer)
+    words = {"tokens": ["so", "it", "is"], "tags": ["O", "O", "O"]}
+    rows = [{**words, "tokens": [*words["tokens"][:2], str(number)]} for number in range(15)]
+    data = build(tmp_path, [*rows, {"tokens": ["Zoe"], "tags": ["B-PER"]}], maker)
+    first, *others = inspect_rows(data, maker).samples
+    assert ("Zoe", True) in first.pieces
+    assert len(others) == 2
 
 
 def test_labels_travel_in_the_configuration(tokenizer):

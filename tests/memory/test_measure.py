@@ -43,3 +43,10 @@ def test_the_techniques_of_the_step_are_foreseen_as_they_run(name):
     config = tiny_config(name)
     predicted, real = predict_cpu(config, shape), real_steps(config, shape)
     assert predicted.peak_bytes == pytest.approx(real.allocated_bytes, rel=0.01)
+
+
+def test_a_base_with_attention_dropout_takes_the_kernel_that_builds_every_score():
+    config, shape = tiny_config("llama"), run_shape("nf4", "keep", torch.bfloat16)
+    config.attention_dropout = 0.1
+    predicted, real = predict_cpu(config, shape), real_steps(config, shape)
+    assert predicted.peak_bytes == pytest.approx(real.allocated_bytes, rel=0.005)
