@@ -46,6 +46,7 @@ class Example:
         columns: Further arrays of the row, by the names the encoder declares.
         reference: What a prediction is scored against and told with; any JSON value.
         lost_tokens: Cut off by an encoder that cuts for itself.
+        lost_trained_tokens: Those of them that would have been learned.
         too_long: Over another limit than `data.max_seq_len`; dropped as what is over that one.
         file: Where the rest of it lies (a picture); its place, and so no part of its content.
     """
@@ -57,6 +58,7 @@ class Example:
     columns: Mapping[str, Sequence[float]] = field(default_factory=dict)
     reference: Any = None
     lost_tokens: int = 0
+    lost_trained_tokens: int = 0
     too_long: bool = False
     file: str = ""
 

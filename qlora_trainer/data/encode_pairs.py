@@ -119,7 +119,8 @@ class PairEncoder:
                 "take a model of this language, or drop the row",
                 "unknown characters",
             )
-        lost, too_long = 0, len(target) > self.max_target_tokens
+        lost = lost_target = 0
+        too_long = len(target) > self.max_target_tokens
         if too_long and self.over_length == "raise":
             raise RowError(
                 f"its target has {len(target)} tokens, task_settings.max_target_len = "
@@ -129,7 +130,7 @@ class PairEncoder:
                 "long target",
             )
         if self.over_length == "truncate":
-            lost = max(0, len(target) - self.max_target_tokens)
+            lost = lost_target = max(0, len(target) - self.max_target_tokens)
             target, too_long = target[: self.max_target_tokens], False
             if over := max(0, len(source) - self.max_source_tokens):
                 lost += over
@@ -140,6 +141,7 @@ class PairEncoder:
             columns={"target": target},
             reference=pair.target if self.labelled else None,
             lost_tokens=lost,
+            lost_trained_tokens=lost_target,
             too_long=too_long,
         )
         return [example]

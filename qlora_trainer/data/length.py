@@ -39,6 +39,8 @@ class LengthPolicy:
         if length <= self.max_seq_len and not example.too_long:
             self.long_rows += example.lost_tokens > 0  # its encoder has cut it
             self.lost_tokens += example.lost_tokens
+            self.lost_trained_tokens += example.lost_trained_tokens
+            self.cut_answers += example.lost_trained_tokens > 0
             return example
         self.long_rows += 1
         self.long_lengths[length] += 1

@@ -119,6 +119,8 @@ def test_truncation_keeps_the_sources_end_token_and_counts(tmp_path, tokenizer):
     assert data.input_ids(0).tolist() == [*full[:4], 1]
     assert data.column(0, "target").tolist() == target[:4]
     assert data.counts["lost_tokens"] == len(full) - 5 + len(target) - 4
+    assert data.counts["lost_trained_tokens"] == len(target) - 4
+    assert data.counts["cut_answers"] == 1
     assert "trained without an end: 1" in pairs.findings(data).warnings[0]
 
 
