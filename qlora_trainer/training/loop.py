@@ -133,6 +133,7 @@ class _Loop:
             return None
         require_same_things(saved.trainer["identity"], run.identity, where=str(saved.folder))
         restore(saved, run.optimizer)
+        self._saver.damaged = saved.passed_over
         return saved.trainer
 
     def _step(self, verify: bool) -> None:

@@ -10,6 +10,7 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
@@ -27,12 +28,14 @@ class Saver:
     Attributes:
         states: Folder of the saved states.
         saved_step: The newest state's; None while there is none.
+        damaged: States that the run did not go on from, as they are not whole.
     """
 
     def __init__(self, run: Run, plan: TrainingPlan) -> None:
         self._run, self._plan = run, plan
         self.states = run.folder / "states"
         self.saved_step: int | None = None
+        self.damaged: tuple[Path, ...] = ()
         self._saved_at = time.monotonic()
 
     def is_overdue(self) -> bool:
@@ -73,6 +76,7 @@ class Saver:
                     "identity": dict(run.identity),
                 },
                 keep_last=self._plan.keep_last,
+                damaged=self.damaged,
             )
 
     def save_adapter(self, name: str) -> None:

@@ -11,8 +11,8 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ class SavedState:
         parameters: Trained tensors by name.
         optimizer_tensors: As `AdapterAdamW.state` gave them.
         trainer: The loop's own values, and `optimizer` for the optimizer's.
+        passed_over: Newer states that are damaged.
     """
 
     folder: Path
@@ -49,6 +50,7 @@ class SavedState:
     parameters: dict[str, Tensor]
     optimizer_tensors: dict[str, Tensor]
     trainer: dict[str, Any]
+    passed_over: tuple[Path, ...] = ()
 
 
 def save_state(
@@ -58,8 +60,9 @@ def save_state(
     optimizer: AdapterAdamW,
     trainer: Mapping[str, Any],
     keep_last: int,
+    damaged: Sequence[Path] = (),
 ) -> Path:
-    """Write a state, then remove all but the newest `keep_last`.
+    """Write a state, then remove all but the newest `keep_last` whole ones.
 
     Args:
         states: Folder of all states.
@@ -67,6 +70,7 @@ def save_state(
         optimizer: Holds parameters and states.
         trainer: The loop's values; must be JSON.
         keep_last: States kept, this one included.
+        damaged: States that were passed over on resuming: they go, and take no whole one's place.
 
     Returns:
         The state's folder.
@@ -95,8 +99,9 @@ def save_state(
             f"{target}: the state cannot be saved ({error}); earlier states are untouched. Make "
             "room or mend the folder, then run the same command again"
         ) from error
-    # Anything newer is a damaged state that was passed over when the run resumed from before it.
-    older = [folder for number, folder in _listed(states) if number <= step]
+    # Anything newer is a damaged state, too.
+    lost = set(damaged) - {target}
+    older = [folder for number, folder in _listed(states) if number <= step and folder not in lost]
     kept = older[:keep_last]
     for _, folder in _listed(states):
         if folder not in kept:
@@ -132,23 +137,24 @@ def newest_good_state(states: Path, say: Callable[[str], None]) -> SavedState | 
                 entry.rename(whole)  # set aside to be replaced, and never was
             else:
                 shutil.rmtree(entry, ignore_errors=True)
-    broken: list[str] = []
+    broken: dict[Path, str] = {}
     for step, folder in _listed(states):
         try:
             saved = _read(folder, step)
         except (
             OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError,
         ) as error:  # fmt: skip
-            broken.append(f"{folder}: {error}")
+            broken[folder] = f"{folder}: {error}"
             continue
-        for line in broken:
+        for line in broken.values():
             say(f"saved state passed over, it is damaged: {line}")
         if broken:
             say(f"resuming from the newest whole one, {folder.name}")
-        return saved
+        return replace(saved, passed_over=tuple(broken))
     if broken:
         raise UserError.from_faults(
-            "no saved state is whole; pass --restart to begin again, or restore one", broken
+            "no saved state is whole; pass --restart to begin again, or restore one",
+            list(broken.values()),
         )
     return None
 

@@ -65,6 +65,32 @@ def test_a_damaged_state_ahead_of_the_run_goes_with_the_next_save(tmp_path: Path
     assert names(tmp_path) == ["step-00000001", "step-00000002"]
 
 
+def test_a_state_passed_over_takes_no_whole_ones_place(tmp_path: Path) -> None:
+    save(tmp_path, 1, 2)
+    truncate("adapter.safetensors")(tmp_path / "step-00000002")
+    found = newest_good_state(tmp_path, print)
+    assert found is not None
+    assert found.passed_over == (tmp_path / "step-00000002",)
+    values = optimizer(3.0)
+    save_state(
+        tmp_path, 3, optimizer=values, trainer={}, keep_last=2, damaged=found.passed_over
+    )  # past the damaged one
+    assert names(tmp_path) == ["step-00000001", "step-00000003"]
+
+
+def test_a_state_passed_over_stays_when_it_is_written_anew(tmp_path: Path) -> None:
+    save(tmp_path, 1, 2)
+    truncate("adapter.safetensors")(tmp_path / "step-00000002")
+    found = newest_good_state(tmp_path, print)
+    assert found is not None
+    values = optimizer(2.0)
+    for _ in range(2):
+        save_state(
+            tmp_path, 2, optimizer=values, trainer={}, keep_last=2, damaged=found.passed_over
+        )
+    assert names(tmp_path) == ["step-00000001", "step-00000002"]
+
+
 def truncate(name: str) -> Callable[[Path], None]:
     def damage(folder: Path) -> None:
         content = (folder / name).read_bytes()
