@@ -1,11 +1,16 @@
 """A run under every fault we know, again and again; at its end, not one bit may differ.
 
     .venv/bin/python scripts/chaos.py RUN.yaml --minutes N [--json FILE] [--only KIND,...]
+        [--of-two RUN.yaml]
 
 One run is left alone. Another meets faults (`faults.py`) at random moments until it ends; then
 both adapters are compared byte by byte, and the next round begins, until the minutes are over and
 every kind has struck at least once. After each fault the newest whole state must be no older than
-before it, and the run must go on from exactly there: no step is lost that was saved.
+before it, no more steps may be lost than lie between two saves, and the run must go on from exactly
+there: no step is lost that was saved. Faults for two processes are done to a run of two, beside
+another of two that is left alone: sums over processes are added in an order of their own.
+
+Minutes count while this program can work: not those in which the machine is held.
 """
 
 from __future__ import annotations
@@ -19,102 +24,23 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from faults import FAULTS, Ended, Storm, missing, terminate
-from training_process import (
-    ADAPTER,
-    bits_different,
-    memory_growth,
-    newest_whole_step,
-    remove_run,
-    saved_states,
-    start,
-    steps_logged,
-    train_command,
-)
+from faults import FAULTS, missing
+from rounds import Chaos
+from storm import Storm, WorkingClock
+from training_process import memory_growth, train_command
 
 from qlora_trainer.config.read import read_run_file
 
 _LATE_ROUNDS = 5  # after the time is over: a run too short for a kind is told, not tried for ever
 _DISK_BYTES = 1 << 29  # of the small disk that fills up; memory is taken as it is used
 _FAKETIME = Path("/usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1")  # Debian's place
-
-
-@dataclass
-class Tally:
-    """What came of one kind of fault."""
-
-    injected: int = 0
-    survived: int = 0
-    steps_lost: int = 0
-    most_steps_lost: int = 0
-    left_with: dict[str, int] = field(default_factory=dict)
-
-
-class Chaos:
-    """Rounds of one storm, and what they add up to."""
-
-    def __init__(self, storm: Storm, kinds: Sequence[str]) -> None:
-        self.storm, self.kinds = storm, kinds
-        self.tallies = {kind: Tally() for kind in kinds}
-        self.failures: list[str] = []
-        self.rounds = self.bits = self.compared = 0
-        self._queue: list[str] = []
-
-    def round(self, calm: Path, until: float) -> None:
-        """One run to its end: faults while there is time or a kind left to try."""
-        remove_run(self.storm.folder)
-        try:
-            while time.monotonic() < until or self.untried:
-                self._strike(self._next())
-        except Ended as end:
-            if end.args[0] != 0:
-                raise SystemExit(f"exit code {end.args[0]} without a fault") from None
-        is_done = (self.storm.folder / "result.json").exists()
-        if not is_done and (code := self.storm.begin().wait()) != 0:
-            raise SystemExit(f"the run cannot be finished (exit code {code})")
-        ours, theirs = ((folder / ADAPTER).read_bytes() for folder in (calm, self.storm.folder))
-        self.rounds += 1
-        self.bits += bits_different(ours, theirs)
-        self.compared += 8 * len(ours)
-
-    @property
-    def untried(self) -> list[str]:
-        """Kinds that have not struck yet."""
-        return [kind for kind, tally in self.tallies.items() if not tally.injected]
-
-    def _next(self) -> str:
-        if not self._queue:
-            self._queue = list(self.kinds)
-            self.storm.chance.shuffle(self._queue)
-        return self._queue.pop()
-
-    def _strike(self, kind: str) -> None:
-        storm, tally = self.storm, self.tallies[kind]
-        fault, may_leave = FAULTS[kind]
-        if not saved_states(storm.folder) and kind in ("lost-data", "nan"):
-            terminate(storm)  # these strike as the run begins: let there be something to lose
-        before = newest_whole_step(storm.folder)
-        code = fault(storm)
-        if code == 0:
-            raise Ended(0)
-        tally.injected += 1
-        tally.left_with[str(code)] = tally.left_with.get(str(code), 0) + 1
-        after = newest_whole_step(storm.folder)
-        lost = steps_logged(storm.folder) - after
-        tally.steps_lost += lost
-        tally.most_steps_lost = max(tally.most_steps_lost, lost)
-        fine = code in may_leave and (after >= before or kind == "corrupted-state")
-        if fine:
-            tally.survived += 1
-        else:
-            self.failures.append(f"{kind}: exit code {code}; whole state {before} -> {after}")
-        print(f"{kind}: left with {code}, state of step {after}, {lost} lost", flush=True)
+_STRIKES_OF_SEVERAL = 4  # a round, where a run of several processes takes long
 
 
 @contextmanager
@@ -143,61 +69,119 @@ def _own_copies(run_file: Path, overrides: Sequence[str], place: Path) -> dict[s
     return copies
 
 
-def run_chaos(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Both runs; what they came to."""
-    began = time.monotonic()
+class Place:
+    """Where one run file is trained by so many processes: own copies of what is damaged there."""
+
+    def __init__(
+        self, arguments: argparse.Namespace, processes: int, made: Path, mounted: bool
+    ) -> None:
+        several = processes > 1 and arguments.of_two is not None
+        self._run_file = arguments.of_two if several else arguments.run_file
+        overrides = [] if several else arguments.overrides
+        made.mkdir()
+        copies = _own_copies(self._run_file, overrides, made)
+        changes = [*overrides, *(f"{key}={path}" for key, path in copies.items())]
+        self._changes = [*changes, f"data.cache_folder={made / 'cache'}"]
+        self._arguments, self._made, self._mounted, self._copies = arguments, made, mounted, copies
+        self._processes = processes
+        config = read_run_file(self._run_file, overrides)
+        every = config.output.save_every_steps
+        if every is None:
+            raise SystemExit("chaos counts steps: the run file must set output.save_every_steps")
+        self._steps_between_saves = every
+        self.facts = {"model": Path(config.model.source).name, "steps": config.train.max_steps,
+                      "steps_between_saves": every}  # fmt: skip
+
+    def storm(self, folder: Path) -> Storm:
+        """One run in a folder."""
+        clock = self._arguments.faketime or _FAKETIME
+        return Storm(
+            train_command(self._run_file, [*self._changes, f"output.folder={folder}"]), folder,
+            self._copies.get("data.train"), self._copies.get("model.source"),
+            self._made / f"said-{folder.name}.txt", random.Random(self._arguments.seed),
+            self._mounted, clock if clock.is_file() else None, self._processes,
+        )  # fmt: skip
+
+    def chaos(self, disk: Path, skipped: dict[str, str]) -> Chaos | None:
+        """The faults for so many processes, after a run of as many without any; None without."""
+        storm, only = self.storm(disk / f"run-{self._processes}"), self._arguments.only
+        wanted = only.split(",") if only else list(FAULTS)
+        wanted = [kind for kind in wanted if FAULTS[kind].processes == self._processes]
+        here = {kind: why for kind in wanted if (why := missing(kind, storm))}
+        for kind, why in here.items():
+            print(f"{kind}: left out, {why}", flush=True)
+        skipped |= here
+        if not (kinds := [kind for kind in wanted if kind not in here]):
+            return None
+        print(f"Training without faults, processes: {self._processes} ...", flush=True)
+        calm = self.storm(self._made / "calm")
+        if calm.finish() != 0:
+            raise SystemExit(f"it fails without any fault:\n{calm.said.read_text()[-2000:]}")
+        self.facts["memory"] = memory_growth(calm.folder)
+        most = _STRIKES_OF_SEVERAL if self._processes > 1 else None
+        return Chaos(storm, calm.folder, kinds, self._steps_between_saves, most)
+
+
+def run_chaos(arguments: argparse.Namespace, tell: Callable[[dict[str, Any]], None]) -> None:
+    """All runs; what they came to is told after each round."""
+    began, clock = time.monotonic(), WorkingClock()
+    skipped: dict[str, str] = {}
     with (
         tempfile.TemporaryDirectory(prefix="qlora-chaos-") as made,
         _small_disk(Path(made, "disk")) as mounted,
     ):
-        place = Path(made)
-        copies = _own_copies(arguments.run_file, arguments.overrides, place)
-        changes = [*arguments.overrides, *(f"{key}={path}" for key, path in copies.items())]
-        changes.append(f"data.cache_folder={place / 'cache'}")
+        places = {n: Place(arguments, n, Path(made, str(n)), mounted) for n in (1, 2)}
+        found = {n: place.chaos(Path(made, "disk"), skipped) for n, place in places.items()}
+        every = {count: chaos for count, chaos in found.items() if chaos is not None}
+        facts = {"runs": {str(count): places[count].facts for count in every}}
+        calm_seconds = clock.seconds
 
-        def command(folder: Path) -> list[str]:
-            return train_command(arguments.run_file, [*changes, f"output.folder={folder}"])
+        def is_over() -> bool:
+            return clock.seconds - calm_seconds >= 60 * arguments.minutes
 
-        said, calm = place / "said.txt", place / "calm"
-        print("Training without faults ...", flush=True)
-        if start(command(calm), said=said).wait() != 0:
-            raise SystemExit(f"the run fails without any fault:\n{said.read_text()[-2000:]}")
-        clock = arguments.faketime or _FAKETIME
-        storm = Storm(
-            command(place / "disk" / "run"), place / "disk" / "run", copies.get("data.train"),
-            copies.get("model.source"), said, random.Random(arguments.seed), mounted,
-            clock if clock.is_file() else None,
-        )  # fmt: skip
-        wanted = arguments.only.split(",") if arguments.only else list(FAULTS)
-        skipped = {kind: why for kind in wanted if (why := missing(kind, storm))}
-        for kind, why in skipped.items():
-            print(f"{kind}: left out, {why}", flush=True)
-        chaos = Chaos(storm, [kind for kind in wanted if kind not in skipped])
-        until = time.monotonic() + 60 * arguments.minutes
-        try:
-            late = 0
-            while chaos.rounds == 0 or time.monotonic() < until or chaos.untried:
-                untried = chaos.untried
-                chaos.round(calm, until)
-                late = late + 1 if time.monotonic() > until and chaos.untried == untried else 0
-                if untried and late == _LATE_ROUNDS:
-                    raise SystemExit(f"the runs end before {', '.join(untried)} can strike")
-        except SystemExit:
-            print(said.read_text(errors="replace")[-3000:], file=sys.stderr)
-            raise
-        resumes = storm.resumes()
-        wrong = [f"resumed after {at}, not {newest}" for at, newest in resumes if at != newest]
-        return {
-            "faults": {kind: asdict(tally) for kind, tally in chaos.tallies.items()},
-            "skipped": skipped,
-            "failures": chaos.failures + wrong,
-            "resumes": len(resumes),
-            "rounds": chaos.rounds,
-            "bits_different": chaos.bits,
-            "bits_compared": chaos.compared,
-            "memory_growth": memory_growth(calm),
-            "minutes": (time.monotonic() - began) / 60,
-        }
+        def seconds() -> dict[str, float]:
+            return {
+                "minutes": (clock.seconds - calm_seconds) / 60,
+                "minutes_by_the_clock": (time.monotonic() - began) / 60,
+            }
+
+        late = 0
+        while True:
+            for chaos in every.values():
+                if chaos.rounds and is_over() and not chaos.untried:
+                    continue
+                _round(chaos, is_over)
+                tell(facts | _report(every, skipped) | seconds())
+            untried = [kind for chaos in every.values() for kind in chaos.untried]
+            if is_over() and not untried:
+                return
+            late += is_over()
+            if late > _LATE_ROUNDS:
+                raise SystemExit(f"the runs end before {', '.join(untried)} can strike")
+
+
+def _round(chaos: Chaos, is_over: Callable[[], bool]) -> None:
+    try:
+        chaos.round(is_over)
+    except SystemExit:
+        said = chaos.storm.said
+        print(said.read_text(errors="replace")[-3000:] if said.is_file() else "", file=sys.stderr)
+        raise
+
+
+def _report(every: dict[int, Chaos], skipped: dict[str, str]) -> dict[str, Any]:
+    resumes = [pair for chaos in every.values() for pair in chaos.storm.resumes()]
+    wrong = [f"went on after {at}, not {newest}" for at, newest in resumes if at != newest]
+    return {
+        "faults": {k: asdict(t) for chaos in every.values() for k, t in chaos.tallies.items()},
+        "corrupted": {p: n for c in every.values() for p, n in c.storm.corrupted.items()},
+        "skipped": skipped,
+        "failures": [failure for chaos in every.values() for failure in chaos.failures] + wrong,
+        "resumes": len(resumes),
+        "rounds": {str(count): chaos.rounds for count, chaos in every.items()},
+        "bits_different": sum(chaos.bits for chaos in every.values()),
+        "bits_compared": sum(chaos.compared for chaos in every.values()),
+    }
 
 
 def main() -> int:
@@ -205,6 +189,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Train under every fault; compare the bits.")
     parser.add_argument("run_file", type=Path)
     parser.add_argument("--minutes", type=float, default=1.0)
+    parser.add_argument("--of-two", type=Path, help="another run file for two processes")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--only", help=f"of {', '.join(FAULTS)}")
     parser.add_argument("--faketime", type=Path, help="libfaketime.so.1, where it is not installed")
@@ -212,12 +197,17 @@ def main() -> int:
     parser.add_argument("--set", action="append", default=[], dest="overrides")
     arguments = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    report = run_chaos(arguments)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    report: dict[str, Any] = {}
+
+    def tell(found: dict[str, Any]) -> None:
+        report.update(found)
+        if arguments.json:
+            arguments.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+    run_chaos(arguments, tell)
     injected = sum(tally["injected"] for tally in report["faults"].values())
     print(
-        f"{injected} faults, {report['resumes']} resumes, {report['rounds']} runs, "
+        f"{injected} faults, {report['resumes']} resumes, {sum(report['rounds'].values())} runs, "
         f"{report['bits_different']} bits different, {len(report['failures'])} failures"
     )
     return 1 if report["failures"] or report["bits_different"] else 0

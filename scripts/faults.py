@@ -1,134 +1,41 @@
 """What can happen to a training process, done to a real one from outside.
 
 Each fault is a function of a `Storm`: it starts the run, waits until it has gone further, strikes,
-mends what it broke, and returns how the process left. Nothing in the trainer knows of any of this:
-signals, mounts, limits of the system, files changed under its feet. What the machine does not
-allow is said by `missing`. Standard library only.
+mends what it broke, and returns how the process left: by signals, mounts, limits of the system,
+files changed under its feet. What the machine does not allow is said by `missing`. Standard
+library only.
 """
 
 from __future__ import annotations
 
 import os
-import random
-import re
 import resource
-import shutil
 import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from damage import REGIONS, STATE_FILES, corrupt, poisoned
-from training_process import (
-    last_step_seconds,
-    newest_whole_step,
-    saved_states,
-    start,
-    steps_logged,
-)
+from storm import Ended, Storm, left
+from training_process import newest_whole_step, saved_states, steps_logged
 
 STOPPED = 75  # how the trainer leaves when asked to stop
 REFUSED = 2  # with a message for the user
-PATIENCE_SECONDS = 1800.0
-_RESUMED = re.compile(rb"resuming\s+after\s+step\s+(\d+)")
-
-
-class Ended(Exception):
-    """The run came to its end before the fault could strike."""
-
-
-@dataclass
-class Storm:
-    """One run that faults are done to.
-
-    Attributes:
-        command: Trains it.
-        folder: The run's.
-        data: The run's own copy of its rows; None where they are no single file.
-        model: The run's own copy of its base; None where it is no local folder.
-        said: Everything its processes say.
-        chance: Of moments and places.
-        mounted: Whether `folder` stands on a small disk of its own, mounted by us.
-        clock: libfaketime, where it is installed.
-        regions: Next place to corrupt a state at.
-        begun: Of each process, where its words begin and the newest whole state it found.
-    """
-
-    command: list[str]
-    folder: Path
-    data: Path | None
-    model: Path | None
-    said: Path
-    chance: random.Random
-    mounted: bool
-    clock: Path | None
-    regions: int = 0
-    begun: list[tuple[int, int]] = field(default_factory=list)
-
-    def begin(self, **environment: str) -> subprocess.Popen[bytes]:
-        """Start the run."""
-        self.begun.append((self.said.stat().st_size, newest_whole_step(self.folder)))
-        return start(self.command, said=self.said, environment={**os.environ, **environment})
-
-    def resumes(self) -> list[tuple[int, int]]:
-        """Where each process that resumed did so, and where it should have."""
-        words = self.said.read_bytes()
-        ends = [*(place for place, _ in self.begun[1:]), len(words)]
-        found = []
-        for (place, newest), end in zip(self.begun, ends, strict=True):
-            if match := _RESUMED.search(words[place:end]):
-                found.append((int(match.group(1)), newest))
-        return found
-
-    def running(self, **environment: str) -> subprocess.Popen[bytes]:
-        """Start the run and come back at a random moment after it has gone a step further.
-
-        Raises:
-            Ended: It did not get so far.
-        """
-        before, process = steps_logged(self.folder), self.begin(**environment)
-        self.go_on(process, before)
-        time.sleep(self.chance.uniform(0, 2 * last_step_seconds(self.folder)))
-        return process
-
-    def go_on(self, process: subprocess.Popen[bytes], before: int) -> None:
-        """Wait until a process has logged more than a step.
-
-        Raises:
-            Ended: It left first.
-        """
-        began = time.monotonic()
-        while steps_logged(self.folder) <= before:
-            if process.poll() is not None:
-                raise Ended(process.returncode)
-            if time.monotonic() - began > PATIENCE_SECONDS:
-                process.kill()
-                raise SystemExit("the run makes no progress; look at it without faults first")
-            time.sleep(0.01)
-
-
-def _left(process: subprocess.Popen[bytes]) -> int:
-    try:
-        return process.wait(PATIENCE_SECONDS)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-        raise SystemExit("the process hangs after a fault") from None
 
 
 def _stop(process: subprocess.Popen[bytes]) -> int:
     process.terminate()
-    return _left(process)
+    return left(process)
 
 
 def kill(storm: Storm) -> int:
     """Killed in the midst of whatever it does: a step, a save, an evaluation."""
     process = storm.running()
     process.kill()
-    return _left(process)
+    return left(process)
 
 
 def terminate(storm: Storm) -> int:
@@ -159,7 +66,7 @@ def disk_full(storm: Storm) -> int:
             if size:
                 os.posix_fallocate(file.fileno(), 0, size)
         process.send_signal(signal.SIGCONT)
-        return _left(process)
+        return left(process)
     finally:
         ballast.unlink(missing_ok=True)
 
@@ -168,7 +75,7 @@ def read_only(storm: Storm) -> int:
     """Its folder cannot be written any more."""
     process = storm.running()
     with _read_only(storm.folder):
-        return _left(process)
+        return left(process)
 
 
 @contextmanager
@@ -199,7 +106,7 @@ def lost_data(storm: Storm) -> int:
     away = storm.data.with_suffix(".away")
     storm.data.rename(away)
     try:
-        return _left(storm.begin())
+        return left(storm.begin())
     finally:
         away.rename(storm.data)
 
@@ -214,10 +121,15 @@ def corrupted_state(storm: Storm) -> int:
     """The newest saved state is damaged, each time at another place."""
     while len(states := saved_states(storm.folder)) < 2:
         _stop(storm.running())
-    count = len(STATE_FILES)
-    name, region = STATE_FILES[storm.regions % count], REGIONS[storm.regions // count]
-    storm.regions = (storm.regions + 1) % (count * len(REGIONS))
+    # Their numbers have no common factor: every file meets every region in turn.
+    name = STATE_FILES[storm.regions % len(STATE_FILES)]
+    region = REGIONS[storm.regions % len(REGIONS)]
+    storm.regions += 1
+    place = f"{name}, {region}"
+    storm.corrupted[place] = storm.corrupted.get(place, 0) + 1
+    had = newest_whole_step(storm.folder)
     corrupt(states[-1] / name, region, storm.chance)
+    storm.given_up += max(0, had - newest_whole_step(storm.folder))
     return _stop(storm.running())
 
 
@@ -233,38 +145,62 @@ def out_of_memory(storm: Storm) -> int:
             storm.go_on(process, before + ahead)
         except Ended:
             break
-    return _left(process) if process.poll() is not None else _stop(process)
+    return left(process) if process.poll() is not None else _stop(process)
 
 
 def not_a_number(storm: Storm) -> int:
     """A weight of its base is read as NaN, so the loss of a batch is."""
     assert storm.model is not None
     with poisoned(storm.model):
-        return _left(storm.begin())
+        return left(storm.begin())
 
 
-# Kind -> the fault, and how a process may leave it: by signal (negative), saved, or refused with a
-# message. A fault for several processes (one of two killed) is one more line here: its function
-# starts `storm.command` behind a launcher.
-FAULTS: Mapping[str, tuple[Callable[[Storm], int], tuple[int, ...]]] = {
-    "kill": (kill, (-signal.SIGKILL,)),
-    "terminate": (terminate, (STOPPED,)),
-    "pause": (pause, (STOPPED,)),
-    "disk-full": (disk_full, (REFUSED,)),
-    "read-only": (read_only, (REFUSED,)),
-    "lost-data": (lost_data, (REFUSED,)),
-    "clock-back": (clock_back, (STOPPED,)),
-    "corrupted-state": (corrupted_state, (STOPPED,)),
-    "out-of-memory": (out_of_memory, (REFUSED,)),
-    "nan": (not_a_number, (REFUSED,)),
+def one_of_two(storm: Storm) -> int:
+    """One of two processes is killed, the main one or the other; how the other leaves."""
+    main = storm.running()
+    pair = [main, *storm.others]
+    victim = pair.pop(storm.chance.randrange(len(pair)))
+    victim.kill()
+    left(victim)
+    return left(pair[0])
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What happens, and how a process may leave: by signal (negative), saved, or refused.
+
+    Attributes:
+        strike: Does it; -> exit code.
+        leaves_with: Exit codes that are as they should be.
+        processes: How many train the run.
+    """
+
+    strike: Callable[[Storm], int]
+    leaves_with: tuple[int, ...]
+    processes: int = 1
+
+
+FAULTS: Mapping[str, Fault] = {
+    "kill": Fault(kill, (-signal.SIGKILL,)),
+    "terminate": Fault(terminate, (STOPPED,)),
+    "pause": Fault(pause, (STOPPED,)),
+    "disk-full": Fault(disk_full, (REFUSED,)),
+    "read-only": Fault(read_only, (REFUSED,)),
+    "lost-data": Fault(lost_data, (REFUSED,)),
+    "clock-back": Fault(clock_back, (STOPPED,)),
+    "corrupted-state": Fault(corrupted_state, (STOPPED,)),
+    "out-of-memory": Fault(out_of_memory, (REFUSED,)),
+    "nan": Fault(not_a_number, (REFUSED,)),
+    "one-of-two": Fault(one_of_two, (REFUSED,), processes=2),
 }
 
 
 def missing(kind: str, storm: Storm) -> str | None:
     """Why a fault cannot be done here; None where it can."""
+    bound = os.geteuid() != 0 or storm.mounted  # modes do not bind root, mounts do
     reasons = {
-        "disk-full": None if storm.mounted else "needs root, to mount a small disk",
-        "read-only": None if shutil.which("mount") or os.geteuid() else "needs mount",
+        "disk-full": None if storm.mounted else "needs the right to mount a small disk",
+        "read-only": None if bound else "needs the right to mount: modes do not bind root",
         "lost-data": None if storm.data else "data.train is not one local file",
         "clock-back": None if storm.clock else "needs libfaketime (--faketime FILE)",
         "out-of-memory": None if Path("/proc/self/statm").is_file() else "needs Linux",

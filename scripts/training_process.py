@@ -47,7 +47,7 @@ def start(
         return subprocess.Popen(command, stdout=file, stderr=file, env=environment)
 
 
-def _metrics(folder: Path) -> list[dict[str, Any]]:
+def metrics_of(folder: Path) -> list[dict[str, Any]]:
     """Whole lines of the metrics; a line cut by a kill does not count."""
     records = []
     try:
@@ -64,25 +64,38 @@ def _metrics(folder: Path) -> list[dict[str, Any]]:
     return records
 
 
+def metrics_written(folder: Path) -> bytes:
+    """The metrics as they stand; nothing without any."""
+    file = folder / "metrics.jsonl"
+    return file.read_bytes() if file.is_file() else b""
+
+
 def steps_logged(folder: Path) -> int:
     """Last step in the metrics, 0 without any."""
-    return next((int(r["step"]) for r in reversed(_metrics(folder)) if "step" in r), 0)
+    return next((int(r["step"]) for r in reversed(metrics_of(folder)) if "step" in r), 0)
 
 
 def last_step_seconds(folder: Path) -> float:
     """How long the last logged step took."""
-    found = (float(r["seconds"]) for r in reversed(_metrics(folder)) if "seconds" in r)
+    found = (float(r["seconds"]) for r in reversed(metrics_of(folder)) if "seconds" in r)
     return next(found, 1.0)
 
 
-def memory_growth(folder: Path) -> float | None:
-    """Resident memory in a run's last quarter, relative to its second; None of a short run."""
-    sizes = [r["memory_bytes"] for r in _metrics(folder) if "memory_bytes" in r]
+def memory_growth(folder: Path) -> dict[str, float] | None:
+    """How a run's resident memory went: in its second quarter, in its last, and the growth.
+
+    None of a run shorter than eight steps.
+    """
+    sizes = [r["memory_bytes"] for r in metrics_of(folder) if "memory_bytes" in r]
     quarter = len(sizes) // 4
     if quarter < 2:
         return None
-    early, late = sizes[quarter : 2 * quarter], sizes[-quarter:]
-    return float(sum(late) / len(late) / (sum(early) / len(early)) - 1)
+    early = sum(sizes[quarter : 2 * quarter]) / quarter
+    late = sum(sizes[-quarter:]) / quarter
+    return {
+        "steps": len(sizes), "second_quarter_bytes": early, "last_quarter_bytes": late,
+        "growth": late / early - 1,
+    }  # fmt: skip
 
 
 def saved_states(folder: Path) -> list[Path]:
