@@ -61,10 +61,11 @@ def run_in_this_process(name: str, words: list[str]) -> None:
     import atheris
 
     with atheris.instrument_imports(include=["qlora_trainer"]):
+        import fuzz_seeds
         import fuzz_targets
     tokenizer = fuzz_targets.small_tokenizer()
     corpus = Path(words[0])
-    for number, seed in enumerate(fuzz_targets.SEEDS.get(name, [])):
+    for number, seed in enumerate(fuzz_seeds.SEEDS.get(name, [])):
         (corpus / f"seed-{number}").write_bytes(seed)
     with tempfile.TemporaryDirectory(prefix="qlora-input-") as made:
 

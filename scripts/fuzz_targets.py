@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fuzz_seeds import SEEDS
 from transformers import PreTrainedTokenizerFast
 
 from qlora_trainer.base.checkpoint import open_checkpoint
@@ -35,11 +36,15 @@ from qlora_trainer.data.tagged_words import recognise_tagged_words, to_tagged_wo
 from qlora_trainer.data.template import ChatTemplate
 from qlora_trainer.errors import UserError
 from qlora_trainer.export.checkpoint import read_header
+from qlora_trainer.export.gguf_file import write_gguf
 from qlora_trainer.lora.files import read_adapter_config, read_tensors
 from qlora_trainer.training.environment import base_trained_on
 from qlora_trainer.training.log import cut_metrics, read_metrics
 from qlora_trainer.training.state import newest_good_state
 
+_EMBEDDING = json.dumps(
+    {"model.embed_tokens.weight": {"dtype": "F16", "shape": [4, 8], "data_offsets": [0, 64]}}
+).encode()
 FOR_USERS = (UserError, RowError, TooManyFaults)
 _STATE_FILES = ("adapter.safetensors", "optimizer.safetensors", "trainer.json")
 _CHAT = [
@@ -146,6 +151,24 @@ def shard_header(content: bytes, place: Path, _: Any) -> None:
     shard(struct.pack("<Q", len(content)) + content + bytes(64), place, _)
 
 
+def gguf_config(content: bytes, place: Path, _: Any) -> None:
+    """`config.json` on its way into the metadata of a GGUF file."""
+    _gguf(place, {"config.json": content})
+
+
+def gguf_tokenizer(content: bytes, place: Path, _: Any) -> None:
+    """`tokenizer.json` on its way into the metadata of a GGUF file."""
+    _gguf(place, {"tokenizer.json": content})
+
+
+def _gguf(place: Path, given: Mapping[str, bytes]) -> None:
+    values = struct.pack("<Q", len(_EMBEDDING)) + _EMBEDDING + bytes(64)
+    sound = {"config.json": SEEDS["gguf config"][0], "tokenizer.json": SEEDS["gguf tokenizer"][0]}
+    for name, each in {**sound, "model.safetensors": values, **given}.items():
+        _written(each, place / name)
+    write_gguf(place, place / "model.gguf", "f16", name="m")
+
+
 def index(content: bytes, place: Path, _: Any) -> None:
     """`model.safetensors.index.json`."""
     _written(b'{"model_type": "llama"}', place / "config.json")
@@ -210,6 +233,8 @@ TARGETS: dict[str, Target] = {
     "model config": model_config,
     "safetensors": shard,
     "safetensors header": shard_header,
+    "gguf config": gguf_config,
+    "gguf tokenizer": gguf_tokenizer,
     "index": index,
     "saved state": saved_state,
     "run folder": run_folder,
@@ -239,31 +264,3 @@ def small_tokenizer() -> Any:
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
-
-
-_ROW = {
-    "messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}],
-    "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}],
-    "prompt": "a", "completion": "b", "instruction": "i", "output": "o", "text": "t", "label": 1,
-    "tokens": ["a", "b"], "tags": ["O", "B-X"], "question": "q", "context": "c",
-    "answers": {"text": ["c"], "answer_start": [0]}, "tools": [{"type": "function"}],
-}  # fmt: skip
-_HEADER = {"x": {"dtype": "F32", "shape": [2, 8], "data_offsets": [0, 64]}}
-_LORA = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], "bias": "none"}
-_MODEL = {"model_type": "llama", "hidden_size": 8, "rope_parameters": {"rope_type": "default"}}
-SEEDS: dict[str, list[bytes]] = {
-    "run file": [b"model:\n  source: m\ndata:\n  train: d.jsonl\ntrain: {learning_rate: 1e-4}\n"],
-    "override": [b"train.learning_rate=1e-4", b"data.train=[a.jsonl, {path: b, weight: 2}]"],
-    "rows .jsonl": [json.dumps(_ROW).encode()],
-    "rows .json": [json.dumps([_ROW]).encode(), b'{"data": [{"paragraphs": []}], "version": "1"}'],
-    "rows .csv": [b"prompt,completion\na,b\n", b'text;label\n"x;y";1\n'],
-    "rows .conll": [b"-DOCSTART- O\n\nEU B-ORG\nsays O\n"],
-    "chat template": [b"{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"],
-    "adapter config": [json.dumps(_LORA).encode()],
-    "model config": [json.dumps(_MODEL).encode()],
-    "safetensors header": [json.dumps(_HEADER).encode()],
-    "index": [b'{"metadata": {}, "weight_map": {"x": "model-00001-of-00001.safetensors"}}'],
-    "saved state": [b'\x02{"format_version": 1, "step": 4}', b'\x83{"step": 4}'],
-    "run folder": [b'{"kind": "train", "step": 1, "loss": 2.5, "base_fingerprint": "ab"}'],
-    "command line": [b"train\nrun.yaml\n--set\ntrain.epochs=1", b"profile\n--gpu\nrtx", b"export"],
-}

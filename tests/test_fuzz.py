@@ -13,7 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
-from fuzz_targets import SEEDS, TARGETS, run_target, small_tokenizer
+from fuzz_seeds import SEEDS
+from fuzz_targets import TARGETS, run_target, small_tokenizer
 
 TOKENIZER = small_tokenizer()
 LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
@@ -58,6 +59,10 @@ def lora(**changes: Any) -> bytes:
     return json.dumps({**json.loads(SEEDS["adapter config"][0]), **changes}).encode()
 
 
+def llama(**changes: Any) -> bytes:
+    return json.dumps({**json.loads(SEEDS["gguf config"][0]), **changes}).encode()
+
+
 DEEP, LONG = "[" * 100_000, "9" * 5000
 BROKEN_GZIP = gzip.compress(b'{"text": "a"}' * 99)[:12] + bytes(20)
 # Each came out as a traceback, or did not come back, before it was mended.
@@ -88,6 +93,12 @@ FOUND = [
     ("index", b'{"weight_map": {"x": "../../etc/passwd"}}'),
     ("model config", DEEP.encode()),
     ("saved state", b"\x02" + DEEP.encode()),
+    ("gguf tokenizer", b"{}"),
+    ("gguf tokenizer", b"[1]"),
+    ("gguf tokenizer", b'{"model": {"vocab": {"a": "0"}, "merges": []}}'),
+    ("gguf tokenizer", b'{"model": {"vocab": {"a": 0}, "merges": [5]}}'),
+    ("gguf config", llama(vocab_size=10**9)),
+    ("gguf config", llama(num_hidden_layers=10**9)),
     ("run file", b"a: &a [*a, *a]\nb: [*a, *a]\n"),
 ]
 

@@ -22,6 +22,7 @@ from qlora_trainer.export.gguf_model import (
     Family,
     add_metadata,
     family_of,
+    refused_by,
     stored_rows,
     stretched_frequencies,
     tensor_name,
@@ -64,7 +65,9 @@ def check_covered(base_folder: Path, kind: str, *, trust_remote_code: bool) -> N
     """
     if kind not in TYPES:
         raise UserError(f"--gguf-type {kind}: must be one of {', '.join(TYPES)}")
-    family_of(load_config(base_folder, trust_remote_code=trust_remote_code))
+    config = load_config(base_folder, trust_remote_code=trust_remote_code)
+    with refused_by(base_folder):
+        family_of(config)
 
 
 def write_gguf(merged: Path, file: Path, kind: str, *, name: str) -> GgufFigures:
@@ -80,11 +83,14 @@ def write_gguf(merged: Path, file: Path, kind: str, *, name: str) -> GgufFigures
         UserError: The model or its tokenizer is not covered.
     """
     config: Any = load_config(merged)
-    family = family_of(config)
     source = MappedCheckpoint(merged)
     wanted, file_type = TYPES[kind]
-    writer = gguf.GGUFWriter(None, family.arch)
-    add_metadata(writer, config, family, name)
+    with refused_by(merged):
+        family = family_of(config)
+        _check_sizes(config, source)
+        writer = gguf.GGUFWriter(None, family.arch)
+        add_metadata(writer, config, family, name)
+        stretched = stretched_frequencies(config)
     writer.add_file_type(file_type)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     splitter = add_tokenizer(writer, merged, config.vocab_size)
@@ -93,7 +99,6 @@ def write_gguf(merged: Path, file: Path, kind: str, *, name: str) -> GgufFigures
         (stored, tensor_name(names, stored.name), _storage(stored, wanted))
         for stored in source.tensors.values()
     ]
-    stretched = stretched_frequencies(config)
     if stretched is not None:
         writer.add_tensor_info("rope_freqs.weight", stretched.shape, stretched.dtype,
                                stretched.nbytes)  # fmt: skip
@@ -109,7 +114,8 @@ def write_gguf(merged: Path, file: Path, kind: str, *, name: str) -> GgufFigures
                 raw_dtype=storage,
             )  # fmt: skip
     writer.write_header_to_file(path=file)
-    writer.write_kv_data_to_file()
+    with refused_by(merged):
+        writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     if stretched is not None:
         writer.write_tensor_data(stretched)
@@ -122,6 +128,18 @@ def write_gguf(merged: Path, file: Path, kind: str, *, name: str) -> GgufFigures
     return GgufFigures(
         family.arch, splitter, len(planned), types, family.own_metadata and stretched is None
     )
+
+
+def _check_sizes(config: Any, source: MappedCheckpoint) -> None:
+    """Refuse a configuration of far more than the folder holds, before lists are made of it."""
+    rows = max((stored.shape[0] for stored in source.tensors.values() if stored.shape), default=0)
+    if not 0 < config.vocab_size <= rows:
+        raise ValueError(f"vocab_size = {config.vocab_size}: no tensor has so many rows")
+    if not 0 < config.num_hidden_layers <= len(source.tensors):
+        raise ValueError(
+            f"num_hidden_layers = {config.num_hidden_layers}: there are {len(source.tensors)} "
+            "tensors"
+        )
 
 
 def _arch(family: Family) -> Any:

@@ -7,7 +7,11 @@ model outside these families, or with a part llama.cpp would drop, is refused.
 """
 
 import math
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import gguf
@@ -21,6 +25,11 @@ CONVERTER = (
     "use llama.cpp's own converter on the merged folder: "
     "python convert_hf_to_gguf.py MERGED --outfile MODEL.gguf --outtype f16"
 )
+
+# What the writer says of a value it cannot store.
+NOT_AS_EXPECTED = (
+    AttributeError, KeyError, OverflowError, TypeError, ValueError, ZeroDivisionError, struct.error,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -70,6 +79,22 @@ def family_of(config: Any) -> Family:
             f"--format merged and {CONVERTER}"
         )
     return family
+
+
+@contextmanager
+def refused_by(folder: Path) -> Iterator[None]:
+    """Within, a value of a configuration that cannot be told to llama.cpp is the user's to mend.
+
+    Raises:
+        UserError: There is one.
+    """
+    try:
+        yield
+    except NOT_AS_EXPECTED as error:
+        raise UserError(
+            f"--format gguf: {folder / 'config.json'} holds a value that a GGUF file cannot "
+            f"({type(error).__name__}: {error}); mend it, or export --format merged and {CONVERTER}"
+        ) from error
 
 
 def rope_settings(config: Any) -> dict[str, Any]:

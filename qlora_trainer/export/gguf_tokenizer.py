@@ -13,7 +13,8 @@ from typing import Any
 import gguf
 
 from qlora_trainer.errors import UserError
-from qlora_trainer.export.gguf_model import CONVERTER
+from qlora_trainer.export.gguf_model import CONVERTER, NOT_AS_EXPECTED
+from qlora_trainer.export.tokenizer_file import read_tokenizer
 
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
@@ -90,7 +91,7 @@ def add_tokenizer(writer: Any, folder: Path, vocabulary: int) -> str:
         UserError: There is no tokenizer, or one llama.cpp cannot run.
     """
     check_tokenizer(folder)
-    content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    content = read_tokenizer(folder / "tokenizer.json")
     model = content["model"]
     if model.get("type", "BPE") != "BPE":
         raise UserError(
@@ -112,8 +113,15 @@ def add_tokenizer(writer: Any, folder: Path, vocabulary: int) -> str:
         writer.add_tokenizer_pre(pre)
         writer.add_token_list(tokens)
     writer.add_token_types(kinds)
-    special = gguf.SpecialVocab(folder, load_merges=not from_pieces, n_vocab=vocabulary)
-    special.add_to_gguf(writer)
+    try:
+        special = gguf.SpecialVocab(folder, load_merges=not from_pieces, n_vocab=vocabulary)
+        special.add_to_gguf(writer)
+    except NOT_AS_EXPECTED as error:
+        raise UserError(
+            f"--format gguf: {folder}: tokenizer.json or tokenizer_config.json names its special "
+            f"tokens or merges in a way that is not understood ({error}); write them anew with "
+            "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+        ) from error
     return pre
 
 
@@ -135,7 +143,7 @@ def _tokens(content: dict[str, Any], vocabulary: int) -> tuple[list[str], list[i
             kinds[index] = int(gguf.TokenType.BYTE)
         elif from_pieces and token == unknown:
             kinds[index] = int(gguf.TokenType.UNKNOWN)
-    for added in content.get("added_tokens", ()):
+    for added in content.get("added_tokens") or ():
         index = added["id"]
         if index >= vocabulary or kinds[index] == int(gguf.TokenType.UNKNOWN):
             continue
