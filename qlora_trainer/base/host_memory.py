@@ -5,12 +5,31 @@ that the next step does not fit into, and the resident memory of a training on t
 several times what its tensors need (the quickstart: 2.8 GiB after eight steps instead of 0.9).
 `malloc_trim` gives whole free pages back (glibc, man 3 malloc_trim); it moves nothing and changes
 no value. Other C libraries (macOS, Windows, musl) have no such call and need none.
+
+And oneDNN, which multiplies matrices on a CPU, keeps what it compiled for each shape, up to 1,024
+matrices' worth in two caches (its own and torch's over it): of a model of 135M 17 MiB for each new
+length of a batch, until 36 lengths are there. `keep_few_shapes` lowers both to what a few lengths
+need.
 """
 
 import ctypes
 import functools
+import os
 import sys
 from collections.abc import Callable
+
+# A step of one length needs some thirty; layers share them.
+_SHAPES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128", "LRU_CACHE_CAPACITY": "128"}
+
+
+def keep_few_shapes() -> None:
+    """Bound what this process keeps compiled for shapes seen before.
+
+    Both caches read their size from the environment when a matrix is first multiplied, so this
+    comes before; what the user has set stands. It changes no value.
+    """
+    for name, count in _SHAPES.items():
+        os.environ.setdefault(name, count)
 
 
 def give_back_free_memory() -> bool:

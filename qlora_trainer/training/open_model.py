@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 from transformers.utils import is_flash_attn_2_available
 
 from qlora_trainer.base.dtype import choose_compute_dtype
+from qlora_trainer.base.host_memory import keep_few_shapes
 from qlora_trainer.base.hub import ResolvedModel, resolve_model
 from qlora_trainer.base.load import BaseSpec, load_base, load_config
 from qlora_trainer.base.machine import choose_device
@@ -70,6 +71,8 @@ def open_model(run: RunConfig, processes: Processes = ALONE) -> ModelSource:
         device = choose_device(model.device, processes.local_rank)
     except ValueError as error:
         raise UserError(f"model.device = {model.device!r}: {error}") from None
+    if device.type == "cpu":
+        keep_few_shapes()  # before the first matrix is multiplied
     check_attention(model.attention, device)
     resolved = resolve_model(
         model.source, model.revision, trust_remote_code=model.trust_remote_code

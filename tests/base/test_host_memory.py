@@ -1,5 +1,9 @@
 """Memory that was freed goes back to the system."""
 
+import os
+import subprocess
+import sys
+
 import psutil
 import pytest
 import torch
@@ -17,3 +21,37 @@ def test_what_lies_free_below_a_live_tensor_is_given_back() -> None:
         pytest.skip("this C library has no malloc_trim")
     assert before - process.memory_info().rss > 100 * 2**20
     assert float(last.sum()) == 24 * 1024
+
+
+_SHAPES = """
+import sys, torch, psutil
+from qlora_trainer.base.host_memory import give_back_free_memory, keep_few_shapes
+torch.set_num_threads(1)
+if sys.argv[1] == "few":
+    keep_few_shapes()
+weights = [torch.ones(size, 256, dtype=torch.bfloat16) for size in range(256, 576, 32)]
+def growth(lengths):
+    give_back_free_memory()
+    before = psutil.Process().memory_info().rss
+    for length in lengths:
+        for weight in weights:
+            torch.nn.functional.linear(torch.ones(length, 256, dtype=torch.bfloat16), weight)
+    give_back_free_memory()
+    return (psutil.Process().memory_info().rss - before) >> 10
+growth(range(40, 56))
+print(growth(range(56, 96)))
+"""
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
+def test_batches_of_ever_new_lengths_do_not_add_up() -> None:
+    def run(how: str) -> int:
+        command = [sys.executable, "-c", _SHAPES, how]
+        free = {name: value for name, value in os.environ.items() if "CACHE_CAPACITY" not in name}
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=free)
+        return int(done.stdout)
+
+    as_it_is, bounded = run("all"), run("few")
+    if as_it_is < 8 * 1024:
+        pytest.skip("this CPU's kernels are not compiled for each shape")
+    assert 8 * bounded < as_it_is
