@@ -4,6 +4,7 @@ Rooms that need torch are imported inside the commands, so `qlora --help`, `qlor
 fault in a run file answer at once.
 """
 
+import mmap
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -16,7 +17,10 @@ from qlora_trainer.cli.options import STOPPED, Overrides, RunFile
 from qlora_trainer.config.tasks import TaskName
 from qlora_trainer.errors import ToldElsewhereError, UserError
 
-_NO_MEMORY = "DefaultCPUAllocator: can't allocate memory"  # torch says it as a RuntimeError
+# How torch, oneDNN and Python say it as a RuntimeError; the last two for other reasons, too.
+_NO_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "std::bad_alloc")
+_PERHAPS_NO_MEMORY = ("could not create a primitive", "can't start new thread")
+_PROBED_BYTES = 2**26
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -37,7 +41,7 @@ def main() -> None:
         show_error(str(error))
         sys.exit(2)
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and _NO_MEMORY not in str(error):
+        if not _is_no_memory(error):
             raise
         from qlora_trainer.cli.show import show_error
 
@@ -52,6 +56,20 @@ def main() -> None:
     except BrokenPipeError:  # the reader of a pipe, such as `head`, has left
         sys.stderr.close()
         sys.exit(141)
+
+
+def _is_no_memory(error: MemoryError | RuntimeError) -> bool:
+    """Whether the system has refused memory."""
+    said = str(error)
+    if isinstance(error, MemoryError) or any(words in said for words in _NO_MEMORY):
+        return True
+    if not any(words in said for words in _PERHAPS_NO_MEMORY):
+        return False
+    try:
+        mmap.mmap(-1, _PROBED_BYTES).close()
+    except (OSError, MemoryError):
+        return True
+    return False
 
 
 @app.command()
