@@ -23,6 +23,7 @@ from tables.memory import memory, profile_cost
 from tables.quickstart import quickstart
 from tables.settings import settings
 from tables.tasks import tasks
+from tables.trust import trust
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 
@@ -34,6 +35,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "memory": memory,
     "profile-cost": profile_cost,
     "tasks": tasks,
+    "trust": trust,
     "export-proof": export_proof,
     "export-speed": export_speed,
 }

@@ -1,9 +1,9 @@
 """Test both ends of the window of dependencies that pyproject.toml allows.
 
-    python scripts/test_window.py oldest|newest [--json FILE] [--tests PATH ...]
+    python scripts/test_window.py oldest|newest [--json FILE] [--tests PATH ...] [--place FOLDER]
 
 `oldest` pins every dependency of the package (not of its extras) to the lower end of its range;
-`newest` lets pip choose. Each end gets a virtual environment of its own in `.cache/window/`, the
+`newest` lets pip choose. Each end gets a virtual environment of its own (in `.cache/window/`), the
 package, and the tests named. An end that cannot be installed here (no wheels for this Python or
 machine) is said, with pip's words, and is no pass. Standard library only.
 """
@@ -67,22 +67,22 @@ def versions(python: Path) -> dict[str, str]:
     return {entry["name"]: entry["version"] for entry in json.loads(listed)}
 
 
-def install(end: str) -> Path:
+def install(end: str, place: Path) -> Path:
     """An environment with one end of the window; its interpreter.
 
     Raises:
         Stop: It cannot be had here.
     """
-    venv = PLACE / end
-    PLACE.mkdir(parents=True, exist_ok=True)
-    constraints = PLACE / f"{end}.txt"
+    venv = place / end
+    place.mkdir(parents=True, exist_ok=True)
+    constraints = place / f"{end}.txt"
     constraints.write_text("\n".join(pins(end)) + "\n", encoding="utf-8")
     run_step(f"Making {venv}", [sys.executable, "-m", "venv", "--clear", venv])
     python = venv_python(venv)
     run_step(
         f"Installing the {end} versions allowed",
-        [python, "-m", "pip", "install", "--quiet", "--no-input", "--editable", REPOSITORY,
-         *TOOLS, "--constraint", constraints],
+        [python, "-m", "pip", "install", "--quiet", "--no-input", "--no-compile", "--editable",
+         REPOSITORY, *TOOLS, "--constraint", constraints],
         advice="pip names above what has no wheel here or what contradicts what.",
     )  # fmt: skip
     return python
@@ -93,12 +93,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Test one end of the dependency window.")
     parser.add_argument("end", choices=("oldest", "newest"))
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--place", type=Path, default=PLACE, help="of the environments; 6 GB each")
     parser.add_argument("--tests", nargs="+", default=list(TESTS))
     arguments = parser.parse_args()
     report: dict[str, Any] = {"end": arguments.end, "tests": arguments.tests, "passed": False}
     began = time.monotonic()
     try:
-        python = install(arguments.end)
+        python = install(arguments.end, arguments.place)
         report["versions"] = versions(python)
         offline = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
         tests = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments.tests]

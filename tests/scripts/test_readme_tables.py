@@ -69,3 +69,34 @@ def test_the_table_of_tasks_says_random_weights_seeds_and_what_was_not_run(
     assert "25.0% | 1.5 |" in table
     assert "ours over PEFT's is 0.750" in table
     assert "`pictures` is not there: no pictures here." in table
+
+
+def test_the_table_of_faults_says_what_was_left_out_and_what_did_not_pass(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tables import common, trust
+
+    tally = {"injected": 9, "survived": 8, "steps_lost": 7, "most_steps_lost": 2, "left_with": {}}
+    chaos = {
+        "faults": {"kill": tally, "one-of-two": tally}, "corrupted": {"trainer.json, emptied": 3},
+        "skipped": {"disk-full": "needs the right to mount"}, "failures": [], "resumes": 17,
+        "rounds": {"1": 2, "2": 1}, "bits_different": 0, "bits_compared": 3000, "minutes": 61.2,
+        "runs": {"1": {"model": "smollm2"}, "2": {"model": "tiny"}},
+    }  # fmt: skip
+    window = {"passed": False, "stopped": "no wheel", "tests": ["a", "b"], "versions": {}}
+    (tmp_path / "chaos.json").write_text(json.dumps(chaos))
+    (tmp_path / "window-oldest.json").write_text(json.dumps(window))
+    (tmp_path / "quickstart.json").write_text(json.dumps({}))
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
+    monkeypatch.setattr(trust, "RESULTS", tmp_path)
+    table = trust.trust()
+    assert "| killed (SIGKILL) | 9 | 8 | 7 | 2 |" in table
+    assert "| one of two processes killed | 9 |" in table
+    assert (
+        "61 minutes of smollm2 and tiny (2 processes): 18 faults, 17 resumptions, 3 runs" in table
+    )
+    assert "of their adapters' 3,000 bits 0 differ" in table
+    assert "Left out: disk-full, needs the right to mount." in table
+    assert "2 test files DO NOT pass (no wheel)" in table
+    assert "Fuzzing" not in table
+    assert "Bad inputs" not in table
