@@ -27,8 +27,24 @@ def export_proof() -> str:
         f"{found['adapter']['rank']} adapter, merged in {found['dtype']}; "
         f"{rows_of['positions']} positions of {rows_of['from']}, in a new process with plain "
         f"transformers {found['transformers']}. Native: base + adapter as trained, the export as "
-        f"written. fp32: both sides compute in fp32. `--onto best` kept {found['kept']}."
+        f"written. fp32: both sides compute in fp32. `--onto best` kept {found['kept']}. "
+        f"{_in_llama_cpp()}"
     )
+
+
+def _in_llama_cpp() -> str:
+    """What llama.cpp made of the same adapter's GGUF file."""
+    found = result("llama_cpp")
+    said = (
+        f"The GGUF file of a quickstart's run, opened in llama.cpp (llama-cpp-python "
+        f"{found['llama_cpp_python']}, `scripts/check_llama_cpp.py`): the same token ids for "
+        f"{found['same_ids']} of {found['texts']} texts, the same greedy answers of "
+        f"{found['new_tokens']} tokens for {found['same_answers']} of {found['same_ids']}"
+    )
+    if partings := found["partings"]:
+        widest = max(parting["logit_gap"] for parting in partings)
+        said += f"; where they part, the two tokens' logits are at most {widest} apart"
+    return f"{said}."
 
 
 def export_speed() -> str:
