@@ -38,7 +38,12 @@ def test_the_tables_of_exports_show_ratios_and_the_load_they_were_measured_under
             "ways": {"original": {"native": figures, "fp32": figures}},
         },
     }  # fmt: skip
+    gguf = {
+        "llama_cpp_python": "0.3", "texts": 9, "new_tokens": 8, "same_ids": 8, "same_answers": 6,
+        "partings": [{"logit_gap": 0.01}, {"logit_gap": 0.02}],
+    }  # fmt: skip
     (tmp_path / "export.json").write_text(json.dumps(found))
+    (tmp_path / "llama_cpp.json").write_text(json.dumps(gguf))
     monkeypatch.setattr(common, "RESULTS", tmp_path)
     speed = export.export_speed()
     assert "| 7B: merging onto original | 3.0 s (4.0) | 1.50 | 66 MB |" in speed
@@ -47,6 +52,9 @@ def test_the_tables_of_exports_show_ratios_and_the_load_they_were_measured_under
     proof = export.export_proof()
     assert "| same most likely token | 99.00% | 99.00% |" in proof
     assert "90 positions of held-out rows" in proof
+    assert "token ids for 8 of 9 texts" in proof
+    assert "of 8 tokens for 6 of 8; where they part" in proof
+    assert "at most 0.02 apart" in proof
 
 
 def test_the_table_of_tasks_says_random_weights_seeds_and_what_was_not_run(
