@@ -22,6 +22,7 @@ PATIENCE_SECONDS = 1800.0
 _RESUMED = re.compile(rb"resuming\s+after\s+step\s+(\d+)")
 _ANEW = re.compile(rb"\bstep\s+1/\d+")
 _TICK_SECONDS = 0.5
+_LONGEST_STEP_SECONDS = 20.0  # one in which the machine was held is no measure of the next
 
 
 class Ended(Exception):
@@ -139,7 +140,8 @@ class Storm:
         """
         before, process = steps_logged(self.folder), self.begin(**environment)
         self.go_on(process, before)
-        time.sleep(self.chance.uniform(0, 2 * last_step_seconds(self.folder)))
+        step_seconds = min(last_step_seconds(self.folder), _LONGEST_STEP_SECONDS)
+        time.sleep(self.chance.uniform(0, 2 * step_seconds))
         return process
 
     def go_on(self, process: subprocess.Popen[bytes], before: int) -> None:
