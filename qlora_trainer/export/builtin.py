@@ -1,12 +1,13 @@
 """Rows to compare on when nobody held any out: paragraphs of our own, in several registers."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from qlora_trainer.base.picture_size import processed_size
 
 TEXTS = (
     "The ferry leaves the harbour at six, when the fog still lies on the water and the gulls are "
@@ -121,14 +122,8 @@ def _ended(row: Tensor, eos: Any) -> Tensor:
 
 
 def _pixels(folder: Path, config: Any) -> list[dict[str, Tensor]]:
-    size: Any = getattr(config, "image_size", None)
-    settings = folder / "preprocessor_config.json"
-    if size is None and settings.is_file():
-        said = json.loads(settings.read_text(encoding="utf-8"))
-        size = said.get("crop_size") or said.get("size") or {}
-        size = size.get("height") or size.get("shortest_edge") if isinstance(size, dict) else size
-    height, width = (size, size) if not isinstance(size, list | tuple) else size
-    height, width = int(height or 224), int(width or 224)
+    size: Any = processed_size(folder) or getattr(config, "image_size", None) or 224
+    height, width = (size, size) if isinstance(size, int) else size
     channels = int(getattr(config, "num_channels", None) or 3)
     generator = torch.Generator().manual_seed(RANDOM_SEED)
     drawn = torch.randn(_RANDOM_ROWS, channels, height, width, generator=generator)

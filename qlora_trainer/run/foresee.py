@@ -13,6 +13,7 @@ from typing import Any
 from qlora_trainer.base.dtype import compute_dtype_for
 from qlora_trainer.base.hub import resolve_model
 from qlora_trainer.base.load import load_config
+from qlora_trainer.base.picture_size import processed_size
 from qlora_trainer.config.read import check_values, read_run_file
 from qlora_trainer.config.settings import RunConfig
 from qlora_trainer.errors import UserError
@@ -165,6 +166,19 @@ def task_config(run: RunConfig, config: Any, found: Mapping[str, Any] | None = N
     return changed
 
 
+def _task_settings(run: RunConfig) -> dict[str, Any]:
+    """The task's settings; pictures as large as the model's own processor makes them."""
+    settings = run.task_settings.model_dump()
+    if task_kind(run.task).reads != "image" or settings["image_size"] is not None:
+        return settings
+    folder = Path(run.model.source).expanduser()
+    if not folder.exists():
+        folder = resolve_model(
+            run.model.source, run.model.revision, trust_remote_code=run.model.trust_remote_code
+        ).folder
+    return settings | {"image_size": processed_size(folder)}
+
+
 def run_shape(run: RunConfig, config: Any, gpu: GpuProfile | None, processes: int = 1) -> RunShape:
     """The settings of a run that decide its memory, on a card or (None) on a CPU."""
     compute_dtype = compute_dtype_for(
@@ -189,7 +203,7 @@ def run_shape(run: RunConfig, config: Any, gpu: GpuProfile | None, processes: in
         regularized=setup.regularized(run),
         techniques=setup.techniques(run),
         task=run.task,
-        task_settings=run.task_settings.model_dump(),
+        task_settings=_task_settings(run),
         padded=run.train.micro_batch_size > 1 and not run.data.packing,
         keep_last=run.output.keep_last,
         processes=processes,

@@ -179,7 +179,7 @@ def _compute_dtype(model: nn.Module) -> torch.dtype:
 def weightless_batch(
     config: Any, *, rows: int, tokens: int, padded: bool, settings: Mapping[str, Any]
 ) -> dict[str, Tensor]:
-    """Pictures of the size the run file names, else of the model's configuration."""
+    """Pictures of the size the run file or the processor names, else the configuration."""
     size = settings["image_size"] or getattr(config, "image_size", None) or _USUAL_SIDE
     height, width = size if isinstance(size, list | tuple) else (size, size)
     return {

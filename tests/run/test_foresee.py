@@ -4,11 +4,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import transformers
 
 from qlora_trainer.config.settings import RunConfig
 from qlora_trainer.errors import UserError
 from qlora_trainer.memory.gpus import read_gpu
-from qlora_trainer.run.foresee import foresee_run, run_for_model, sweep
+from qlora_trainer.memory.program import full_batch
+from qlora_trainer.run.foresee import (
+    foresee_run,
+    read_model_config,
+    run_for_model,
+    run_shape,
+    sweep,
+)
 
 Make = Callable[..., RunConfig]
 
@@ -37,6 +45,24 @@ def test_a_config_file_of_any_name_is_enough(tiny_model: Path, tmp_path: Path) -
     from_file = foresee_run(run_for_model(str(file), settings), card)
     from_folder = foresee_run(run_for_model(str(tiny_model), settings), card)
     assert from_file.allocated_bytes == from_folder.allocated_bytes
+
+
+def test_pictures_are_as_large_as_the_processor_makes_them(tmp_path: Path) -> None:
+    transformers.ViTConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+        image_size=224,
+    ).save_pretrained(tmp_path)  # fmt: skip
+    (tmp_path / "preprocessor_config.json").write_text('{"size": {"height": 64, "width": 64}}')
+
+    def sides(*settings: str) -> tuple[int, ...]:
+        run = run_for_model(str(tmp_path), ["task=image-classification", *settings])
+        shape = run_shape(run, read_model_config(run), None)
+        return tuple(full_batch(shape, read_model_config(run))["pixel_values"].shape[-2:])
+
+    assert sides() == (64, 64)
+    assert sides("task_settings.image_size=32") == (32, 32)
+    (tmp_path / "preprocessor_config.json").unlink()
+    assert sides() == (224, 224)
 
 
 def test_an_axis_may_hold_values_with_commas() -> None:
