@@ -93,21 +93,23 @@ def main() -> int:
     names = arguments.only.split(",") if arguments.only else list(fuzz_targets.TARGETS)
     seconds = max(5, int(60 * arguments.minutes / len(names)))
     began = time.monotonic()
-    found = {}
+    found: dict[str, Any] = {}
+    report: dict[str, Any] = {}
     for name in names:
         found[name] = fuzz_one(name, seconds, arguments.corpus / name.replace(" ", "-"))
         print(f"{name}: {found[name]['executions']} executions, {found[name]['crashes']} crashes")
         if found[name]["crashes"]:
             print(found[name]["said"], found[name]["input"], sep="\n")
         sys.stdout.flush()
-    report = {
-        "executions": sum(one["executions"] for one in found.values()),
-        "crashes": sum(one["crashes"] for one in found.values()),
-        "minutes": (time.monotonic() - began) / 60,
-        "targets": found,
-    }
-    if arguments.json:
-        arguments.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        report = {
+            "executions": sum(one["executions"] for one in found.values()),
+            "crashes": sum(one["crashes"] for one in found.values()),
+            "minutes": (time.monotonic() - began) / 60,
+            "not_tried": [other for other in names if other not in found],
+            "targets": found,
+        }
+        if arguments.json:  # after each: what was found is not lost with what comes next
+            arguments.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     print(f"{report['executions']} executions, {report['crashes']} crashes")
     return 1 if report["crashes"] else 0
 

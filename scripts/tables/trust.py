@@ -59,10 +59,11 @@ def _there(name: str) -> dict[str, Any] | None:
 def _fuzz() -> str | None:
     if (found := _there("fuzz")) is None:
         return None
+    rest = ", ".join(found["not_tried"])
     return (
         f"**Fuzzing** (`scripts/fuzz.py`, guided by coverage): {found['executions']:,} executions "
         f"over {len(found['targets'])} kinds of input in {found['minutes']:.0f} minutes, "
-        f"{found['crashes']} crashes."
+        f"{found['crashes']} crashes." + (f" Not tried: {rest}." if rest else "")
     )
 
 
