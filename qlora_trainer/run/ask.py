@@ -138,19 +138,12 @@ def generate(
 
     Returns:
         One answer per prompt, in order, without special tokens.
+
+    Raises:
+        UserError: As `encode_prompts`.
     """
-    tokenizer, encoder = trained.source.tokenizer, trained.encoder
-    if not isinstance(encoder, Encoder):
-        raise _answers_no_prompts(trained.folder, trained.run)
-    asked = [
-        encoder.encode_prompt(
-            prompt if raw and isinstance(prompt, str) else _as_chat(prompt, system)
-        )
-        for prompt in prompts
-    ]
-    empty = [number for number, ids in enumerate(asked, start=1) if not ids]
-    if empty:
-        raise UserError(f"prompt {empty[0]} is empty; ask something")
+    tokenizer = trained.source.tokenizer
+    asked = encode_prompts(trained, prompts, system=system, raw=raw)
     with nullcontext() if adapter else adapters_disabled(trained.model):
         answers = generate_tokens(
             trained.model,
@@ -164,6 +157,35 @@ def generate(
             progress=progress,
         )
     return [tokenizer.decode(answer, skip_special_tokens=True).strip() for answer in answers]
+
+
+def encode_prompts(
+    trained: Trained, prompts: Sequence[Prompt], *, system: str | None = None, raw: bool = False
+) -> list[list[int]]:
+    """Token ids of prompts, as `generate` asks them.
+
+    Raises:
+        UserError: The run answers no prompts, or a prompt is empty or longer than the model knows.
+    """
+    encoder = trained.encoder
+    if not isinstance(encoder, Encoder):
+        raise _answers_no_prompts(trained.folder, trained.run)
+    asked = [
+        encoder.encode_prompt(
+            prompt if raw and isinstance(prompt, str) else _as_chat(prompt, system)
+        )
+        for prompt in prompts
+    ]
+    limit = setup.known_positions(trained.source.config)
+    for number, ids in enumerate(asked, start=1):
+        if not ids:
+            raise UserError(f"prompt {number} is empty; ask something")
+        if limit is not None and len(ids) >= limit:
+            raise UserError(
+                f"prompt {number} has {len(ids):,} tokens, and the model knows {limit:,} positions "
+                "for it and its answer; shorten it, or show fewer examples"
+            )
+    return asked
 
 
 def _as_chat(prompt: Prompt, system: str | None) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from qlora_trainer.base.files import write_text_atomically
 from qlora_trainer.data.encode import Encoder
 from qlora_trainer.errors import UserError
-from qlora_trainer.run.ask import generate, load_trained
+from qlora_trainer.run.ask import encode_prompts, generate, load_trained
 from qlora_trainer.run.prompts import Question, ask_with, read_questions, read_template, source_like
 from qlora_trainer.run.report import Reporter
 from qlora_trainer.tasks.answer_metrics import answer_f1, exact_match
@@ -61,7 +61,8 @@ def compare_ways(
         reporter: Told what happens.
 
     Raises:
-        UserError: A way is unknown, few-shot has no examples, or the run is of another task.
+        UserError: A way is unknown, few-shot has no examples or more than the model can read, or
+            the run is of another task.
     """
     unknown = [way for way in ways if way not in WAYS]
     if unknown or not ways:
@@ -78,17 +79,21 @@ def compare_ways(
     shown: list[Question] = []
     if examples is not None:
         shown = read_questions(source_like(trained, examples), encoder, None)
-    table: dict[str, dict[str, float]] = {}
-    answers: dict[str, list[str]] = {}
-    for way in ways:
-        tuned = way == "tuned"
-        asked = [
-            ask_with(q, None if tuned else template, shown if way == "few-shot" else ())
+    prompts = {
+        way: [
+            ask_with(q, None if way == "tuned" else template, shown if way == "few-shot" else ())
             for q in questions
         ]
+        for way in ways
+    }
+    for asked in prompts.values():  # before the first answer
+        encode_prompts(trained, asked, raw=True)
+    table: dict[str, dict[str, float]] = {}
+    answers: dict[str, list[str]] = {}
+    for way, asked in prompts.items():
         told.say(f"{way}: asking {len(asked)} questions")
         answers[way] = generate(
-            trained, asked, adapter=tuned, max_new_tokens=max_new_tokens, raw=True
+            trained, asked, adapter=way == "tuned", max_new_tokens=max_new_tokens, raw=True
         )
         table[way] = _figures(answers[way], questions)
     target = Path(out) if out is not None else Path(folder) / EVALUATION

@@ -166,9 +166,15 @@ def base_spec(run: RunConfig, compute_dtype: torch.dtype, processes: int = 1) ->
     )
 
 
+def known_positions(config: Any) -> int | None:
+    """Longest sequence a model knows, in tokens; None where nothing bounds it."""
+    limit: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return limit
+
+
 def check_length(run: RunConfig, config: Any) -> None:
     """Refuse sequences longer than the model knows positions."""
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    limit = known_positions(config)
     if limit is not None and run.data.max_seq_len > limit:
         raise UserError(
             f"data.max_seq_len = {run.data.max_seq_len}: {run.model.source} knows {limit} "

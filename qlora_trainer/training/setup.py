@@ -39,6 +39,7 @@ from qlora_trainer.training.open_model import (
     base_spec,
     check_attention,
     check_length,
+    known_positions,
     load_model,
     open_model,
 )
@@ -63,6 +64,7 @@ __all__ = [
     "encode_sources",
     "eval_batches",
     "head_settings",
+    "known_positions",
     "load_model",
     "make_encoder",
     "make_optimizer",

@@ -44,6 +44,10 @@ def test_zero_shot_few_shot_and_tuned_stand_in_one_table(
     with pytest.raises(UserError, match="name some of zero-shot"):
         compare_ways(folder, rows, ["tuned", "best"])
     examples = tmp_path / "examples.jsonl"
+    examples.write_text((Path(rows).read_text() + "\n") * 20)
+    with pytest.raises(UserError, match=r"prompt 1 has \S+ tokens, .* 512 positions .* fewer exam"):
+        compare_ways(folder, rows, ["tuned", "few-shot"], examples=str(examples))
+    assert not (folder / "evaluation" / "compare.json").exists()
     examples.write_text("\n".join(Path(rows).read_text().splitlines()[:2]))
     app(
         ["evaluate", str(folder), "--data", rows, "--compare", "zero-shot,few-shot,tuned",
