@@ -30,17 +30,17 @@ def read_tokenizer(file: Path) -> dict[str, Any]:
 def _faults(content: Any) -> Iterator[str]:
     model = content.get("model") if isinstance(content, dict) else None
     if not isinstance(model, dict):
-        yield "model: there is none"
+        yield "`model`: there is none"
         return
     if not isinstance(model.get("type", "BPE"), str):
-        yield "model.type: not a word"
+        yield "`type` of `model`: not a word"
     if model.get("type", "BPE") != "BPE":
         return  # not covered, whatever else it holds
     vocabulary, merges = model.get("vocab"), model.get("merges")
     if not isinstance(vocabulary, dict) or not all(map(_is_id, vocabulary.values())):
-        yield "model.vocab: not a table of tokens and their ids"
+        yield "`vocab` of `model`: not a table of tokens and their ids"
     if not isinstance(merges, list) or not all(map(_is_merge, merges)):
-        yield "model.merges: not a list of pairs"
+        yield "`merges` of `model`: not a list of pairs"
     added = content.get("added_tokens") or []
     if not isinstance(added, list) or not all(map(_is_added, added)):
         yield "added_tokens: not a list of tokens, each with id and content"
