@@ -130,6 +130,8 @@ class Storm:
 
     def last_words(self) -> str:
         """What the processes of the last start said, their end."""
+        if not self.begun:
+            return ""
         return self.said.read_bytes()[self.begun[-1][0] :][-3000:].decode("utf-8", "replace")
 
     def running(self, **environment: str) -> subprocess.Popen[bytes]:
