@@ -142,8 +142,26 @@ def generate(
     Raises:
         UserError: As `encode_prompts`.
     """
+    return answer_encoded(
+        trained, encode_prompts(trained, prompts, system=system, raw=raw), adapter=adapter,
+        max_new_tokens=max_new_tokens, batch_size=batch_size, temperature=temperature, seed=seed,
+        progress=progress,
+    )  # fmt: skip
+
+
+def answer_encoded(
+    trained: Trained,
+    asked: Sequence[list[int]],
+    *,
+    adapter: bool = True,
+    max_new_tokens: int = 256,
+    batch_size: int = 16,
+    temperature: float = 0.0,
+    seed: int = 0,
+    progress: Callable[[int], None] | None = None,
+) -> list[str]:
+    """Answer prompts of `encode_prompts`; all else as in `generate`."""
     tokenizer = trained.source.tokenizer
-    asked = encode_prompts(trained, prompts, system=system, raw=raw)
     with nullcontext() if adapter else adapters_disabled(trained.model):
         answers = generate_tokens(
             trained.model,

@@ -13,7 +13,7 @@ from pathlib import Path
 from qlora_trainer.base.files import write_text_atomically
 from qlora_trainer.data.encode import Encoder
 from qlora_trainer.errors import UserError
-from qlora_trainer.run.ask import encode_prompts, generate, load_trained
+from qlora_trainer.run.ask import answer_encoded, encode_prompts, load_trained
 from qlora_trainer.run.prompts import Question, ask_with, read_questions, read_template, source_like
 from qlora_trainer.run.report import Reporter
 from qlora_trainer.tasks.answer_metrics import answer_f1, exact_match
@@ -79,21 +79,19 @@ def compare_ways(
     shown: list[Question] = []
     if examples is not None:
         shown = read_questions(source_like(trained, examples), encoder, None)
-    prompts = {
-        way: [
+    prompts: dict[str, list[list[int]]] = {}
+    for way in ways:  # all of them before the first answer
+        asked = [
             ask_with(q, None if way == "tuned" else template, shown if way == "few-shot" else ())
             for q in questions
         ]
-        for way in ways
-    }
-    for asked in prompts.values():  # before the first answer
-        encode_prompts(trained, asked, raw=True)
+        prompts[way] = encode_prompts(trained, asked, raw=True)
     table: dict[str, dict[str, float]] = {}
     answers: dict[str, list[str]] = {}
-    for way, asked in prompts.items():
-        told.say(f"{way}: asking {len(asked)} questions")
-        answers[way] = generate(
-            trained, asked, adapter=way == "tuned", max_new_tokens=max_new_tokens, raw=True
+    for way, encoded in prompts.items():
+        told.say(f"{way}: asking {len(encoded)} questions")
+        answers[way] = answer_encoded(
+            trained, encoded, adapter=way == "tuned", max_new_tokens=max_new_tokens
         )
         table[way] = _figures(answers[way], questions)
     target = Path(out) if out is not None else Path(folder) / EVALUATION
