@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from export_checkpoint import SHAPES, make_checkpoint
+from figures_file import record
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 JOBS = ("copy", "original", "dequantized", "peft")
@@ -205,20 +206,18 @@ def main() -> None:
         return
     sys.path.insert(0, str(REPOSITORY))
     if given.proof:
-        record(given.json, "proof", {**prove(given.proof), "machine": machine()})
+        keep(given.json, "proof", {**prove(given.proof), "machine": machine()})
         return
     figures = measure_size(given)
     for name, value in figures["ratios"].items():
         print(f"{name}: {value}")
 
 
-def record(file: Path | None, key: str, figures: dict[str, Any]) -> None:
+def keep(file: Path | None, key: str, figures: dict[str, Any]) -> None:
     """Write figures under their key, beside what the file holds already."""
-    if file is None:
-        return
-    found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps({**found, key: figures}, indent=1) + "\n", encoding="utf-8")
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        record(file, key, figures, ("proof", *reversed(SHAPES)))
 
 
 def measure_size(given: argparse.Namespace) -> dict[str, Any]:
@@ -245,7 +244,7 @@ def measure_size(given: argparse.Namespace) -> dict[str, Any]:
             )
             note_round(figures["jobs"], job, result)
             figures["ratios"] = ratios(figures["jobs"])
-            record(given.json, given.size, figures)  # a later job may fail: keep what there is
+            keep(given.json, given.size, figures)  # a later job may fail: keep what there is
     return figures
 
 

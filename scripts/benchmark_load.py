@@ -23,6 +23,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from export_checkpoint import make_checkpoint
 from steps import Stop, say, stop_with_message
 
 WAYS = ("quantize", "first", "second")
@@ -48,21 +49,6 @@ def load_once(way: str, model: Path, cache: Path, threads: int) -> dict[str, Any
     layers = [layer for layer in held.modules() if isinstance(layer, NF4Linear)]
     weights = sum(layer.in_features * layer.out_features for layer in layers)
     return {"seconds": seconds, "quantized_weights": weights}
-
-
-def make_model(folder: Path) -> None:
-    """A Llama of TinyLlama's shape with random weights."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=32_000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=22,
-        num_attention_heads=32, num_key_value_heads=4, tie_word_embeddings=False,
-        dtype=torch.bfloat16,
-    )  # fmt: skip
-    torch.set_default_dtype(torch.bfloat16)
-    LlamaForCausalLM(config).save_pretrained(folder)
 
 
 def in_a_process(*words: str, threads: int) -> str:
@@ -103,9 +89,6 @@ def main() -> int:
         way, model, cache, threads = sys.argv[2:]
         print(json.dumps(load_once(way, Path(model), Path(cache), int(threads))))
         return 0
-    if sys.argv[1:2] == ["--make"]:
-        make_model(Path(sys.argv[2]))
-        return 0
     parser = argparse.ArgumentParser(description="Time loading a base in 4 bits.")
     parser.add_argument("--model", type=Path)
     parser.add_argument("--json", type=Path)
@@ -114,9 +97,9 @@ def main() -> int:
     given = parser.parse_args()
     try:
         with tempfile.TemporaryDirectory() as folder:
-            model = given.model or Path(folder) / "model"
             if given.model is None:
-                in_a_process("--make", str(model), threads=given.threads)
+                make_checkpoint(Path(folder, "made"), "1.1b")
+            model = given.model or Path(folder, "made", "base")
             content = measure(model, Path(folder), given.rounds, given.threads)
     except Stop as error:
         return stop_with_message(error)

@@ -29,6 +29,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from figures_file import record
 from step_cases import CONTENDERS, PARTS, PEERS
 from steps import REPOSITORY, Stop, say, stop_with_message
 
@@ -196,7 +197,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return stop_with_message(error)
     print(json.dumps({k: v for k, v in content.items() if k != "turns"}, indent=2))
     if given.json is not None:
-        write_figures(given.json, given.part, content)
+        if given.part:
+            record(given.json, given.part, content, [*PARTS])
+        else:
+            given.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         plot(content, given.json.with_name(f"{given.json.stem}-{given.part or 'all'}.png"))
     return 0
 
@@ -218,17 +222,6 @@ def plot(content: Mapping[str, Any], path: Path) -> None:
         axis.invert_yaxis()
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
-
-
-def write_figures(path: Path, part: str | None, content: dict[str, Any]) -> None:
-    """Write a comparison; one of `PARTS` beside those the file already has."""
-    if part:
-        whole: dict[str, Any] = {"parts": {}}
-        if path.is_file():
-            whole = json.loads(path.read_text(encoding="utf-8"))
-        done = {**whole["parts"], part: content}
-        content = {"parts": {name: done[name] for name in PARTS if name in done}}
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def _compare(

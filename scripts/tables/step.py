@@ -26,7 +26,7 @@ _NAMES = {
 
 def step() -> str:
     """A row per contender of each comparison that was measured."""
-    parts = result("step")["parts"]
+    parts = result("step")
     rows = [row for name in _SETTINGS if name in parts for row in _rows(name, parts[name])]
     head = ["", "tokens/s", "ours is faster by", "peak over the base", "of the products' rate"]
     return f"{markdown(head, rows)}\n\n{_said(parts)}"
@@ -81,7 +81,7 @@ def _said(parts: dict[str, Any]) -> str:
 
 def step_ablation() -> str:
     """Ours, and what leaving one technique out changes."""
-    part = result("step")["parts"]["ablation-1x512"]
+    part = result("step")["ablation-1x512"]
     rows = []
     for name, speed in part["tokens_per_second"].items():
         left_out = name.removeprefix("ours-without-").replace("-", " ")

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from benchmark_step import main, step_flops, summarize, write_figures
+from benchmark_step import main, step_flops, summarize
 from step_cases import CONTENDERS, PARTS, TECHNIQUES
 from step_contender import activation_plan
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -40,16 +40,6 @@ def test_parts_name_known_contenders_and_begin_with_ours() -> None:
         assert len(CONTENDERS[name]["techniques"]) == len(TECHNIQUES) - 1
 
 
-def test_a_part_measured_later_leaves_the_others(tmp_path) -> None:
-    written = tmp_path / "step.json"
-    for part in ("real", "equal-1x512", "real"):
-        write_figures(written, part, {"of": part})
-    found = json.loads(written.read_text())["parts"]
-    assert list(found) == ["equal-1x512", "real"]  # as they stand in the script
-    write_figures(written, None, {"of": "all"})
-    assert json.loads(written.read_text()) == {"of": "all"}
-
-
 def test_the_tables_show_every_contender_and_the_load(tmp_path, monkeypatch) -> None:
     from tables import common, step
 
@@ -61,7 +51,7 @@ def test_the_tables_show_every_contender_and_the_load(tmp_path, monkeypatch) -> 
     memory = dict.fromkeys(left_out, 3 * 2**20)
     ablation = {"tokens_per_second": left_out, "peak_step_bytes": memory, "settings": settings}
     parts = {"equal-1x512": part, "ablation-1x512": ablation, "same-losses": part}
-    (tmp_path / "step.json").write_text(json.dumps({"parts": parts}))
+    (tmp_path / "step.json").write_text(json.dumps(parts))
     monkeypatch.setattr(common, "RESULTS", tmp_path)
     table = step.step()
     assert "| 135M, 1 x 512: ours, recomputing | 8 | - | 0 MiB | 50% |" in table
