@@ -202,3 +202,35 @@ def test_sentencepiece_alone_is_refused_by_name_before_any_merging(bench, tmp_pa
     with pytest.raises(UserError, match=r"as SentencePiece only \(tokenizer.model\).*convert_hf"):
         check_tokenizer(tmp_path)
     assert not (tmp_path / "out").exists()
+
+
+def edited(file: Path, change: Any) -> None:
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
+
+
+def test_a_tokenizer_file_is_refused_with_all_that_is_wrong(tmp_path):
+    merged = make_model(tmp_path / "merged", "llama")
+
+    def harm(content: dict[str, Any]) -> None:
+        content["model"]["merges"][3] = 5
+        content["added_tokens"][0]["id"] = "zero"
+
+    edited(merged / "tokenizer.json", harm)
+    with pytest.raises(UserError) as refused:
+        write_gguf(merged, tmp_path / "m.gguf", "f16", name="tiny")
+    said = str(refused.value)
+    assert str(merged / "tokenizer.json") in said
+    assert "`merges` of `model`: not a list of pairs" in said
+    assert "added_tokens: not a list of tokens, each with id and content" in said
+    assert not (tmp_path / "m.gguf").exists()
+
+
+@pytest.mark.parametrize("name", ["vocab_size", "num_hidden_layers"])
+def test_a_configuration_of_more_than_the_folder_holds_is_refused(tmp_path, name):
+    merged = make_model(tmp_path / "merged", "llama")
+    edited(merged / "config.json", lambda content: content.update({name: 10**9}))
+    with pytest.raises(UserError, match=rf"config.json holds a value .*{name} = 1000000000"):
+        write_gguf(merged, tmp_path / "m.gguf", "f16", name="tiny")
+    assert not (tmp_path / "m.gguf").exists()
