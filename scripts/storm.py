@@ -118,7 +118,9 @@ class Storm:
 
         A start that found no state is none.
         """
-        words = self.said.read_bytes() if self.begun else b""
+        if not self.begun:
+            return []
+        words = self.said.read_bytes()
         ends = [*(place for place, _ in self.begun[1:]), len(words)]
         found = []
         for (place, newest), end in zip(self.begun, ends, strict=True):

@@ -35,6 +35,10 @@ def test_a_process_that_begins_anew_is_not_overlooked(tmp_path: Path) -> None:
     assert made.resumes() == [(6, 6), (0, 8)]
 
 
+def test_a_storm_that_has_not_begun_has_resumed_nothing(tmp_path: Path) -> None:
+    assert storm(tmp_path).resumes() == []
+
+
 def test_a_folder_is_not_made_read_only_for_root_without_a_mount(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
