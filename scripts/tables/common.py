@@ -15,6 +15,11 @@ def result(name: str) -> dict[str, Any]:
     return content
 
 
+def recorded(name: str) -> dict[str, Any] | None:
+    """What a benchmark wrote; None where it has not run."""
+    return result(name) if (RESULTS / f"{name}.json").is_file() else None
+
+
 def markdown(head: list[str], rows: list[list[str]]) -> str:
     """A table; every column but the first is right-aligned."""
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]

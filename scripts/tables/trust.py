@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tables.common import RESULTS, markdown, result
+from tables.common import markdown, recorded, result
 
 _KINDS = {
     "kill": "killed (SIGKILL)",
@@ -22,16 +22,24 @@ _KINDS = {
 
 
 def trust() -> str:
-    """A line for each kind of fault; the soak, fuzzing, processes, seeds and versions below."""
-    found = result("chaos")
+    """A line for each kind of fault; soak, memory, fuzzing, processes, seeds, versions below.
+
+    Of what was not measured nothing is said.
+    """
+    chaos = recorded("chaos")
+    found = [_memory(), _fuzz(), _bad_inputs(), _processes(), _seeds(), _window()]
+    said = "\n".join(f"- {line}" for line in [chaos and _soak(chaos), *found] if line)
+    return f"{_faults(chaos)}\n\n{said}" if chaos else said
+
+
+def _faults(found: dict[str, Any]) -> str:
     rows = [
         [_KINDS.get(kind, kind), *(str(tally[key]) for key in
          ("injected", "survived", "steps_lost", "most_steps_lost"))]
         for kind, tally in found["faults"].items()
     ]  # fmt: skip
     head = ["fault", "injected", "survived", "steps made again", "most at once"]
-    parts = [_soak(found), _fuzz(), _bad_inputs(), _processes(), _seeds(), _window()]
-    return f"{markdown(head, rows)}\n\n" + "\n".join(f"- {part}" for part in parts if part)
+    return markdown(head, rows)
 
 
 def _soak(found: dict[str, Any]) -> str:
@@ -44,20 +52,29 @@ def _soak(found: dict[str, Any]) -> str:
     skipped = "".join(f" Left out: {kind}, {why}." for kind, why in found["skipped"].items())
     return (
         f"**Chaos** (`scripts/chaos.py`), {found['minutes']:.0f} minutes of {models}: "
-        f"{injected} faults, {found['resumes']} resumptions, {sum(found['rounds'].values())} runs "
-        f"brought to their end; of their adapters' {found['bits_compared']:,} bits "
-        f"{found['bits_different']} differ from runs left alone. Survived: left as it should, with "
-        "every saved step kept; made again: steps after the last whole state. States were damaged "
-        f"at {places} places.{skipped}"
+        f"{injected} faults, {len(found['failures'])} not survived; {found['resumes']} "
+        f"resumptions, {sum(found['rounds'].values())} runs brought to their end; of their "
+        f"adapters' {found['bits_compared']:,} bits {found['bits_different']} differ from runs "
+        "left alone. Survived: left as it should, with every saved step kept; made again: steps "
+        f"after the last whole state. States were damaged at {places} places.{skipped}"
     )
 
 
-def _there(name: str) -> dict[str, Any] | None:
-    return result(name) if (RESULTS / f"{name}.json").is_file() else None
+def _memory() -> str | None:
+    if (found := recorded("soak-memory")) is None:
+        return None
+    grown, known = found["after_warm_up"], found["at_known_lengths"]
+    return (
+        f"**Memory** (`scripts/soak_memory.py`): over {grown['steps']} steps of batches of "
+        f"{found['lengths']} lengths the trainer's resident memory in the last quarter was "
+        f"{grown['last_quarter_bytes'] / 1e6:,.0f} MB, {grown['growth']:+.2%} on the second "
+        f"quarter's; {known['bytes_per_step'] / 1e3:+.1f} kB a step over the {known['steps']} "
+        "whose batch was as long as an earlier one."
+    )
 
 
 def _fuzz() -> str | None:
-    if (found := _there("fuzz")) is None:
+    if (found := recorded("fuzz")) is None:
         return None
     rest = ", ".join(found["not_tried"])
     return (
@@ -78,7 +95,7 @@ def _bad_inputs() -> str | None:
 
 
 def _processes() -> str | None:
-    if (found := _there("processes")) is None:
+    if (found := recorded("processes")) is None:
         return None
     together, shrunk = found["together"], found["ended_by_one"]
     same = together["same_tokens"] and shrunk["same_tokens"]
@@ -93,7 +110,7 @@ def _processes() -> str | None:
 
 
 def _seeds() -> str | None:
-    if (found := _there("seeds")) is None:
+    if (found := recorded("seeds")) is None:
         return None
     ends = found["held_out_difference"]
     return (
@@ -108,7 +125,7 @@ def _seeds() -> str | None:
 def _window() -> str | None:
     said = []
     for end in ("oldest", "newest"):
-        if (found := _there(f"window-{end}")) is None:
+        if (found := recorded(f"window-{end}")) is None:
             continue
         versions = found.get("versions", {})
         named = ", ".join(

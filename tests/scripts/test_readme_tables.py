@@ -87,24 +87,32 @@ def test_the_table_of_faults_says_what_was_left_out_and_what_did_not_pass(
     tally = {"injected": 9, "survived": 8, "steps_lost": 7, "most_steps_lost": 2, "left_with": {}}
     chaos = {
         "faults": {"kill": tally, "one-of-two": tally}, "corrupted": {"trainer.json, emptied": 3},
-        "skipped": {"disk-full": "needs the right to mount"}, "failures": [], "resumes": 17,
+        "skipped": {"disk-full": "needs the right to mount"}, "failures": ["x"], "resumes": 17,
         "rounds": {"1": 2, "2": 1}, "bits_different": 0, "bits_compared": 3000, "minutes": 61.2,
         "runs": {"1": {"model": "smollm2"}, "2": {"model": "tiny"}},
     }  # fmt: skip
     window = {"passed": False, "stopped": "no wheel", "tests": ["a", "b"], "versions": {}}
-    (tmp_path / "chaos.json").write_text(json.dumps(chaos))
+    memory = {
+        "lengths": 7, "at_known_lengths": {"steps": 50, "bytes_per_step": -300.0},
+        "after_warm_up": {"steps": 240, "last_quarter_bytes": 7.1e8, "growth": 0.0021},
+    }  # fmt: skip
     (tmp_path / "window-oldest.json").write_text(json.dumps(window))
     (tmp_path / "quickstart.json").write_text(json.dumps({}))
+    (tmp_path / "soak-memory.json").write_text(json.dumps(memory))
     monkeypatch.setattr(common, "RESULTS", tmp_path)
-    monkeypatch.setattr(trust, "RESULTS", tmp_path)
+    assert trust.trust().startswith("- **Memory**")
+    (tmp_path / "chaos.json").write_text(json.dumps(chaos))
     table = trust.trust()
     assert "| killed (SIGKILL) | 9 | 8 | 7 | 2 |" in table
     assert "| one of two processes killed | 9 |" in table
-    assert (
-        "61 minutes of smollm2 and tiny (2 processes): 18 faults, 17 resumptions, 3 runs" in table
-    )
-    assert "of their adapters' 3,000 bits 0 differ" in table
+    assert "61 minutes of smollm2 and tiny (2 processes): 18 faults, 1 not survived;" in table
+    assert "17 resumptions, 3 runs brought to their end;" in table
+    assert "of their adapters' 3,000 bits 0 differ from runs left alone." in table
     assert "Left out: disk-full, needs the right to mount." in table
+    assert (
+        "over 240 steps of batches of 7 lengths the trainer's resident memory in the last quarter "
+        "was 710 MB, +0.21% on the second quarter's; -0.3 kB a step over the 50 whose" in table
+    )
     assert "2 test files DO NOT pass (no wheel)" in table
     assert "Fuzzing" not in table
     assert "Bad inputs" not in table
