@@ -25,6 +25,7 @@ from qlora_trainer.base.layer_shards import Peers
 from qlora_trainer.base.prequantized import check_quantization, quantization_settings
 from qlora_trainer.base.settle import Progress, buffer_dtypes, settle
 from qlora_trainer.base.spec import BaseSpec
+from qlora_trainer.base.tiled_attention import chooses_tiles, use_tiled_attention
 
 __all__ = ["BaseSpec", "Progress", "build_weightless_base", "load_base", "load_config"]
 
@@ -66,9 +67,16 @@ def load_base(
         config_changes=config_changes,
     )  # fmt: skip
     model = settle(model, spec, device, buffers, progress, peers)
+    choose_attention(model, spec, device)
+    return model
+
+
+def choose_attention(model: Any, spec: BaseSpec, device: torch.device) -> None:
+    """Give a model the attention its device computes best; what the user chose stays."""
     if device.type == "cuda":
         use_expanded_attention(model, torch.cuda.get_device_capability(device))
-    return model
+    if device.type == "cpu" and chooses_tiles(spec.attention, spec.compute_dtype):
+        use_tiled_attention(model)
 
 
 def map_base(

@@ -29,9 +29,10 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from qlora_trainer.base.expanded_attention import NAME as EXPANDED
+from qlora_trainer.base.tiled_attention import NAME as TILED
 
 PREFIX = "packed_"
-WRAPPED = ("sdpa", EXPANDED)
+WRAPPED = ("sdpa", EXPANDED, TILED)
 
 
 def example_lengths(position_ids: Tensor) -> Tensor:

@@ -122,7 +122,7 @@ class BatchPlan:
         return [[int(by_rank[rank]) for rank in group] for group in self._groups]
 
 
-_MASKED_ROWS = ("sdpa", "sdpa_expanded", "eager", "flex_attention")
+_MASKED_ROWS = ("sdpa", "sdpa_expanded", "tiled", "eager", "flex_attention")
 
 
 def row_layout(attention: str | None) -> str:

@@ -21,6 +21,7 @@ from transformers.integrations.sdpa_attention import repeat_kv, use_gqa_in_sdpa
 from transformers.masking_utils import sdpa_mask
 
 from qlora_trainer.base.expanded_attention import FIRST_WITH_GROUPS
+from qlora_trainer.base.tiled_attention import takes_tiles, tiled_attention
 from qlora_trainer.memory.gpus import Gpu
 from qlora_trainer.memory.tracker import AllocationTracker
 
@@ -111,9 +112,18 @@ def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(mask, torch.zeros_like(hidden), hidden)
 
 
-def attention_for(gpu: Gpu | None) -> str:
-    """Register an attention that decides as this card (None: a CPU) does; returns its name."""
+def attention_for(gpu: Gpu | None, *, in_tiles: bool = False) -> str:
+    """Register an attention that decides as this card (None: a CPU) does.
+
+    Args:
+        gpu: The card.
+        in_tiles: Whether the CPU attends in tiles (`base/tiled_attention.py`) where it can.
+
+    Returns:
+        Its name.
+    """
     name = f"qlora_foresight_sm{gpu.capability}" if gpu is not None else "qlora_foresight_cpu"
+    name += "_tiles" if in_tiles else ""
 
     def attend(
         module: Any,
@@ -126,6 +136,10 @@ def attention_for(gpu: Gpu | None) -> str:
         is_causal: bool | None = None,
         **_kwargs: Any,
     ) -> tuple[Tensor, None]:
+        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+        if in_tiles and takes_tiles(query, key, value, attention_mask, dropout, bool(causal)):
+            scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+            return tiled_attention(query, key, value, scale), None
         grouped = getattr(module, "num_key_value_groups", 1) > 1
         # before 8.0 `base/expanded_attention.py` repeats the keys, as no fused kernel knows groups
         early = gpu is not None and gpu.compute_capability < FIRST_WITH_GROUPS
@@ -133,7 +147,6 @@ def attention_for(gpu: Gpu | None) -> str:
             key = repeat_kv(key, module.num_key_value_groups)
             value = repeat_kv(value, module.num_key_value_groups)
             grouped = False
-        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         causal = bool(causal) and query.shape[2] > 1 and attention_mask is None
         width = max(query.shape[-1], value.shape[-1])
         # sdp_utils_cpp.cpp: the CPU's one fused kernel takes any mask and grouping, no dropout

@@ -16,6 +16,7 @@ from typing import Any
 
 from qlora_trainer.base.audit import LARGE_BYTES
 from qlora_trainer.base.load import build_weightless_base
+from qlora_trainer.base.tiled_attention import chooses_tiles
 from qlora_trainer.memory.artefacts import (
     PROCESS_BYTES,
     disk_peak_bytes,
@@ -254,7 +255,9 @@ def simulate_run(
         config, model_class or task_kind(shape.task).auto_class, shape.base
     )
     if model.config._attn_implementation == "sdpa":
-        model.set_attn_implementation(attention_for(gpu.card if gpu is not None else None))
+        card = None if gpu is None else gpu.card
+        tiles = card is None and chooses_tiles(shape.base.attention, shape.base.compute_dtype)
+        model.set_attn_implementation(attention_for(card, in_tiles=tiles))
     accounts = Accounts()
     trace = simulate(
         Program(model, shape, accounts, batch),

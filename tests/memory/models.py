@@ -10,7 +10,7 @@ from transformers import (
 )
 
 from qlora_trainer.base.layers import decoder_layers
-from qlora_trainer.base.load import BaseSpec, build_weightless_base
+from qlora_trainer.base.load import BaseSpec, build_weightless_base, choose_attention
 from qlora_trainer.lora.inject import adapter_parameters, inject_adapter
 from qlora_trainer.lora.spec import AdapterSpec
 from qlora_trainer.memory.measure import Measured, measure_steps
@@ -62,6 +62,7 @@ def real_steps(config, shape: RunShape) -> Measured:
             tensor.data.normal_(0, 0.02)
         else:
             tensor.data.zero_()
+    choose_attention(model, shape.base, torch.device("cpu"))
     inject_adapter(model, shape.adapter, dtype=shape.adapter_dtype)
     apply_techniques(model, shape.techniques)
     plan_activations(model, decoder_layers(model), shape.activations)

@@ -1,0 +1,166 @@
+"""Attention in tiles gives what torch's own gives, forward and backward, and leaves it the rest."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from qlora_trainer.base import tiled_attention as module
+from qlora_trainer.base.packed_attention import use_packed_attention
+from qlora_trainer.base.tiled_attention import (
+    NAME,
+    chooses_tiles,
+    takes_tiles,
+    tiled_attention,
+    use_tiled_attention,
+)
+
+SHAPES = [
+    (1, 4, 2, 200, 32),  # several tiles, the last one short; two query heads a key head
+    (2, 3, 3, 64, 16),  # exactly one tile
+    (2, 6, 1, 65, 8),  # one token more
+    (1, 2, 2, 7, 16),  # shorter than a tile
+]
+
+
+def inputs(shape: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
+    rows, heads, groups, tokens, size = shape
+    generator = torch.Generator().manual_seed(5)
+    made = []
+    for count in (heads, groups, groups):
+        x = torch.randn(rows, tokens, count, size, generator=generator, dtype=torch.float64)
+        made.append((2 * x).to(dtype).transpose(1, 2).requires_grad_())  # as models lay them
+    return made
+
+
+def torch_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(
+        query, key, value, is_causal=True, enable_gqa=True
+    ).transpose(1, 2)
+
+
+def in_tiles(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    return tiled_attention(query, key, value, query.shape[-1] ** -0.5)
+
+
+def outcomes(attend, tensors: list[Tensor]) -> list[Tensor]:
+    out = attend(*tensors)
+    slope = torch.randn(out.shape, generator=torch.Generator().manual_seed(6)).to(out.dtype)
+    return [out, *torch.autograd.grad(out, tensors, slope)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_in_float64_outputs_and_gradients_are_torchs(shape):
+    tensors = inputs(shape, torch.float64)
+    pairs = zip(outcomes(in_tiles, tensors), outcomes(torch_attention, tensors), strict=True)
+    for ours, theirs in pairs:
+        assert ours.shape == theirs.shape
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
+def test_gradients_are_those_of_the_function(monkeypatch):
+    monkeypatch.setattr(module, "TILE_TOKENS", 3)
+    tensors = inputs((1, 4, 2, 7, 4), torch.float64)
+    assert torch.autograd.gradcheck(in_tiles, tensors)
+
+
+def distance(found: Tensor, exact: Tensor) -> float:
+    return float((found.detach().double() - exact.detach()).norm() / exact.detach().norm())
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_in_16_bit_it_errs_no_more_than_the_kernel_it_replaces(shape):
+    tensors = inputs(shape, torch.bfloat16)
+    exact = outcomes(torch_attention, [t.detach().double().requires_grad_() for t in tensors])
+    found = zip(outcomes(in_tiles, tensors), outcomes(torch_attention, tensors), exact, strict=True)
+    for ours, theirs, truth in found:
+        assert ours.dtype == theirs.dtype == torch.bfloat16
+        assert distance(ours, truth) <= 1.35 * distance(theirs, truth)
+
+
+def test_only_a_tile_of_scores_is_alive(monkeypatch):
+    monkeypatch.setattr(module, "TILE_ELEMENTS", 4 * 16 * 512)
+    largest = 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, Tensor):
+                largest = max(largest, out.untyped_storage().nbytes())
+            return out
+
+    tensors = inputs((1, 4, 2, 512, 8), torch.bfloat16)
+    with Watch():
+        outcomes(in_tiles, tensors)
+    assert 4 * 16 * 512 * 4 <= largest < 4 * 512 * 512
+
+
+def test_what_is_not_plain_and_causal_is_left_to_torch():
+    query, key, value = inputs((1, 2, 2, 5, 4), torch.bfloat16)
+    assert takes_tiles(query, key, value, None, 0.0, True)
+    assert not takes_tiles(query, key, value, torch.ones(1, 1, 5, 5), 0.0, True)
+    assert not takes_tiles(query, key, value, None, 0.1, True)
+    assert not takes_tiles(query, key, value, None, 0.0, False)
+    assert not takes_tiles(query[:, :, -1:], key, value, None, 0.0, True)  # one token, a cache
+    assert not takes_tiles(query.float(), key.float(), value.float(), None, 0.0, True)
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    made = AutoModelForCausalLM.from_config(
+        config, attn_implementation="sdpa", dtype=torch.bfloat16
+    )
+    return made.eval()
+
+
+@pytest.mark.parametrize("case", ["whole", "padded", "packed"])
+def test_a_model_computes_the_same(model, case):
+    tokens = torch.arange(140).view(1, 140) % 97
+    given = {"input_ids": tokens}
+    if case == "padded":
+        given["attention_mask"] = (torch.arange(140) >= 20)[None].long()
+    if case == "packed":
+        given["position_ids"] = torch.cat((torch.arange(90), torch.arange(50)))[None]
+    plain, tiled = copy.deepcopy(model), copy.deepcopy(model)
+    assert use_tiled_attention(tiled)
+    assert tiled.config._attn_implementation == NAME
+    found = []
+    for tried in (plain, tiled):
+        logits = tried(**given).logits[:, 20:].float()
+        logits.square().mean().backward()
+        found.append((logits, tried.model.layers[0].self_attn.k_proj.weight.grad.float()))
+    for ours, theirs in zip(*found, strict=True):
+        assert distance(ours, theirs.double()) < 0.02
+
+
+def test_it_answers_as_before(model):
+    tiled = copy.deepcopy(model)
+    use_tiled_attention(tiled)
+    asked = {"input_ids": torch.arange(70)[None] % 97, "max_new_tokens": 5, "do_sample": False}
+    assert tiled.generate(**asked).tolist() == model.generate(**asked).tolist()
+
+
+def test_packed_examples_may_be_attended_to_in_tiles(model):
+    tiled = copy.deepcopy(model)
+    assert use_tiled_attention(tiled)
+    assert use_packed_attention(tiled)
+    assert tiled.config._attn_implementation == f"packed_{NAME}"
+
+
+def test_another_dtype_or_attention_stays(model):
+    assert chooses_tiles(None, torch.bfloat16)
+    assert not chooses_tiles(None, torch.float32)
+    assert not chooses_tiles("sdpa", torch.bfloat16)
+    chosen = copy.deepcopy(model)
+    chosen.set_attn_implementation("eager")
+    assert not use_tiled_attention(chosen)
+    assert chosen.config._attn_implementation == "eager"
