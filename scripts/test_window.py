@@ -4,8 +4,9 @@
 
 `oldest` pins every dependency of the package (not of its extras) to the lower end of its range;
 `newest` lets pip choose. Each end gets a virtual environment of its own (in `.cache/window/`), the
-package, and the tests named. An end that cannot be installed here (no wheels for this Python or
-machine) is said, with pip's words, and is no pass. Standard library only.
+package, and the tests named; a deprecation that one dependency sees in another is no failure there,
+as for a user. An end that cannot be installed here (no wheels for this Python or machine) is said,
+with pip's words, and is no pass. Standard library only.
 """
 
 from __future__ import annotations
@@ -102,7 +103,8 @@ def main() -> int:
         python = install(arguments.end, arguments.place)
         report["versions"] = versions(python)
         offline = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-        tests = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments.tests]
+        options = ["-q", "-p", "no:cacheprovider", "-W", "ignore::DeprecationWarning"]
+        tests = [python, "-m", "pytest", *options, *arguments.tests]
         run_step("Tests", tests, environment=offline)
         report["passed"] = True
     except Stop as error:

@@ -104,7 +104,8 @@ class StoreWriter:
     def _flush(self) -> None:
         if self._columns["where"]:
             with _writing(self.folder):
-                self._stream.write_batch(pa.record_batch(self._columns, schema=self._schema))
+                batch = pa.RecordBatch.from_pydict(self._columns, schema=self._schema)
+                self._stream.write_batch(batch)
         self._columns = {name: [] for name in self._schema.names}
 
     def finish(self, counts: dict[str, Any]) -> None:
