@@ -43,10 +43,15 @@ def run_ours(job: dict[str, Any]) -> dict[str, Any]:
     from qlora_trainer.training.techniques import Techniques, apply_techniques
 
     on = set(job["techniques"])
-    spec = BaseSpec("nf4", compute_dtype=torch.bfloat16)
+    attention = None if "tiled_attention" in on else "sdpa"
+    spec = BaseSpec("nf4", compute_dtype=torch.bfloat16, attention=attention)
     model = load_base(Path(job["model"]), AutoModelForCausalLM, spec, CPU)
     load_adapter(model, Path(job["adapter"]), dtype=WIDE[job["adapter_dtype"]], trainable=True)
-    techniques = Techniques(fused_mlp="fused_mlp" in on, tiled_norms="tiled_norms" in on)
+    techniques = Techniques(
+        fused_mlp="fused_mlp" in on,
+        tiled_norms="tiled_norms" in on,
+        mlp_keeps_inner=job.get("mlp_keeps_inner", False),
+    )
     apply_techniques(model, techniques)
     if "fused_linear" not in on:
         for layer in adapted_layers(model).values():
@@ -55,7 +60,7 @@ def run_ours(job: dict[str, Any]) -> dict[str, Any]:
         use_packed_attention(model, job["tokens"])
     layers = decoder_layers(model)
     plan_activations(model, layers, activation_plan(job["activations"], len(layers)))
-    task = CausalLM.for_model(model)
+    task = CausalLM.for_model(model, chunk_tokens=job.get("loss_chunk_tokens"))
     if "chunked_loss" not in on:
         task = CausalLM(LossPath(False, "left out by the benchmark"), task.takes_positions)
     optimizer = AdapterAdamW(adapter_parameters(model), kind="adamw", weight_decay=0.0)

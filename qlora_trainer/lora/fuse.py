@@ -59,6 +59,11 @@ class FusedGatedMLP(nn.Module):
         names: Of its projections: gate, up, down; or gate and up in one, down.
         activation: One of `gated_mlp.ACTIVATIONS`.
         tile_tokens: Tokens at one time; None takes all.
+
+    Attributes:
+        keeps_inner: Keep what gate and up give for the backward, where the layer lets it.
+        is_recomputed: Whether the layer computes its activations again: then keeping would only
+            compute more.
     """
 
     def __init__(
@@ -66,6 +71,7 @@ class FusedGatedMLP(nn.Module):
     ) -> None:
         super().__init__()
         self.names, self.activation, self.tile_tokens = names, activation, tile_tokens
+        self.keeps_inner = self.is_recomputed = False
         for name in names:
             self.add_module(name, getattr(plain, name))
         self.train(plain.training)
@@ -77,7 +83,8 @@ class FusedGatedMLP(nn.Module):
         projections = tuple(self._projection(name) for name in self.names)
         # A 4-bit base says what it computes in, as in `LowRankLayer`.
         computed = x.to(getattr(projections[0].base, "compute_dtype", x.dtype))
-        mlp = GatedMLP(projections, self.activation, self.tile_tokens)
+        keeps = self.keeps_inner and not self.is_recomputed
+        mlp = GatedMLP(projections, self.activation, self.tile_tokens, keeps)
         return gated_mlp(computed, mlp).to(x.dtype)
 
     def _projection(self, name: str) -> Projection:
@@ -112,18 +119,21 @@ class FusedGatedMLP(nn.Module):
         return f"activation={self.activation}, tile_tokens={self.tile_tokens}"
 
 
-def fuse_mlps(model: nn.Module, tile_tokens: int | None = None) -> Replaced:
-    """Replace every gated MLP we know by the fused one; call it again to change the tile.
+def fuse_mlps(
+    model: nn.Module, tile_tokens: int | None = None, *, keeps_inner: bool = False
+) -> Replaced:
+    """Replace every gated MLP we know by the fused one; call it again to change how it runs.
 
     Args:
         model: Adapters already on it.
         tile_tokens: Tokens at one time; None takes all.
+        keeps_inner: Keep what gate and up give, in layers that are not computed again.
     """
     replaced: list[str] = []
     kept: dict[str, str] = {}
     for path, module in list(model.named_modules()):
         if isinstance(module, FusedGatedMLP):
-            module.tile_tokens = tile_tokens
+            module.tile_tokens, module.keeps_inner = tile_tokens, keeps_inner
             replaced.append(path)
             continue
         kind = type(module).__name__
@@ -135,7 +145,9 @@ def fuse_mlps(model: nn.Module, tile_tokens: int | None = None) -> Replaced:
             continue
         names, holder = LAYOUTS[kind]
         activation = _ACTIVATIONS[type(getattr(module, holder)).__name__]
-        set_module(model, path, FusedGatedMLP(module, names, activation, tile_tokens))
+        fused = FusedGatedMLP(module, names, activation, tile_tokens)
+        fused.keeps_inner = keeps_inner
+        set_module(model, path, fused)
         replaced.append(path)
     return Replaced(tuple(replaced), kept)
 

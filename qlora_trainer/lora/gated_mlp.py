@@ -16,10 +16,11 @@ those of its factors:
     dx = up^T(du) + gate^T(dz)
 
 Saved: `x` and the factors. `z` and `u` are computed again, tile by tile along the tokens: of the
-F-sized tensors only a tile's few are ever alive. Gradients of the factors are summed over tiles in
-fp32 (fp64 for fp64). A tile draws its dropout masks from seed + its number; one tile over all
-tokens computes bit for bit what the separate modules compute. Phi stores gate and up as one
-projection, whose two halves these are.
+F-sized tensors only a tile's few are ever alive. Where memory is left they may be kept instead
+(`keeps_inner`): two F-sized tensors, of which plain modules keep four. Gradients of the factors are
+summed over tiles in fp32 (fp64 for fp64). A tile draws its dropout masks from seed + its number;
+one tile over all tokens computes bit for bit what the separate modules compute. Phi stores gate and
+up as one projection, whose two halves these are.
 
 The function comes in two parts so that a checkpointed layer computes nothing in vain: `_Enter`
 saves and passes `x` on, `_Leave` computes y. Recomputation stops as soon as what the backward needs
@@ -103,6 +104,7 @@ class GatedMLP:
     projections: tuple[Projection, ...]
     activation: str
     tile_tokens: int | None
+    keeps_inner: bool = False
 
     def spans(self, tokens: int) -> list[tuple[int, int]]:
         """Where tiles begin and end."""
@@ -117,24 +119,26 @@ class GatedMLP:
             return z, u
         return into[0].forward(rows, tile), into[1].forward(rows, tile)
 
-    def forward(self, rows: Tensor) -> Tensor:
-        """(N, D) -> (N, D), a tile at a time."""
+    def forward(self, rows: Tensor, keep: list[Tensor] | None = None) -> Tensor:
+        """(N, D) -> (N, D), a tile at a time; `z` and `u` of every tile go to `keep`."""
         spans = self.spans(rows.shape[0])
         if len(spans) == 1:
-            return self._tile(rows, 0)
+            return self._tile(rows, 0, keep)
         y = torch.empty_like(rows)
         for tile, (first, last) in enumerate(spans):
-            y[first:last] = self._tile(rows[first:last], tile)
+            y[first:last] = self._tile(rows[first:last], tile, keep)
         return y
 
-    def _tile(self, rows: Tensor, tile: int) -> Tensor:
+    def _tile(self, rows: Tensor, tile: int, keep: list[Tensor] | None) -> Tensor:
         z, u = self.inner(rows, tile)
         h = activate(self.activation, z).mul_(u)
+        if keep is not None:
+            keep += z, u
         del z, u
         return self.projections[-1].forward(h, tile)
 
     def backward(
-        self, g: Tensor, rows: Tensor, needed: Sequence[bool]
+        self, g: Tensor, rows: Tensor, needed: Sequence[bool], kept: Sequence[Tensor] = ()
     ) -> tuple[Tensor | None, list[Tensor | None]]:
         """Gradients of rows and of every projection's A and B.
 
@@ -142,14 +146,18 @@ class GatedMLP:
             g: dL/dy, (N, D).
             rows: (N, D).
             needed: Of rows, then of each projection's A and B.
+            kept: `z` and `u` of every tile, as `forward` gave them; without, computed again.
         """
         spans = self.spans(rows.shape[0])
+        inner = [*zip(kept[::2], kept[1::2], strict=True)] or [None] * len(spans)
         if len(spans) == 1:
-            return self._tile_backward(g, rows, 0, needed)
+            return self._tile_backward(g, rows, 0, needed, inner[0])
         grad_rows = torch.empty_like(rows) if needed[0] else None
         sums: list[Tensor | None] = [None] * (len(needed) - 1)
         for tile, (first, last) in enumerate(spans):
-            part, factors = self._tile_backward(g[first:last], rows[first:last], tile, needed)
+            part, factors = self._tile_backward(
+                g[first:last], rows[first:last], tile, needed, inner[tile]
+            )
             if grad_rows is not None and part is not None:
                 grad_rows[first:last] = part
             del part
@@ -165,13 +173,18 @@ class GatedMLP:
         return grad_rows, sums
 
     def _tile_backward(
-        self, g: Tensor, rows: Tensor, tile: int, needed: Sequence[bool]
+        self,
+        g: Tensor,
+        rows: Tensor,
+        tile: int,
+        needed: Sequence[bool],
+        kept: tuple[Tensor, Tensor] | None,
     ) -> tuple[Tensor | None, list[Tensor | None]]:
         *into, down = self.projections
         need_x, need_into, need_down = needed[0], needed[1:-2], needed[-2:]
         if not need_x and not any(need_into) and not any(need_down):
             return None, [None] * (len(needed) - 1)
-        z, u = self.inner(rows, tile)
+        z, u = self.inner(rows, tile) if kept is None else kept
         through = need_x or any(need_into)  # whether anything before `down` is wanted
         activated = activate(self.activation, z)
         h = activated * u if any(need_down) else activated  # without factors h is not looked at
@@ -208,17 +221,39 @@ class _Enter(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        x, *factors = ctx.saved_tensors
-        need_x, _, *need_factors = ctx.needs_input_grad
-        width = x.shape[-1]
-        grad_rows, gradients = ctx.mlp.backward(
-            grad_y.reshape(-1, width), x.reshape(-1, width), (need_x, *need_factors)
-        )
-        typed = [
-            None if gradient is None or factor is None else gradient.to(factor.dtype)
-            for gradient, factor in zip(gradients, factors, strict=True)
-        ]
-        return None if grad_rows is None else grad_rows.view(x.shape), None, *typed
+        return _gradients(ctx, grad_y)
+
+
+class _Keep(torch.autograd.Function):
+    """The MLP at one go, for a layer that keeps its activations: `z` and `u` are saved besides."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mlp: GatedMLP, *factors: Tensor | None) -> Tensor:
+        kept: list[Tensor] = []
+        y = mlp.forward(x.reshape(-1, x.shape[-1]), kept)
+        ctx.save_for_backward(x, *factors, *kept)
+        ctx.mlp = mlp
+        return y.view(x.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        return _gradients(ctx, grad_y)
+
+
+def _gradients(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+    need_x, _, *need_factors = ctx.needs_input_grad
+    x, *saved = ctx.saved_tensors
+    factors, kept = saved[: len(need_factors)], saved[len(need_factors) :]
+    width = x.shape[-1]
+    grad_rows, gradients = ctx.mlp.backward(
+        grad_y.reshape(-1, width), x.reshape(-1, width), (need_x, *need_factors), kept
+    )
+    typed = [
+        None if gradient is None or factor is None else gradient.to(factor.dtype)
+        for gradient, factor in zip(gradients, factors, strict=True)
+    ]
+    return None if grad_rows is None else grad_rows.view(x.shape), None, *typed
 
 
 class _Leave(torch.autograd.Function):
@@ -240,7 +275,11 @@ def gated_mlp(x: Tensor, mlp: GatedMLP) -> Tensor:
         tuple(_drawn(projection) for projection in mlp.projections),
         mlp.activation,
         mlp.tile_tokens,
+        mlp.keeps_inner,
     )
+    if mlp.keeps_inner:
+        kept: Tensor = _Keep.apply(x, seeded, *factors)
+        return kept
     y: Tensor = _Leave.apply(_Enter.apply(x, seeded, *factors), seeded)
     return y
 

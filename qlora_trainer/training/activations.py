@@ -22,6 +22,7 @@ from qlora_trainer.base.layer_stream import bringing
 from qlora_trainer.base.layers import input_embeddings
 from qlora_trainer.base.select import trained_heads
 from qlora_trainer.base.transfers import Transfers
+from qlora_trainer.lora.fuse import FusedGatedMLP
 from qlora_trainer.training.offload import Offload
 
 Activation = Literal["keep", "recompute", "offload"]
@@ -83,6 +84,9 @@ def plan_activations(
         if offload is not None:
             again = offload.layer(to_host=plan[name] == "offload")
         _set(layer, None if plan[name] == "keep" else again)
+        for part in layer.modules():
+            if isinstance(part, FusedGatedMLP):
+                part.is_recomputed = plan[name] != "keep"
     return ActivationPlan(plan)
 
 

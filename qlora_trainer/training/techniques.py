@@ -23,11 +23,14 @@ class Techniques:
         fused_mlp: Gate, up, activation and down as one function.
         mlp_tile_tokens: Its tokens at one time; None takes all.
         tiled_norms: RMSNorms without fp32 copies of the residual stream.
+        mlp_keeps_inner: A fused MLP keeps what gate and up give, in layers that keep their
+            activations (`plan_activations`).
     """
 
     fused_mlp: bool = False
     mlp_tile_tokens: int | None = None
     tiled_norms: bool = False
+    mlp_keeps_inner: bool = False
 
 
 def apply_techniques(model: nn.Module, techniques: Techniques) -> list[str]:
@@ -38,7 +41,7 @@ def apply_techniques(model: nn.Module, techniques: Techniques) -> list[str]:
     """
     notes: list[str] = []
     if techniques.fused_mlp:
-        found = fuse_mlps(model, techniques.mlp_tile_tokens)
+        found = fuse_mlps(model, techniques.mlp_tile_tokens, keeps_inner=techniques.mlp_keeps_inner)
         notes += _kept("train.fused_mlp", "MLP", len(found.modules), found.kept)
     if techniques.tiled_norms:
         replaced, kept = tile_norms(model)

@@ -72,14 +72,16 @@ def run(model: nn.Module) -> dict[str, torch.Tensor]:
     return {**found, "logits": logits.detach()}
 
 
-def mlp_of(base: Any, activation: str, tile: int | None, dropout: float = 0.0) -> Any:
+def mlp_of(
+    base: Any, activation: str, tile: int | None, dropout: float = 0.0, keeps: bool = False
+) -> Any:
     """The function of (x, factors...) for gradcheck."""
 
     def function(x: torch.Tensor, *factors: torch.Tensor) -> torch.Tensor:
         torch.manual_seed(5)
         pairs = zip(base, factors[::2], factors[1::2], strict=True)
         projections = tuple(Projection(b, A, B, 0.7, dropout) for b, A, B in pairs)
-        return gated_mlp(x, GatedMLP(projections, activation, tile))
+        return gated_mlp(x, GatedMLP(projections, activation, tile, keeps))
 
     return function
 
@@ -88,8 +90,9 @@ def mlp_of(base: Any, activation: str, tile: int | None, dropout: float = 0.0) -
 @pytest.mark.parametrize("tile", [None, 2])
 @pytest.mark.parametrize("joined", [False, True])
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("keeps", [False, True])
 def test_gradients_are_the_derivatives_in_float64(
-    activation: str, tile: int | None, joined: bool, dropout: float
+    activation: str, tile: int | None, joined: bool, dropout: float, keeps: bool
 ) -> None:
     torch.manual_seed(1)
     wide, inner, rank = 6, 8, 2
@@ -102,7 +105,7 @@ def test_gradients_are_the_derivatives_in_float64(
         for size in ((rank, i), (o, rank))
     ]
     x = torch.randn(1, 5, wide, dtype=torch.float64, requires_grad=True)
-    function = mlp_of(base, activation, tile, dropout)
+    function = mlp_of(base, activation, tile, dropout, keeps)
     assert torch.autograd.gradcheck(function, (x, *factors), fast_mode=True)
 
 
@@ -116,6 +119,17 @@ def test_every_known_architecture_computes_the_same_bits_in_one_tile(name: str) 
     fused = run(model)
     assert plain.keys() == fused.keys()
     assert all(torch.equal(plain[key], fused[key]) for key in plain)
+
+
+@pytest.mark.parametrize("tile", [None, 4])
+def test_what_is_kept_changes_no_bit(tile: int | None) -> None:
+    model = quantized(family("llama", dtype=torch.bfloat16, dropout=0.2), torch.bfloat16)
+    fuse_mlps(model, tile_tokens=tile)
+    again = run(model)
+    fuse_mlps(model, tile_tokens=tile, keeps_inner=True)
+    kept = run(model)
+    assert again.keys() == kept.keys()
+    assert all(torch.equal(again[key], kept[key]) for key in again)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -193,6 +207,15 @@ def test_recomputing_a_layer_stops_before_the_output_nobody_needs() -> None:
     checkpoint(layer, x, use_reentrant=False).sum().backward()
     # forward 1; nothing in the recomputed forward; backward: z and u again, then one for each dx
     assert [b.asked for b in base] == [3, 3, 2]
+
+
+def test_what_is_kept_is_not_computed_again() -> None:
+    torch.manual_seed(0)
+    base = [Counting(8, 16), Counting(8, 16), Counting(16, 8)]
+    projections = tuple(Projection(part, None, None) for part in base)
+    x = torch.randn(4, 8, requires_grad=True)
+    gated_mlp(x, GatedMLP(projections, "silu", None, keeps_inner=True)).sum().backward()
+    assert [b.asked for b in base] == [2, 2, 2]  # forward, and the gradient of the input
 
 
 def test_what_is_not_known_keeps_its_own_forward_and_is_named() -> None:

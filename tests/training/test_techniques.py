@@ -5,6 +5,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from qlora_trainer.base.layers import decoder_layers
+from qlora_trainer.lora.fuse import FusedGatedMLP
 from qlora_trainer.tasks.causal_lm import CausalLM
 from qlora_trainer.training.activations import plan_activations
 from qlora_trainer.training.step import train_step
@@ -36,6 +37,17 @@ def test_a_run_with_all_techniques_has_the_losses_of_the_plain_run() -> None:
     found = losses(model)
     assert found == pytest.approx(expected, rel=1e-4)
     assert expected[-1] < 0.9 * expected[0]
+
+
+def test_only_layers_that_keep_their_activations_keep_what_gate_and_up_give() -> None:
+    expected = losses(adapted_llama(layers=3), steps=2)
+    for plan, keeping in ((["recompute"] * 3, 0), (["recompute", "keep", "keep"], 2)):
+        model = adapted_llama(layers=3)
+        apply_techniques(model, Techniques(fused_mlp=True, mlp_keeps_inner=True))
+        plan_activations(model, decoder_layers(model), plan)
+        mlps = [module for module in model.modules() if isinstance(module, FusedGatedMLP)]
+        assert sum(not mlp.is_recomputed for mlp in mlps) == keeping
+        assert losses(model, steps=2) == pytest.approx(expected, rel=1e-4)
 
 
 def test_a_model_we_do_not_know_keeps_its_plain_path_said_aloud() -> None:
