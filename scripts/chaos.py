@@ -32,8 +32,9 @@ from typing import Any
 
 from faults import FAULTS, missing
 from rounds import Chaos
-from storm import Storm, WorkingClock
+from storm import Storm
 from training_process import memory_growth, train_command
+from working_clock import WorkingClock
 
 from qlora_trainer.config.read import read_run_file
 

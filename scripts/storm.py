@@ -11,7 +11,6 @@ import random
 import re
 import socket
 import subprocess
-import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,26 +20,11 @@ from training_process import last_step_seconds, newest_whole_step, start, steps_
 PATIENCE_SECONDS = 1800.0
 _RESUMED = re.compile(rb"resuming\s+after\s+step\s+(\d+)")
 _ANEW = re.compile(rb"\bstep\s+1/\d+")
-_TICK_SECONDS = 0.5
 _LONGEST_STEP_SECONDS = 20.0  # one in which the machine was held is no measure of the next
 
 
 class Ended(Exception):
     """The run came to its end before the fault could strike."""
-
-
-class WorkingClock:
-    """Seconds in which this process could work; while the machine holds it, none pass."""
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-        threading.Thread(target=self._count, name="clock", daemon=True).start()
-
-    def _count(self) -> None:
-        while True:
-            began = time.monotonic()
-            time.sleep(_TICK_SECONDS)
-            self.seconds += min(time.monotonic() - began, 2 * _TICK_SECONDS)
 
 
 @dataclass

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from faults import FAULTS, missing
 from rounds import Chaos
-from storm import Storm, WorkingClock
+from storm import Storm
 from training_process import memory_growth
+from working_clock import WorkingClock
 
 
 def storm(place: Path, **changes: object) -> Storm:
