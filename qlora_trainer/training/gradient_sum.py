@@ -22,13 +22,18 @@ class GradientSum:
         parameters: What is trained, in the same order everywhere.
         processes: Those of the run.
         device: Where the gradients are.
+        bucket_bytes: Of the buffer at most, unless one tensor alone is larger.
     """
 
     def __init__(
-        self, parameters: Iterable[nn.Parameter], processes: Processes, device: torch.device
+        self,
+        parameters: Iterable[nn.Parameter],
+        processes: Processes,
+        device: torch.device,
+        bucket_bytes: int = BUCKET_BYTES,
     ) -> None:
         self._parameters, self._processes = list(parameters), processes
-        self._buckets = list(_buckets(self._parameters))
+        self._buckets = list(_buckets(self._parameters, bucket_bytes))
         most = max(sum(p.numel() for p in bucket) for bucket in self._buckets)
         self._room = torch.empty(most, dtype=torch.float32, device=device)
 
@@ -69,13 +74,13 @@ class GradientSum:
             p.grad.copy_(piece.view_as(p))
 
 
-def _buckets(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+def _buckets(parameters: Sequence[nn.Parameter], bucket_bytes: int) -> Iterator[list[nn.Parameter]]:
     """Neighbours that fit one buffer together."""
     bucket: list[nn.Parameter] = []
     taken_bytes = 0
     for p in parameters:
         size = 4 * p.numel()
-        if bucket and taken_bytes + size > BUCKET_BYTES:
+        if bucket and taken_bytes + size > bucket_bytes:
             yield bucket
             bucket, taken_bytes = [], 0
         bucket.append(p)

@@ -130,13 +130,14 @@ class Processes:
         if self.hosts is None:
             yield
             return
-        done, lost = threading.Event(), list[UserError]()
+        done, lost = threading.Event(), list[Exception]()
 
         def answer() -> None:
             try:
                 while not done.wait(self.wait_seconds / 4):
                     self._exchange({"busy": True})
-            except UserError as error:  # the block is not to be cut short by it
+            except (UserError, torch.OutOfMemoryError) as error:
+                # the block is not to be cut short by it
                 lost.append(error)
 
         thread = threading.Thread(target=answer, name="busy", daemon=True)
