@@ -156,29 +156,31 @@ class _Scores:
 
     def __init__(self, query: Tensor, key: Tensor, sizes: _Sizes, scale: float) -> None:
         self.query = query.unflatten(1, (sizes.groups, sizes.shared))  # (B, G, R, T, D)
-        self.sizes, self.scale = sizes, scale
+        self.sizes = sizes
         wide = torch.promote_types(query.dtype, torch.float32)
         batch = sizes.rows * sizes.groups
-        self.key = key.reshape(batch, sizes.tokens, sizes.head).to(wide).mT  # (BG, D, T)
+        scaled = key.reshape(batch, sizes.tokens, sizes.head).to(wide, copy=True).mul_(scale)
+        self.key = scaled.mT  # (BG, D, T)
         size, lines = sizes.tile_tokens, batch * sizes.shared
         self._above = query.new_full((size, size), float("-inf"), dtype=wide).triu_(1)
+        self._queries = query.new_empty(lines * size * sizes.head, dtype=wide)
         self._scores = query.new_empty(lines * size * sizes.tokens, dtype=wide)
         self._probabilities = query.new_empty(lines * size * sizes.tokens)
 
-    def of(self, first: int, last: int) -> tuple[Tensor, Tensor]:
-        """Queries (BG, R n, D) and probabilities (BG, R n, t) of a tile, in the queries' dtype."""
+    def of(self, first: int, last: int) -> Tensor:
+        """Probabilities (BG, R n, t) of a tile, in the queries' dtype."""
         rows, groups, shared, _, head = self.sizes
-        batch, lines = rows * groups, shared * (last - first)
-        queries = self.query[:, :, :, first:last].reshape(batch, lines, head)
+        batch, size = rows * groups, last - first
+        lines = shared * size
+        queries = self._queries[: batch * lines * head]
+        queries.view(rows, groups, shared, size, head).copy_(self.query[:, :, :, first:last])
         scores = self._scores[: batch * lines * last].view(batch, lines, last)
-        scaled = queries.to(scores.dtype, copy=True).mul_(self.scale)
-        torch.bmm(scaled, self.key[:, :, :last], out=scores)
-        own = scores.view(batch, shared, last - first, last)[..., first:]
-        own.add_(self._above[: last - first, : last - first])
+        torch.bmm(queries.view(batch, lines, head), self.key[:, :, :last], out=scores)
+        scores.view(batch, shared, size, last)[..., first:].add_(self._above[:size, :size])
         torch.softmax(scores, -1, out=scores)
-        if scores.dtype == queries.dtype:  # fp64, for gradcheck
-            return queries, scores
-        return queries, self._probabilities[: scores.numel()].view_as(scores).copy_(scores)
+        if scores.dtype == self.query.dtype:  # fp64, for gradcheck
+            return scores
+        return self._probabilities[: scores.numel()].view_as(scores).copy_(scores)
 
 
 class _TiledAttention(torch.autograd.Function):
@@ -193,7 +195,7 @@ class _TiledAttention(torch.autograd.Function):
         out = query.new_empty(rows, tokens, groups * shared, head)
         by_group = _by_group(out, sizes)
         for first, last in sizes.tiles():
-            _, probabilities = scores.of(first, last)
+            probabilities = scores.of(first, last)
             tile = torch.bmm(probabilities, values[:, :last])  # (BG, R n, D)
             by_group[:, :, :, first:last] = tile.view(rows, groups, shared, last - first, head)
         return out
@@ -214,8 +216,11 @@ class _TiledAttention(torch.autograd.Function):
         grad_key, grad_value = (keys.new_zeros(keys.shape, dtype=wide) for _ in range(2))
         space = query.new_empty(batch * shared * sizes.tile_tokens * tokens)
         for first, last in sizes.tiles():
-            queries, probabilities = scores.of(first, last)
-            g = grads[:, :, :, first:last].reshape(batch, -1, head)  # (BG, R n, D)
+            probabilities = scores.of(first, last)
+            queries, g = (
+                tensor[:, :, :, first:last].reshape(batch, -1, head)  # (BG, R n, D)
+                for tensor in (scores.query, grads)
+            )
             grad_value[:, :last] += torch.bmm(probabilities.mT, g)
             slopes = space[: probabilities.numel()].view_as(probabilities)
             torch.bmm(g, values[:, :last].mT, out=slopes)  # dP, and then dS in its place
