@@ -4,10 +4,11 @@
                                      [--rounds 3] [--threads 2]
 
 Each load is a process of its own that has imported everything before its clock starts. `quantize`
-reads the 16-bit weights and quantizes them; `first` does so and keeps the quantized copy
-(`model.quantized_cache`); `second` reads that copy, whose checksums it verifies. Rounds alternate;
-the medians count. Without `--model`: a Llama of 1.1 billion random weights, made in a folder that
-is removed. Files may come from the page cache, for all three alike.
+reads the 16-bit weights and quantizes them; `bitsandbytes` is the same by transformers and
+bitsandbytes alone; `first` quantizes and keeps the quantized copy (`model.quantized_cache`);
+`second` reads that copy, whose checksums it verifies. Rounds alternate; the medians count. Without
+`--model`: a Llama of 1.1 billion random weights, made in a folder that is removed. Files may come
+from the page cache, for all three alike.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from typing import Any
 from export_checkpoint import make_checkpoint
 from steps import Stop, say, stop_with_message
 
-WAYS = ("quantize", "first", "second")
+WAYS = ("bitsandbytes", "quantize", "first", "second")
 
 
 def load_once(way: str, model: Path, cache: Path, threads: int) -> dict[str, Any]:
@@ -39,6 +40,8 @@ def load_once(way: str, model: Path, cache: Path, threads: int) -> dict[str, Any
     from qlora_trainer.base.quantized_cache import cached_base
 
     torch.set_num_threads(threads)
+    if way == "bitsandbytes":
+        return _load_by_others(model)
     device, spec = torch.device("cpu"), BaseSpec("nf4")
     began = time.perf_counter()
     folder = model
@@ -47,6 +50,27 @@ def load_once(way: str, model: Path, cache: Path, threads: int) -> dict[str, Any
     held = load_base(folder, AutoModelForCausalLM, spec, device)
     seconds = time.perf_counter() - began
     layers = [layer for layer in held.modules() if isinstance(layer, NF4Linear)]
+    weights = sum(layer.in_features * layer.out_features for layer in layers)
+    return {"seconds": seconds, "quantized_weights": weights}
+
+
+def _load_by_others(model: Path) -> dict[str, Any]:
+    """As PEFT's users load."""
+    import torch
+    from bitsandbytes.nn import Linear4bit
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )  # fmt: skip
+    began = time.perf_counter()
+    held = AutoModelForCausalLM.from_pretrained(
+        model, quantization_config=config, dtype=torch.bfloat16, device_map={"": "cpu"},
+        local_files_only=True,
+    )  # fmt: skip
+    seconds = time.perf_counter() - began
+    layers = [layer for layer in held.modules() if isinstance(layer, Linear4bit)]
     weights = sum(layer.in_features * layer.out_features for layer in layers)
     return {"seconds": seconds, "quantized_weights": weights}
 
@@ -86,8 +110,8 @@ def measure(model: Path, scratch: Path, rounds: int, threads: int) -> dict[str, 
 def main() -> int:
     """Command line."""
     if sys.argv[1:2] == ["--once"]:
-        way, model, cache, threads = sys.argv[2:]
-        print(json.dumps(load_once(way, Path(model), Path(cache), int(threads))))
+        way, source, cache, threads = sys.argv[2:]
+        print(json.dumps(load_once(way, Path(source), Path(cache), int(threads))))
         return 0
     parser = argparse.ArgumentParser(description="Time loading a base in 4 bits.")
     parser.add_argument("--model", type=Path)

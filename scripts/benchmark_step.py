@@ -245,7 +245,7 @@ def _compare(
         turns.append(turn)
     found = summarize(turns, rates, step_flops(given.model, tokens))
     settings = {name: value for name, value in job.items() if name not in ("adapter", "model")}
-    settings |= {"model": given.model.name, "data": given.data and given.data.parent.name}
+    settings |= {"model": given.model.name, "data": given.data.parent.name if real else None}
     described = {name: {**CONTENDERS[name]} for name in contenders}
     return {
         **found, "settings": settings | {"rank": RANK}, "contenders": described,

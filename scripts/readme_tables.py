@@ -22,6 +22,7 @@ from tables.lengths import lengths
 from tables.memory import memory, profile_cost
 from tables.quickstart import quickstart
 from tables.settings import settings
+from tables.step import load, step, step_ablation
 from tables.tasks import tasks
 from tables.trust import trust
 
@@ -34,6 +35,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "lengths": lengths,
     "memory": memory,
     "profile-cost": profile_cost,
+    "step": step,
+    "step-ablation": step_ablation,
+    "load": load,
     "tasks": tasks,
     "trust": trust,
     "export-proof": export_proof,
