@@ -149,7 +149,9 @@ class GatedMLP:
             kept: `z` and `u` of every tile, as `forward` gave them; without, computed again.
         """
         spans = self.spans(rows.shape[0])
-        inner = [*zip(kept[::2], kept[1::2], strict=True)] or [None] * len(spans)
+        inner: list[tuple[Tensor, Tensor] | None] = [None] * len(spans)
+        if kept:
+            inner = [*zip(kept[::2], kept[1::2], strict=True)]
         if len(spans) == 1:
             return self._tile_backward(g, rows, 0, needed, inner[0])
         grad_rows = torch.empty_like(rows) if needed[0] else None
