@@ -71,6 +71,12 @@ def use_tiled_attention(model: Any) -> bool:
     return True
 
 
+def leave_tiled_attention(model: Any) -> None:
+    """Let a model attend by torch's own kernel again, as whoever loads it elsewhere will."""
+    if model.config._attn_implementation == NAME:
+        model.set_attn_implementation("sdpa")
+
+
 def attend_in_tiles(
     module: Any,
     query: Tensor,  # (B, H, T, D)

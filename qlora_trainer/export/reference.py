@@ -21,6 +21,7 @@ from qlora_trainer.base.nf4 import NF4Linear
 from qlora_trainer.base.quantize import QUANTIZABLE_DTYPES
 from qlora_trainer.base.select import select_quantized, stays_fp32
 from qlora_trainer.base.spec import BaseSpec
+from qlora_trainer.base.tiled_attention import leave_tiled_attention
 from qlora_trainer.errors import UserError
 from qlora_trainer.export import plain
 from qlora_trainer.export.adapter import FittedAdapter
@@ -109,11 +110,15 @@ def write_references(
 
 
 def load_trained(source: ExportSource, adapter: FittedAdapter, device: torch.device) -> Any:
-    """Base + adapter, as training held them, whole in memory."""
+    """Base + adapter, as training held them, whole in memory.
+
+    Attention is what a stranger's process takes, for what is proven is the weights.
+    """
     model = load_base(
         source.base_folder, source.model_class, source.spec, device, new_heads_allowed=True,
         config_changes=dict(source.config_changes),
     )  # fmt: skip
+    leave_tiled_attention(model)
     return _with_adapter(model, source, adapter)
 
 

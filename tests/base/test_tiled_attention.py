@@ -13,6 +13,7 @@ from qlora_trainer.base.packed_attention import use_packed_attention
 from qlora_trainer.base.tiled_attention import (
     NAME,
     chooses_tiles,
+    leave_tiled_attention,
     takes_tiles,
     tiled_attention,
     use_tiled_attention,
@@ -154,6 +155,13 @@ def test_packed_examples_may_be_attended_to_in_tiles(model):
     assert use_tiled_attention(tiled)
     assert use_packed_attention(tiled)
     assert tiled.config._attn_implementation == f"packed_{NAME}"
+
+
+def test_a_model_may_leave_it_again(model):
+    tiled = copy.deepcopy(model)
+    use_tiled_attention(tiled)
+    leave_tiled_attention(tiled)
+    assert tiled.config._attn_implementation == "sdpa"
 
 
 def test_another_dtype_or_attention_stays(model):
