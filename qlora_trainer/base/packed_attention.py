@@ -4,6 +4,8 @@ Examples packed into one row must not see each other. transformers says so with 
 entries, which takes the fused causal kernels away and grows with the square of the row. Here the
 row's queries, keys and values are cut at the examples' ends and every example runs through the
 model's own attention as a causal sequence: memory grows with T, work with the sum of the squares.
+Where a card has a kernel that takes the whole row with its ends, that one runs
+(`base/variable_length.py`).
 
 How the ends get there without a global: a 4-D `attention_mask` is handed through to every layer as
 it is (transformers' masking code returns "already prepared" masks untouched), so the lengths travel
@@ -18,8 +20,9 @@ chunks in transformers' mask alone (Phimoe, Doge, Llama 4) keep that mask.
     B = 1 rows, H heads, T tokens, D head size
 """
 
+import functools
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,6 +33,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from qlora_trainer.base.expanded_attention import NAME as EXPANDED
 from qlora_trainer.base.tiled_attention import NAME as TILED
+from qlora_trainer.base.variable_length import attend_at_once, why_example_by_example
 
 PREFIX = "packed_"
 WRAPPED = ("sdpa", EXPANDED, TILED)
@@ -58,7 +62,11 @@ def is_example_lengths(tensor: Tensor) -> bool:
 
 
 def use_packed_attention(
-    model: Any, longest: int | None = None, *, wrapped: Sequence[str] = WRAPPED
+    model: Any,
+    longest: int | None = None,
+    *,
+    wrapped: Sequence[str] = WRAPPED,
+    capability: tuple[int, int] | None = None,
 ) -> bool:
     """Let a model take packed rows without a mask, where its attention is one we can wrap.
 
@@ -66,6 +74,7 @@ def use_packed_attention(
         model: On which it is set.
         longest: Most tokens of an example; a window no shorter than that hides nothing.
         wrapped: Registered attentions that can be called example by example.
+        capability: Of the card that a weightless model stands for; a real card is asked.
 
     Returns:
         Whether it does now.
@@ -79,7 +88,7 @@ def use_packed_attention(
     if why_masked(model, longest) is not None:
         return False
     name = f"{PREFIX}{inner}"
-    AttentionInterface.register(name, _attend)
+    AttentionInterface.register(name, functools.partial(_attend, capability=capability))
     AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[inner])
     model.set_attn_implementation(name)
     return takes_example_lengths(model)
@@ -137,14 +146,18 @@ def _attend(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
+    capability: tuple[int, int] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     inner = ALL_ATTENTION_FUNCTIONS[module.config._attn_implementation.removeprefix(PREFIX)]
     if attention_mask is None or not is_example_lengths(attention_mask):
         attended, _ = inner(module, query, key, value, attention_mask, **kwargs)
         return attended, None
-    lengths = attention_mask.flatten().tolist()
     window = kwargs.get("sliding_window")
+    if _why_example_by_example(module, query, value, capability, kwargs) is None:
+        row, scale = attention_mask.flatten(), kwargs.get("scaling")
+        return attend_at_once(query, key, value, row, window=window, scale=scale), None
+    lengths = attention_mask.flatten().tolist()
     outputs = []
     # `split`, not slices: its gradient is one concatenation, a slice's is a row full of zeros
     parts = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True)
@@ -153,6 +166,42 @@ def _attend(
         attended, _ = inner(module, q, k, v, mask, **kwargs)
         outputs.append(attended)  # (B, length, H, D)
     return torch.cat(outputs, dim=1), None
+
+
+def _why_example_by_example(
+    module: Any,
+    query: Tensor,
+    value: Tensor,
+    capability: tuple[int, int] | None,
+    kwargs: Mapping[str, Any],
+) -> str | None:
+    if query.device.type == "cuda":
+        capability = torch.cuda.get_device_capability(query.device)
+    causal = kwargs.get("is_causal")
+    return why_example_by_example(
+        capability,
+        query.dtype,
+        query.shape[-1],
+        value.shape[-1],
+        causal=getattr(module, "is_causal", True) if causal is None else bool(causal),
+        dropout=kwargs.get("dropout") or 0.0,
+    )
+
+
+def how_packed(model: Any) -> str | None:
+    """In words, how packed examples attend on the model's card; None where it is on none."""
+    device = next(model.parameters()).device
+    if device.type != "cuda" or not takes_example_lengths(model):
+        return None
+    config = model.config.get_text_config()
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    capability = torch.cuda.get_device_capability(device)
+    why = why_example_by_example(
+        capability, model.dtype, size, dropout=getattr(config, "attention_dropout", 0.0) or 0.0
+    )
+    if why is None:
+        return "packed examples attend in one call, told where each ends"
+    return f"packed examples attend one by one: {why}"
 
 
 def _window_mask(length: int, window: int, query: Tensor) -> Tensor:

@@ -115,6 +115,12 @@ def _sharding(config: RunConfig) -> Iterator[Contradiction]:
             "model.stream_layers = true: with model.shard_layers = true the layers wait in parts "
             "on the cards; keep one of them",
         )
+    if model.shard_layers and config.train.compile:
+        yield Contradiction(
+            (("train", "compile"), name),
+            "train.compile = true: what is compiled has not been held to layers in parts "
+            "(model.shard_layers = true); keep one of them",
+        )
 
 
 def _quantized_cache(config: RunConfig) -> Iterator[Contradiction]:

@@ -172,6 +172,10 @@ class TrainSettings(Settings):
     tiled_norms: bool = Field(
         False, description="RMSNorms in tiles, without fp32 copies of the residual stream"
     )
+    compile: bool = Field(
+        False,
+        description="norms and MLPs through torch.compile; same result but for rounding",
+    )
     loss_chunk_tokens: Annotated[int, Field(ge=1)] | None = Field(
         None, description="trained tokens whose logits exist at one time; null: about 64 MiB"
     )

@@ -87,3 +87,24 @@ def flash_backward_workspaces(query: torch.Tensor, key: torch.Tensor) -> dict[st
         expanded = batch * heads * key.shape[2] * head_size * key.element_size()
         sizes |= {"dk_expanded": expanded, "dv_expanded": expanded}
     return sizes
+
+
+def varlen_backward_workspaces(
+    query: torch.Tensor, key: torch.Tensor, examples: int
+) -> dict[str, int]:
+    """Name -> bytes of what the variable-length kernel's backward takes beside the gradients.
+
+    Args:
+        query: (T, H, D).
+        key: (S, heads of keys, D).
+        examples: In the row.
+    """
+    tokens, heads, head_size = query.shape
+    rows = tokens + 128 * examples
+    step = 32 if head_size <= 128 else 64
+    wide = math.ceil(head_size / step) * step
+    sizes = {"softmax_d": 4 * heads * rows, "dq_accum": 4 * rows * heads * wide}
+    if key.shape[1] != heads:
+        expanded = key.shape[0] * heads * head_size * key.element_size()
+        sizes |= {"dk_expanded": expanded, "dv_expanded": expanded}
+    return sizes

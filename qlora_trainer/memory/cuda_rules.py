@@ -8,11 +8,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.nn.attention.varlen  # registers its operators
 
 from qlora_trainer.memory.attention_workspaces import (
     efficient_backward_kernel,
     efficient_backward_workspace_bytes,
     flash_backward_workspaces,
+    varlen_backward_workspaces,
 )
 from qlora_trainer.memory.bitsandbytes_rules import uses_fused_kernel
 from qlora_trainer.memory.gpus import MIB, Gpu
@@ -54,6 +56,9 @@ class CudaRules:
         )
         rules[aten._scaled_dot_product_flash_attention.default] = self.flash_forward
         rules[aten._scaled_dot_product_flash_attention_backward.default] = self.flash_backward
+        varlen = torch.ops.torch_attn
+        rules[varlen._varlen_attn.default] = self.varlen_forward
+        rules[varlen._varlen_attn_backward.default] = self.varlen_backward
         rules[aten.native_dropout.default] = self.dropout
         rules.update(self._bitsandbytes())
         return rules
@@ -217,6 +222,29 @@ class CudaRules:
         held = [
             tracker.allocate(size, f"flash backward: {name}")
             for name, size in flash_backward_workspaces(query, key).items()
+        ]
+        for index in reversed(held):
+            tracker.free(index)
+        return result
+
+    def varlen_forward(self, tracker: AllocationTracker, func: Any, args: Any, kwargs: Any) -> Any:
+        """Output, log-sum-exp and two numbers of a random state that is not used."""
+        tracker.count_kernel("variable-length flash attention")
+        return func(*args, **kwargs)
+
+    def varlen_backward(self, tracker: AllocationTracker, func: Any, args: Any, kwargs: Any) -> Any:
+        """As `flash_backward`, over the row's tokens, with 128 rows more for every example.
+
+        Source: mha_varlen_bwd, aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp.
+        """
+        tracker.count_kernel("variable-length flash attention, backward")
+        query, key, starts = args[1], args[2], args[6]
+        result = func(*args, **kwargs)
+        for part in result:
+            tracker.adopt(part, func.__name__)
+        held = [
+            tracker.allocate(size, f"flash backward: {name}")
+            for name, size in varlen_backward_workspaces(query, key, starts.numel() - 1).items()
         ]
         for index in reversed(held):
             tracker.free(index)

@@ -8,7 +8,7 @@ process: beside storages, what the C library keeps for itself and what is mapped
 
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -98,7 +98,7 @@ def track_steps(
     tag_gradients(tracker, optimizer.parameters.values())
     tracker.mark(RESET_PEAK)
     model.train()
-    with tracker:
+    with tracker, _uncompiled():
         for step in range(steps):
             watch_step(
                 tracker,
@@ -157,11 +157,17 @@ def watched_step(
     tracker.mark(RESET_PEAK)
     tracker.follow_engine(("forward", "backward"))
     try:
-        with tracker:
+        with tracker, _uncompiled():
             yield
     finally:
         tracker.close()
     found.append(Trace(tracker.log).live())
+
+
+def _uncompiled() -> AbstractContextManager[None]:
+    """Let compiled modules run operator by operator: a kernel shows the tracker none of its own."""
+    stance: AbstractContextManager[None] = torch.compiler.set_stance("force_eager")
+    return stance
 
 
 def without_evaluation(trace: Trace) -> Trace:

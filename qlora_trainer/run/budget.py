@@ -21,6 +21,10 @@ _WINDOWS_NOTE = (
     "times slower: turn off sysmem fallback in the driver's panel; paged optimizer states count on "
     "the card there"
 )
+_COMPILED_NOTE = (
+    "train.compile = true: the step is foreseen operator by operator; what compiled kernels "
+    "save is not counted"
+)
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,7 @@ class Budget:
         gpu: The card.
         budget_bytes: For this process, its CUDA context included.
         paged_on_card: Managed memory counts on the card (Windows).
-        notes: Where the number comes from, and what the system makes of it.
+        notes: Where the number comes from, what the system makes of it, what is not counted.
         processes: How many make the run together, each on such a card.
     """
 
@@ -99,6 +103,7 @@ def budget_of(card: Card, run: RunConfig, *, platform: str = sys.platform) -> Bu
     """
     windows = platform == "win32"
     notes = [_WINDOWS_NOTE] if windows else []
+    notes += [_COMPILED_NOTE] if run.train.compile else []
     if card.free_bytes is not None:
         notes.insert(
             0, f"{format_bytes(card.free_bytes)} of the card for the run: {card.free_because}"

@@ -16,6 +16,7 @@ from qlora_trainer.export.merged import plain_model
 from qlora_trainer.export.serving import ServingNote
 from qlora_trainer.run.report import Reporter, rows_read, tensors_loaded
 from qlora_trainer.training import setup
+from qlora_trainer.training.compiled import require_compiler
 
 
 def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -43,6 +44,8 @@ def check(run: RunConfig, *, reporter: Reporter | None = None) -> GateReport:
         UserError: The data cannot be trained on: which rows, and what to do.
     """
     source = setup.open_model(run)
+    if run.train.compile:
+        require_compiler(source.device)
     return inspect(run, source, setup.open_data(run, source, rows_read(reporter or Reporter())))
 
 

@@ -18,6 +18,7 @@ from qlora_trainer.run.report import Reporter, rows_read, tensors_loaded
 from qlora_trainer.run.shares import idle_notes, require_agreement, require_passes, require_several
 from qlora_trainer.tasks.task import Task
 from qlora_trainer.training import setup
+from qlora_trainer.training.compiled import require_compiler
 from qlora_trainer.training.optimizer import AdapterAdamW
 from qlora_trainer.training.plan import TrainingPlan
 from qlora_trainer.training.processes import Processes
@@ -70,6 +71,8 @@ def prepare(
     require_several(run, processes.count)
     if processes.is_main:
         require_trackers(run.output.trackers)
+    if run.train.compile:
+        require_compiler(source.device)
     with processes.main_first():
         data = setup.open_data(run, source, rows_read(told))
     identity = {

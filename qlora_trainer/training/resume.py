@@ -43,6 +43,7 @@ MAY_CHANGE = (
     "train.beta2",
     "train.epsilon",
     "train.activations",
+    "train.compile",
     "train.loss_chunk_tokens",
 )
 

@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 
 from qlora_trainer.base.layers import decoder_layers, layer_count
-from qlora_trainer.base.packed_attention import takes_example_lengths, why_masked
+from qlora_trainer.base.packed_attention import how_packed, takes_example_lengths, why_masked
 from qlora_trainer.config.settings import RunConfig
 from qlora_trainer.data.encode import Encoder
 from qlora_trainer.data.rows import RecordEncoder, RowEncoder
@@ -23,6 +23,7 @@ from qlora_trainer.tasks.kind import TaskInputs, TaskKind
 from qlora_trainer.tasks.linear_cross_entropy import Regularized
 from qlora_trainer.tasks.task import Task
 from qlora_trainer.training.activations import Activation, plan_activations
+from qlora_trainer.training.compiled import compile_modules
 from qlora_trainer.training.feed import collate_rows, eval_batches, make_windows, references
 from qlora_trainer.training.open_data import (
     RunData,
@@ -153,7 +154,7 @@ def regularized(run: RunConfig) -> Regularized:
 def set_activations(
     run: RunConfig, model: Any, solved: Activation | Sequence[Activation] | None = None
 ) -> list[str]:
-    """Put the step's techniques on the model; keep, recompute or offload, layer by layer.
+    """Put the step's techniques on the model; keep, recompute or offload; compile what is left.
 
     Args:
         run: The settings.
@@ -168,6 +169,8 @@ def set_activations(
         wanted = "recompute" if solved is None else solved
     kept = apply_techniques(model, techniques(run))
     plan_activations(model, decoder_layers(model), wanted)
+    if run.train.compile:
+        kept += compile_modules(model)
     return kept
 
 
@@ -230,9 +233,12 @@ def notes(task: Task, optimizer: AdapterAdamW) -> Iterator[str]:
 
 
 def packing_notes(run: RunConfig, model: Any) -> Iterator[str]:
-    """What the user should know where packed rows keep their mask."""
+    """What the user should know of packed rows: their kernel on a card, or a mask they keep."""
     if not (run.data.packing and run.data.mask_free_packing):
         return
+    said = how_packed(model)
+    if said is not None:
+        yield said
     reason = None if takes_example_lengths(model) else why_masked(model, run.data.max_seq_len)
     if reason is not None:
         yield (

@@ -25,6 +25,13 @@ def test_layers_in_parts_cannot_keep_their_activations_nor_wait_on_the_host() ->
     assert "model.stream_layers = true: with model.shard_layers = true" in str(told.value)
 
 
+def test_layers_in_parts_are_not_compiled() -> None:
+    both = ["model.shard_layers=true", "train.compile=true"]
+    assert check_values(SMALLEST, overrides=both[1:], name="run").train.compile
+    with pytest.raises(UserError, match=r"train.compile = true: .*model.shard_layers = true"):
+        check_values(SMALLEST, overrides=both, name="run")
+
+
 @pytest.mark.parametrize("setting", ["label_smoothing", "z_loss"])
 def test_only_tasks_with_a_vocabulary_know_what_regularizes_its_loss(setting: str) -> None:
     given = [f"train.{setting}=0.1"]

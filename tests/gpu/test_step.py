@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from qlora_trainer.base.head import QuantizedHead
 from qlora_trainer.base.layers import decoder_layers
 from qlora_trainer.base.load import BaseSpec, load_base
+from qlora_trainer.base.packed_attention import example_lengths, use_packed_attention
 from qlora_trainer.lora.inject import adapter_parameters, inject_adapter
 from qlora_trainer.lora.spec import AdapterSpec
 from qlora_trainer.tasks.causal_lm import CausalLM
@@ -85,3 +86,16 @@ def test_a_quantized_head_multiplies_on_the_card_as_on_the_cpu(bits: int) -> Non
     torch.testing.assert_close(product.cpu(), here, rtol=1e-3, atol=1e-3)
     back = there.input_gradient(here.cuda())
     torch.testing.assert_close(back.cpu(), gradient, rtol=1e-3, atol=1e-3)
+
+
+def test_packed_examples_at_once_are_the_examples_alone(folder: Path) -> None:
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).cuda()
+    lengths = [40, 1, 70, 17]
+    rows = torch.arange(sum(lengths), device="cuda").split(lengths)
+    alone = torch.cat([model(input_ids=row[None], use_cache=False).logits for row in rows], dim=1)
+    assert use_packed_attention(model)
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    given = {"input_ids": torch.cat(rows)[None], "position_ids": positions.cuda()}
+    masked = {**given, "attention_mask": example_lengths(positions)}
+    packed = model(**masked, use_cache=False).logits
+    torch.testing.assert_close(packed, alone, rtol=5e-2, atol=5e-2)

@@ -1,5 +1,7 @@
 """Tiny models of the real architectures, and their real steps on this CPU."""
 
+from pathlib import Path
+
 import torch
 from transformers import (
     AutoModelForCausalLM,
@@ -10,7 +12,7 @@ from transformers import (
 )
 
 from qlora_trainer.base.layers import decoder_layers
-from qlora_trainer.base.load import BaseSpec, build_weightless_base, choose_attention
+from qlora_trainer.base.load import BaseSpec, build_weightless_base, choose_attention, load_base
 from qlora_trainer.lora.inject import adapter_parameters, inject_adapter
 from qlora_trainer.lora.spec import AdapterSpec
 from qlora_trainer.memory.measure import Measured, measure_steps
@@ -63,6 +65,15 @@ def real_steps(config, shape: RunShape) -> Measured:
         else:
             tensor.data.zero_()
     choose_attention(model, shape.base, torch.device("cpu"))
+    return steps_of(model, shape)
+
+
+def loaded_steps(folder: Path, shape: RunShape) -> Measured:
+    """Real steps of a checkpoint, loaded as a run loads it."""
+    return steps_of(load_base(folder, AutoModelForCausalLM, shape.base, torch.device("cpu")), shape)
+
+
+def steps_of(model, shape: RunShape) -> Measured:
     inject_adapter(model, shape.adapter, dtype=shape.adapter_dtype)
     apply_techniques(model, shape.techniques)
     plan_activations(model, decoder_layers(model), shape.activations)

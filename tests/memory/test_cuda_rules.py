@@ -6,6 +6,7 @@ from qlora_trainer.memory.attention_workspaces import (
     efficient_backward_kernel,
     efficient_backward_workspace_bytes,
     flash_backward_workspaces,
+    varlen_backward_workspaces,
 )
 from qlora_trainer.memory.bitsandbytes_rules import uses_fused_kernel
 from qlora_trainer.memory.cuda_rules import cublas_workspace_bytes
@@ -92,6 +93,14 @@ def test_flash_backward_expands_keys_of_grouped_queries():
     grouped = flash_backward_workspaces(query, query[:, :2])
     assert alone == {"softmax_d": 4 * 2 * 8 * 128, "dq_accum": 4 * 2 * 8 * 128 * 64}
     assert grouped["dk_expanded"] == grouped["dv_expanded"] == 2 * 8 * 100 * 64 * 2
+
+
+def test_the_variable_length_backward_takes_128_rows_more_for_every_example():
+    query = torch.zeros(100, 8, 160, device="meta", dtype=torch.bfloat16)
+    alone = varlen_backward_workspaces(query, query, 3)
+    grouped = varlen_backward_workspaces(query, query[:, :2], 3)
+    assert alone == {"softmax_d": 4 * 8 * 484, "dq_accum": 4 * 484 * 8 * 192}
+    assert grouped["dk_expanded"] == grouped["dv_expanded"] == 100 * 8 * 160 * 2
 
 
 def test_bitsandbytes_unpacks_the_weight_for_many_rows_only():

@@ -1,9 +1,13 @@
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from qlora_trainer.memory.measure import predict_cpu
 from qlora_trainer.training.techniques import Techniques
-from tests.memory.models import real_steps, run_shape, tiny_config
+from tests.memory.models import loaded_steps, real_steps, run_shape, tiny_config
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "qwen3"])
@@ -50,3 +54,54 @@ def test_a_base_with_attention_dropout_takes_the_kernel_that_builds_every_score(
     config.attention_dropout = 0.1
     predicted, real = predict_cpu(config, shape), real_steps(config, shape)
     assert predicted.peak_bytes == pytest.approx(real.allocated_bytes, rel=0.005)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint whose head outweighs what a step makes beside it."""
+    config = tiny_config("llama")
+    config.vocab_size = 6000
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("llama")
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(path)
+    return path
+
+
+def compared(folder, **base):
+    """Predicted and measured steps of the checkpoint, its base held otherwise."""
+    shape = run_shape(loss_chunk_tokens=16)
+    shape = replace(shape, base=replace(shape.base, **base))
+    config = tiny_config("llama")
+    config.vocab_size = 6000
+    return predict_cpu(config, shape), loaded_steps(folder, shape)
+
+
+HELD = ("embeddings and heads", "quantization state")
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_a_head_of_fewer_bits_takes_what_was_foreseen(folder, bits):
+    predicted, real = compared(folder, head_bits=bits)
+    # 0.06 % of so small a model is the batch: on a card a copy, gone before the backward
+    assert predicted.peak_bytes == pytest.approx(real.allocated_bytes, rel=0.001)
+    assert [predicted.by_component[name] for name in HELD] == [
+        real.by_component[name] for name in HELD
+    ]
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_head_of_fewer_bits_is_measured_smaller(folder, bits):
+    # The peak need not be: of a head as small as one tile, the tile is as large as the head.
+    whole, small = (
+        sum(compared(folder, head_bits=b)[1].by_component[name] for name in HELD)
+        for b in (16, bits)
+    )
+    saved = 6000 * 128 * (16 - bits) // 8
+    assert 0.95 * saved <= whole - small <= saved
+
+
+def test_streamed_layers_take_what_was_foreseen(folder):
+    predicted, real = compared(folder, stream_layers=True)
+    assert predicted.peak_bytes == pytest.approx(real.allocated_bytes, rel=0.001)
+    _, whole = compared(folder)
+    assert real.allocated_bytes < whole.allocated_bytes

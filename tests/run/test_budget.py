@@ -50,6 +50,17 @@ def test_windows_has_a_desktop_and_spills_and_counts_what_is_paged() -> None:
     assert there.total_bytes - here.total_bytes == here.paged_bytes > 0
 
 
+def test_that_savings_of_compiled_kernels_are_not_counted_is_said() -> None:
+    card = choose_card("rtx-3060-12gb", None)
+    plain, compiled = (
+        budget_of(card, run_for_model(MODEL, [f"train.compile={on}"]), platform="linux")
+        for on in ("false", "true")
+    )
+    (said,) = set(compiled.notes) - set(plain.notes)
+    assert "what compiled kernels save is not counted" in said
+    assert compiled.budget_bytes == plain.budget_bytes
+
+
 def test_what_is_said_to_be_free_is_not_shared_again() -> None:
     card = choose_card("rtx-3060-12gb", "7.5 GiB")
     budget = budget_of(card, run_for_model("m", ["memory.desktop_share=2 GiB"]), platform="linux")
