@@ -36,7 +36,17 @@ def contradictions(config: RunConfig) -> Iterator[Contradiction]:
     yield from _sharding(config)
     yield from _quantized_cache(config)
     yield from _warm_up(config)
+    yield from _mlp(config)
     yield from _task(config)
+
+
+def _mlp(config: RunConfig) -> Iterator[Contradiction]:
+    train = config.train
+    if train.mlp_keeps_inner and not train.fused_mlp:
+        yield Contradiction(
+            (("train", "mlp_keeps_inner"), ("train", "fused_mlp")),
+            "train.mlp_keeps_inner = True: is a choice of the fused MLP; set train.fused_mlp: true",
+        )
 
 
 def _held_out_rows(config: RunConfig) -> Iterator[Contradiction]:

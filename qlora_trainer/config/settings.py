@@ -169,12 +169,17 @@ class TrainSettings(Settings):
     mlp_tile_tokens: Annotated[int, Field(ge=16)] | None = Field(
         None, description="tokens the fused MLP computes at one time; null: all"
     )
+    mlp_keeps_inner: bool = Field(
+        False,
+        description="the fused MLP keeps what gate and up give, in layers that keep activations: "
+        "faster, for two tensors of the MLP's width a layer",
+    )
     tiled_norms: bool = Field(
         False, description="RMSNorms in tiles, without fp32 copies of the residual stream"
     )
     compile: bool = Field(
         False,
-        description="norms and MLPs through torch.compile; same result but for rounding",
+        description="norms and MLPs through torch.compile; no faster on a CPU, untried on a GPU",
     )
     loss_chunk_tokens: Annotated[int, Field(ge=1)] | None = Field(
         None, description="trained tokens whose logits exist at one time; null: about 64 MiB"

@@ -143,7 +143,9 @@ def adapter_dtype(run: RunConfig, compute_dtype: torch.dtype) -> torch.dtype:
 def techniques(run: RunConfig) -> Techniques:
     """What replaces modules of the model."""
     train = run.train
-    return Techniques(train.fused_mlp, train.mlp_tile_tokens, train.tiled_norms)
+    return Techniques(
+        train.fused_mlp, train.mlp_tile_tokens, train.tiled_norms, train.mlp_keeps_inner
+    )
 
 
 def regularized(run: RunConfig) -> Regularized:

@@ -1,3 +1,4 @@
+import functools
 from dataclasses import replace
 from pathlib import Path
 
@@ -67,6 +68,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@functools.cache
 def compared(folder, **base):
     """Predicted and measured steps of the checkpoint, its base held otherwise."""
     shape = run_shape(loss_chunk_tokens=16)
