@@ -43,19 +43,29 @@ def test_parts_name_known_contenders_and_begin_with_ours() -> None:
 def test_the_tables_show_every_contender_and_the_load(tmp_path, monkeypatch) -> None:
     from tables import common, step
 
-    figures = summarize([turn(1, 2), turn(1, 3)], [4.0, 4.0], 2.0)
-    turns = [{"ours": {"cores_busy_elsewhere": 0.25}, "peft": {"cores_busy_elsewhere": None}}]
+    turns = [turn(1, 2), turn(1, 3)]
+    for found in turns:
+        found["ours"]["cores_busy_elsewhere"], found["peft"]["cores_busy_elsewhere"] = 0.25, None
+    figures = summarize(turns, [4.0, 4.0], 2.0)
     settings = {"threads": 2, "data": None, "steps": 50}
     part = figures | {"settings": settings, "turns": turns}
+    keeping = [found | {"ours-own": found["ours"] | {"tokens_per_second": 16}} for found in turns]
+    own = summarize(keeping, [4.0, 4.0], 2.0) | {"settings": settings, "turns": keeping}
     left_out = {"ours": 8.0, "ours-without-fused-mlp": 6.0}
     memory = dict.fromkeys(left_out, 3 * 2**20)
     ablation = {"tokens_per_second": left_out, "peak_step_bytes": memory, "settings": settings}
-    parts = {"equal-1x512": part, "ablation-1x512": ablation, "same-losses": part}
+    parts = {
+        "equal-1x512": part,
+        "equal-4x512": own,
+        "ablation-1x512": ablation,
+        "same-losses": part,
+    }
     (tmp_path / "step.json").write_text(json.dumps(parts))
     monkeypatch.setattr(common, "RESULTS", tmp_path)
     table = step.step()
-    assert "| 135M, 1 x 512: ours, recomputing | 8 | - | 0 MiB | 50% |" in table
-    assert "| 135M, 1 x 512: PEFT, recomputing | 3 | 2.50 (2.00 to 3.00) | 0 MiB | - |" in table
+    assert "| 135M, 1 x 512: ours, recomputing | 8 | - | - | 0 MiB | 50% |" in table
+    assert "| 135M, 1 x 512: PEFT, recomputing | 3 | 2.50 (2.00 to 3.00) | - | 0 MiB | - |" in table
+    assert "PEFT, recomputing | 3 | 2.50 (2.00 to 3.00) | 5.00 (4.00 to 6.00) |" in table
     assert "0.0 to 0.2 of the cores busy" in table
     assert "50 steps from one fp32 adapter" in table
     assert "| without fused mlp | 6 | 3 MiB |" in step.step_ablation()
