@@ -15,9 +15,9 @@ from types import SimpleNamespace
 from typing import Any
 
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+
+from qlora_trainer.base.own_attention import replace_sdpa
 
 NAME = "sdpa_expanded"
 FIRST_WITH_GROUPS = (8, 0)
@@ -33,14 +33,7 @@ def use_expanded_attention(model: Any, compute_capability: tuple[int, int]) -> b
     Returns:
         Whether it does now.
     """
-    if compute_capability >= FIRST_WITH_GROUPS or model.config._attn_implementation != "sdpa":
-        return False
-    if not getattr(model, "_supports_attention_backend", False):
-        return False
-    AttentionInterface.register(NAME, attend_expanded)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
-    model.set_attn_implementation(NAME)
-    return True
+    return compute_capability < FIRST_WITH_GROUPS and replace_sdpa(model, NAME, attend_expanded)
 
 
 def attend_expanded(

@@ -1,9 +1,9 @@
 r"""Causal attention on a CPU in tiles of queries, by matrix products.
 
-torch's own kernel for a CPU (`_scaled_dot_product_flash_attention_for_cpu`) takes a quarter of a
-training step of a small model: without AMX it multiplies 16-bit numbers without the processor's
-16-bit instructions. oneDNN's batched products use them. So queries go in tiles of n tokens, each
-tile against the keys up to its own end, with s the scale:
+torch's own kernel for a CPU (`_scaled_dot_product_flash_attention_for_cpu`), without AMX,
+multiplies 16-bit numbers without the processor's 16-bit instructions. oneDNN's batched products use
+them (`scripts/benchmark_step.py --part ablation-1x512` says what it is worth). So queries go in
+tiles of n tokens, each tile against the keys up to its own end, with s the scale:
 
     S = s Q K^T                   (n, t)    fp32, -inf above the tile's diagonal
     P = softmax(S)                (n, t)    fp32, then 16 bit
@@ -17,10 +17,9 @@ Backward, with g = dL/dO; P is computed again:
 
 Saved: Q, K, V. Of the scores only a tile's n rows are ever alive (`TILE_ELEMENTS`), as in Rabe and
 Staats 2021 (arXiv:2112.05682); keys' gradients are summed over tiles in fp32. Scores stay in fp32
-between product and softmax, as in the kernel it replaces: rounded to 16 bit they would cost four
-times its error. Query heads that share a key head are rows of one product, so keys are never
-repeated. Given up: masks, dropout and windows (the model's `sdpa` takes those), and gradients of
-gradients.
+between product and softmax, as in the kernel it replaces, whose error a test holds it to. Query
+heads that share a key head are rows of one product, so keys are never repeated. Given up: masks,
+dropout and windows (the model's `sdpa` takes those), and gradients of gradients.
 
     B rows, H query heads, G key heads, R = H / G, T tokens, D head size
 """
@@ -31,15 +30,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+
+from qlora_trainer.base.own_attention import replace_sdpa
 
 NAME = "tiled"
 TILE_TOKENS = 64
 TILE_ELEMENTS = 2**22  # scores of one tile over all heads: 16 MiB in fp32
 _FEWEST_TOKENS = 8
 _DTYPE = torch.bfloat16
+# what a layer may hand on besides: added to scores, bending them, or keys that come from elsewhere
+_BEYOND = ("position_bias", "softcap", "cache", "s_aux")
 
 
 def chooses_tiles(attention: str | None, compute_dtype: torch.dtype) -> bool:
@@ -61,14 +62,7 @@ def use_tiled_attention(model: Any) -> bool:
     Returns:
         Whether it does now.
     """
-    if model.config._attn_implementation != "sdpa":
-        return False
-    if not getattr(model, "_supports_attention_backend", False):
-        return False
-    AttentionInterface.register(NAME, attend_in_tiles)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
-    model.set_attn_implementation(NAME)
-    return True
+    return replace_sdpa(model, NAME, attend_in_tiles)
 
 
 def leave_tiled_attention(model: Any) -> None:
@@ -83,31 +77,38 @@ def attend_in_tiles(
     key: Tensor,  # (B, G, T, D)
     value: Tensor,
     attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attend in tiles where that is what is asked for, otherwise as `sdpa`. -> (B, T, H, D)."""
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    if not takes_tiles(query, key, value, attention_mask, dropout, causal):
-        attended: tuple[Tensor, None] = sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
-            is_causal=is_causal, **kwargs,
-        )  # fmt: skip
-        return attended
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return tiled_attention(query, key, value, scale), None
+    if takes_tiles(module, query, key, value, attention_mask, **kwargs):
+        return tiled_attention(query, key, value, kwargs.get("scaling")), None
+    attended: tuple[Tensor, None] = sdpa_attention_forward(
+        module, query, key, value, attention_mask, **kwargs
+    )
+    return attended
 
 
 def takes_tiles(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float, causal: bool
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    **kwargs: Any,
 ) -> bool:
-    """Whether attention is plain and causal: whole sequences, no mask, no dropout, bf16."""
+    """Whether attention is plain and causal: whole sequences, no mask, no dropout, bf16.
+
+    Takes what an attention takes; nothing that changes scores (`_BEYOND`) may be among it.
+    """
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     return (
-        causal
-        and mask is None
+        bool(causal)
+        and attention_mask is None
         and not dropout
+        and all(kwargs.get(name) is None for name in _BEYOND)
         and query.dtype == _DTYPE
         and query.shape[2] == key.shape[2] > 1
         and query.shape[1] % key.shape[1] == 0
@@ -115,18 +116,21 @@ def takes_tiles(
     )
 
 
-def tiled_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+def tiled_attention(
+    query: Tensor, key: Tensor, value: Tensor, scale: float | None = None
+) -> Tensor:
     """Causal attention, recording its gradients.
 
     Args:
         query: (B, H, T, D).
         key: (B, G, T, D), and so is `value`.
         value: H is a multiple of G.
-        scale: Of the scores.
+        scale: Of the scores; None is 1 / sqrt(D).
 
     Returns:
         (B, T, H, D), in the dtype of `query`.
     """
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
     attended: Tensor = _TiledAttention.apply(query, key, value, scale)
     return attended
 

@@ -134,12 +134,11 @@ def attention_for(gpu: Gpu | None, *, in_tiles: bool = False) -> str:
         dropout: float = 0.0,
         scaling: float | None = None,
         is_causal: bool | None = None,
-        **_kwargs: Any,
+        **kwargs: Any,
     ) -> tuple[Tensor, None]:
-        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-        if in_tiles and takes_tiles(query, key, value, attention_mask, dropout, bool(causal)):
-            scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-            return tiled_attention(query, key, value, scale), None
+        choices = {"dropout": dropout, "is_causal": is_causal, **kwargs}
+        if in_tiles and takes_tiles(module, query, key, value, attention_mask, **choices):
+            return tiled_attention(query, key, value, scaling), None
         grouped = getattr(module, "num_key_value_groups", 1) > 1
         # before 8.0 `base/expanded_attention.py` repeats the keys, as no fused kernel knows groups
         early = gpu is not None and gpu.compute_capability < FIRST_WITH_GROUPS
@@ -147,6 +146,7 @@ def attention_for(gpu: Gpu | None, *, in_tiles: bool = False) -> str:
             key = repeat_kv(key, module.num_key_value_groups)
             value = repeat_kv(value, module.num_key_value_groups)
             grouped = False
+        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         causal = bool(causal) and query.shape[2] > 1 and attention_mask is None
         width = max(query.shape[-1], value.shape[-1])
         # sdp_utils_cpp.cpp: the CPU's one fused kernel takes any mask and grouping, no dropout

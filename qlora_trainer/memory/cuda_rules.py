@@ -215,17 +215,8 @@ class CudaRules:
         Source: mha_bwd, aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp.
         """
         tracker.count_kernel("flash attention, backward")
-        query, key = args[1], args[2]
-        result = func(*args, **kwargs)
-        for part in result:
-            tracker.adopt(part, func.__name__)
-        held = [
-            tracker.allocate(size, f"flash backward: {name}")
-            for name, size in flash_backward_workspaces(query, key).items()
-        ]
-        for index in reversed(held):
-            tracker.free(index)
-        return result
+        workspaces = flash_backward_workspaces(args[1], args[2])
+        return _flash_backward(tracker, func, args, kwargs, workspaces)
 
     def varlen_forward(self, tracker: AllocationTracker, func: Any, args: Any, kwargs: Any) -> Any:
         """Output, log-sum-exp and two numbers of a random state that is not used."""
@@ -239,13 +230,18 @@ class CudaRules:
         """
         tracker.count_kernel("variable-length flash attention, backward")
         query, key, starts = args[1], args[2], args[6]
-        result = func(*args, **kwargs)
-        for part in result:
-            tracker.adopt(part, func.__name__)
-        held = [
-            tracker.allocate(size, f"flash backward: {name}")
-            for name, size in varlen_backward_workspaces(query, key, starts.numel() - 1).items()
-        ]
-        for index in reversed(held):
-            tracker.free(index)
-        return result
+        workspaces = varlen_backward_workspaces(query, key, starts.numel() - 1)
+        return _flash_backward(tracker, func, args, kwargs, workspaces)
+
+
+def _flash_backward(
+    tracker: AllocationTracker, func: Any, args: Any, kwargs: Any, workspaces: Mapping[str, int]
+) -> Any:
+    """The gradients, and beside them for a moment the workspaces."""
+    result = func(*args, **kwargs)
+    for part in result:
+        tracker.adopt(part, func.__name__)
+    held = [tracker.allocate(size, f"flash backward: {name}") for name, size in workspaces.items()]
+    for index in reversed(held):
+        tracker.free(index)
+    return result

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import (
+    AutoModelForCausalLM,
     BertConfig,
     Gemma2Config,
     GPT2Config,
@@ -74,3 +75,14 @@ def save_tiny(tmp_path: Path) -> Callable[..., Path]:
         return folder
 
     return save
+
+
+def grouped_llama(dtype: torch.dtype = torch.float32) -> Any:
+    """A Llama of two query heads to a key head, evaluating, its attention `sdpa`."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    made = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=dtype)
+    return made.eval()

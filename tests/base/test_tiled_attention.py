@@ -6,18 +6,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from qlora_trainer.base import tiled_attention as module
 from qlora_trainer.base.packed_attention import use_packed_attention
 from qlora_trainer.base.tiled_attention import (
     NAME,
+    attend_in_tiles,
     chooses_tiles,
     leave_tiled_attention,
     takes_tiles,
     tiled_attention,
     use_tiled_attention,
 )
+from tests.base.conftest import grouped_llama
 
 SHAPES = [
     (1, 4, 2, 200, 32),  # several tiles, the last one short; two query heads a key head
@@ -43,10 +45,6 @@ def torch_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     ).transpose(1, 2)
 
 
-def in_tiles(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    return tiled_attention(query, key, value, query.shape[-1] ** -0.5)
-
-
 def outcomes(attend, tensors: list[Tensor]) -> list[Tensor]:
     out = attend(*tensors)
     slope = torch.randn(out.shape, generator=torch.Generator().manual_seed(6)).to(out.dtype)
@@ -56,7 +54,7 @@ def outcomes(attend, tensors: list[Tensor]) -> list[Tensor]:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_in_float64_outputs_and_gradients_are_torchs(shape):
     tensors = inputs(shape, torch.float64)
-    pairs = zip(outcomes(in_tiles, tensors), outcomes(torch_attention, tensors), strict=True)
+    pairs = zip(outcomes(tiled_attention, tensors), outcomes(torch_attention, tensors), strict=True)
     for ours, theirs in pairs:
         assert ours.shape == theirs.shape
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
@@ -65,7 +63,7 @@ def test_in_float64_outputs_and_gradients_are_torchs(shape):
 def test_gradients_are_those_of_the_function(monkeypatch):
     monkeypatch.setattr(module, "TILE_TOKENS", 3)
     tensors = inputs((1, 4, 2, 7, 4), torch.float64)
-    assert torch.autograd.gradcheck(in_tiles, tensors)
+    assert torch.autograd.gradcheck(tiled_attention, tensors)
 
 
 def distance(found: Tensor, exact: Tensor) -> float:
@@ -76,7 +74,9 @@ def distance(found: Tensor, exact: Tensor) -> float:
 def test_in_16_bit_it_errs_no_more_than_the_kernel_it_replaces(shape):
     tensors = inputs(shape, torch.bfloat16)
     exact = outcomes(torch_attention, [t.detach().double().requires_grad_() for t in tensors])
-    found = zip(outcomes(in_tiles, tensors), outcomes(torch_attention, tensors), exact, strict=True)
+    found = zip(
+        outcomes(tiled_attention, tensors), outcomes(torch_attention, tensors), exact, strict=True
+    )
     for ours, theirs, truth in found:
         assert ours.dtype == theirs.dtype == torch.bfloat16
         assert distance(ours, truth) <= 1.35 * distance(theirs, truth)
@@ -96,31 +96,40 @@ def test_only_a_tile_of_scores_is_alive(monkeypatch):
 
     tensors = inputs((1, 4, 2, 512, 8), torch.bfloat16)
     with Watch():
-        outcomes(in_tiles, tensors)
+        outcomes(tiled_attention, tensors)
     assert 4 * 16 * 512 * 4 <= largest < 4 * 512 * 512
 
 
 def test_what_is_not_plain_and_causal_is_left_to_torch():
+    layer = torch.nn.Module()
     query, key, value = inputs((1, 2, 2, 5, 4), torch.bfloat16)
-    assert takes_tiles(query, key, value, None, 0.0, True)
-    assert not takes_tiles(query, key, value, torch.ones(1, 1, 5, 5), 0.0, True)
-    assert not takes_tiles(query, key, value, None, 0.1, True)
-    assert not takes_tiles(query, key, value, None, 0.0, False)
-    assert not takes_tiles(query[:, :, -1:], key, value, None, 0.0, True)  # one token, a cache
-    assert not takes_tiles(query.float(), key.float(), value.float(), None, 0.0, True)
+
+    def taken(*tensors: Tensor, mask: Tensor | None = None, **given: object) -> bool:
+        return takes_tiles(layer, *(tensors or (query, key, value)), mask, **given)
+
+    assert taken(position_bias=None, sliding_window=3)  # a window with no mask hides nothing
+    assert not taken(mask=torch.ones(1, 1, 5, 5))
+    assert not taken(dropout=0.1)
+    assert not taken(is_causal=False)
+    assert not taken(softcap=30.0)
+    assert not taken(query[:, :, -1:], key, value)  # one token, a cache
+    assert not taken(query.float(), key.float(), value.float())
+
+
+def test_a_bias_of_positions_is_not_forgotten():
+    layer = torch.nn.Module()
+    query, key, value = inputs((1, 2, 2, 5, 4), torch.bfloat16)
+    bias = torch.linspace(-3, 3, 25).view(1, 1, 5, 5).to(torch.bfloat16)
+    ours, _ = attend_in_tiles(layer, query, key, value, None, position_bias=bias)
+    theirs, _ = sdpa_attention_forward(layer, query, key, value, None, position_bias=bias)
+    assert torch.equal(ours, theirs)
+    plain, _ = attend_in_tiles(layer, query, key, value, None)
+    assert not torch.equal(ours, plain)
 
 
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
-    made = AutoModelForCausalLM.from_config(
-        config, attn_implementation="sdpa", dtype=torch.bfloat16
-    )
-    return made.eval()
+    return grouped_llama(torch.bfloat16)
 
 
 @pytest.mark.parametrize("case", ["whole", "padded", "packed"])
