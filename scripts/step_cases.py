@@ -6,9 +6,9 @@ contender of a part has the same. Peers use scaled-dot-product attention, which 
 their eager one, and all threads. Adapters are bf16 for all but where a peer's own default (fp32)
 is the point.
 
-    equal-*     same recomputation, same batch, no packing; `ours-own` keeps all, in memory saved
-                elsewhere
+    equal-*     same recomputation, same batch, no packing; `ours-own` keeps all
     ablation    ours, and without one technique each
+    compile     ours with plain norms and MLPs, and the same with these compiled
     same-losses ours beside PEFT's plain path, fp32 adapters, on real rows; compared step by step
     real        instructions of real lengths: ours packed and tuned, Trainer as it comes, TRL tuned
 """
@@ -23,6 +23,8 @@ OURS: dict[str, Any] = {
     "kind": "ours", "techniques": TECHNIQUES, "adapter_dtype": "bfloat16",
     "loss_chunk_tokens": 64,
 }  # fmt: skip
+# what `train.compile` leaves to itself: plain norms and MLPs
+PLAIN: dict[str, Any] = {"techniques": ("fused_linear", "chunked_loss", "tiled_attention")}
 OWN_CHOICE = {"activations": "keep", "mlp_keeps_inner": True}  # nothing computed again
 PEER: dict[str, Any] = {"adapter_dtype": "bfloat16"}
 BF16 = {"bf16": True, "weight_decay": 0.0}
@@ -35,7 +37,8 @@ def without(technique: str) -> dict[str, Any]:
 
 CONTENDERS: dict[str, dict[str, Any]] = {
     "ours": OURS,
-    "ours-plain": OURS | {"techniques": ("fused_linear", "chunked_loss", "tiled_attention")},
+    "ours-plain": OURS | PLAIN,
+    "ours-compiled": OURS | PLAIN | {"compile": True},
     "ours-own": OURS | OWN_CHOICE,
     "ours-packed": OURS | OWN_CHOICE,
     **{f"ours-without-{t.replace('_', '-')}": without(t) for t in TECHNIQUES},
@@ -72,6 +75,7 @@ PARTS: dict[str, dict[str, Any]] = {
     "ablation-1x512": part(
         512, 1, ["ours", *(f"ours-without-{t.replace('_', '-')}" for t in TECHNIQUES)]
     ),
+    "compile-1x512": part(512, 1, ["ours-plain", "ours-compiled"]),
     "same-losses": part(256, 1, ["ours-fp32", "peft-fp32"], real=True),
     "real": part(1024, 1, ["ours-packed", "trainer-defaults", "trl-packed"], real=True),
 }

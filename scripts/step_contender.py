@@ -38,6 +38,7 @@ def run_ours(job: dict[str, Any]) -> dict[str, Any]:
     from qlora_trainer.tasks.causal_lm import CausalLM
     from qlora_trainer.tasks.loss_path import LossPath
     from qlora_trainer.training.activations import plan_activations
+    from qlora_trainer.training.compiled import compile_modules
     from qlora_trainer.training.optimizer import AdapterAdamW
     from qlora_trainer.training.step import train_step
     from qlora_trainer.training.techniques import Techniques, apply_techniques
@@ -60,6 +61,8 @@ def run_ours(job: dict[str, Any]) -> dict[str, Any]:
         use_packed_attention(model, job["tokens"])
     layers = decoder_layers(model)
     plan_activations(model, layers, activation_plan(job["activations"], len(layers)))
+    if job.get("compile"):
+        compile_modules(model)
     task = CausalLM.for_model(model, chunk_tokens=job.get("loss_chunk_tokens"))
     if "chunked_loss" not in on:
         task = CausalLM(LossPath(False, "left out by the benchmark"), task.takes_positions)

@@ -15,9 +15,7 @@ Left as they are, on purpose:
   compiled anew for every row.
 - torch's own norms (one kernel each) and norms that are trained.
 
-Measured on a CPU (SmolLM2-135M in NF4, 1 x 256 tokens, one thread, nothing recomputed, six pairs
-of steps in turn on a shared machine): 0.96 of the plain step's speed (0.82 to 1.02). A step there
-is products. No GPU has run it.
+What it is worth: `scripts/benchmark_step.py --part compile-1x512`. No GPU has run it.
 
 Foresight does not count what kernels save: it runs the operators one by one. So does the step that
 is measured beside it on a CPU (`memory/measure.py`).

@@ -67,7 +67,7 @@ def _times(turns: list[dict[str, Any]], one: str, other: str) -> str:
 
 
 def _said(parts: dict[str, Any]) -> str:
-    threads = next(iter(parts.values()))["settings"]["threads"]
+    threads = next(parts[name] for name in _SETTINGS if name in parts)["settings"]["threads"]
     said = (
         f"On {threads} cores, medians of turns that alternate; in brackets the least and the most "
         "of them. The ceiling is the time of the base's matrix products alone (forward, and the "
@@ -82,6 +82,11 @@ def _said(parts: dict[str, Any]) -> str:
         for figures in turn.values()
     ]
     said += f" Other programs kept {min(loads):.1f} to {max(loads):.1f} of the cores busy."
+    turns = [len(part["turns"]) for name, part in parts.items() if name in _SETTINGS]
+    said += f" Turns of a comparison: {min(turns)} to {max(turns)}."
+    if "compile-1x512" in parts:
+        times = _times(parts["compile-1x512"]["turns"], "ours-compiled", "ours-plain")
+        said += f" With `train.compile` the step of plain norms and MLPs is {times} times as fast."
     if "same-losses" in parts:
         part = parts["same-losses"]
         (apart,) = part["loss_difference"].values()

@@ -71,7 +71,7 @@ def distance(found: Tensor, exact: Tensor) -> float:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_in_16_bit_it_errs_no_more_than_the_kernel_it_replaces(shape):
+def test_in_16_bit_it_errs_about_as_little_as_the_kernel_it_replaces(shape):
     tensors = inputs(shape, torch.bfloat16)
     exact = outcomes(torch_attention, [t.detach().double().requires_grad_() for t in tensors])
     found = zip(

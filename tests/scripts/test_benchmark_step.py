@@ -54,7 +54,9 @@ def test_the_tables_show_every_contender_and_the_load(tmp_path, monkeypatch) -> 
     left_out = {"ours": 8.0, "ours-without-fused-mlp": 6.0}
     memory = dict.fromkeys(left_out, 3 * 2**20)
     ablation = {"tokens_per_second": left_out, "peak_step_bytes": memory, "settings": settings}
+    compiled = {"ours-plain": {"tokens_per_second": 4}, "ours-compiled": {"tokens_per_second": 3}}
     parts = {
+        "compile-1x512": {"turns": [compiled]},
         "equal-1x512": part,
         "equal-4x512": own,
         "ablation-1x512": ablation,
@@ -67,6 +69,8 @@ def test_the_tables_show_every_contender_and_the_load(tmp_path, monkeypatch) -> 
     assert "| 135M, 1 x 512: PEFT, recomputing | 3 | 2.50 (2.00 to 3.00) | - | 0 MiB | - |" in table
     assert "PEFT, recomputing | 3 | 2.50 (2.00 to 3.00) | 5.00 (4.00 to 6.00) |" in table
     assert "0.0 to 0.2 of the cores busy" in table
+    assert "Turns of a comparison: 2 to 2." in table
+    assert "norms and MLPs is 0.75 (0.75 to 0.75) times as fast" in table
     assert "50 steps from one fp32 adapter" in table
     assert "| without fused mlp | 6 | 3 MiB |" in step.step_ablation()
 
