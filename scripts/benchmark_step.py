@@ -1,18 +1,19 @@
 """Our training step beside the others', on this machine, in one run: speed, memory, loss.
 
     python scripts/benchmark_step.py --model FOLDER [--json FILE] [--peers peft,trainer,trl]
-                                     [--tokens 512] [--rows 1] [--steps 6] [--repeats 3]
+                                     [--tokens 512] [--rows 1] [--rounds 10]
     python scripts/benchmark_step.py --part NAME --model FOLDER --json FILE [--data FILE.jsonl]
 
 Without `--part`: ours with all techniques, without the fused MLP and the tiled norms
 (`ours-plain`), and the peers asked for, at equal settings. `step_cases.py` says what each part of
 the whole comparison and each contender is; a part is written into FILE beside those done earlier.
 
-The machine may be shared, so contenders take turns, each in a process of its own, and a ratio is
-the median over turns of ours and the peer's of the same turn; the spread is printed beside it. All
-start from the same adapter and see the same tokens. `ceiling_share` is the time of the step's
-matrix products alone, at the bf16 rate measured before and after our turn (the better of both),
-over the time of our step.
+All contenders are loaded at once, each in a process of its own, and take turns step by step
+(`step_rounds.py`): a round is one step of everybody, begun by another each time, after a first
+round that warms up. A ratio is the median over rounds of ours and the peer's step of the same
+round; least, most and quartiles stand beside it. All start from the same adapter and see the same
+tokens. A share of the ceiling is the time of the step's matrix products alone, at the bf16 rate
+measured just before and after the step (the mean of both), over the time of the step.
 """
 
 from __future__ import annotations
@@ -20,20 +21,25 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from figures_file import record
 from step_cases import CONTENDERS, PARTS, PEERS
-from steps import REPOSITORY, Stop, say, stop_with_message
+from step_ceiling import ProductRate, flops_per_token
+from step_figures import summarize
+from step_rounds import WARM_UP, SideBySide
+from steps import Stop, say, stop_with_message
 
 RANK = 16
+LONG = ("turns", "losses")  # in the file, not on the screen
+PACKAGES = ("torch", "transformers", "bitsandbytes", "peft", "trl", "accelerate")
 
 
 def make_adapter(model: Path, folder: Path) -> None:
@@ -56,103 +62,6 @@ def make_adapter(model: Path, folder: Path) -> None:
     save_adapter(net, spec, folder, base_source=str(model), task_type="CAUSAL_LM")
 
 
-def step_flops(model: Path, tokens: int) -> float:
-    """Operations of a step's products with the base: forward, and the gradient of the input.
-
-    Every token goes through every linear layer and the head; adapters and attention are left out,
-    so the ceiling is no better than it is.
-    """
-    from transformers import AutoConfig
-
-    c: Any = AutoConfig.from_pretrained(model).get_text_config()
-    head = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-    query, key = c.num_attention_heads * head, c.num_key_value_heads * head
-    layer = c.hidden_size * (2 * query + 2 * key) + 3 * c.hidden_size * c.intermediate_size
-    weights = c.num_hidden_layers * layer + c.hidden_size * c.vocab_size
-    return 2.0 * 2.0 * tokens * weights
-
-
-def matmul_rate(model: Path, tokens: int, threads: int) -> float:
-    """Operations per second of bf16 products in the model's own MLP shape, the best of a few."""
-    import torch
-    from transformers import AutoConfig
-
-    c: Any = AutoConfig.from_pretrained(model).get_text_config()
-    torch.set_num_threads(threads)
-    x = torch.randn(tokens, c.hidden_size).bfloat16()
-    weight = torch.randn(c.intermediate_size, c.hidden_size).bfloat16()
-    best = 0.0
-    for _ in range(5):
-        began = time.perf_counter()
-        for _ in range(4):
-            torch.nn.functional.linear(x, weight)
-        done = 4 * 2.0 * tokens * c.hidden_size * c.intermediate_size
-        best = max(best, done / (time.perf_counter() - began))
-    return best
-
-
-def run_contender(job: Mapping[str, Any]) -> dict[str, Any]:
-    """One contender's turn.
-
-    Raises:
-        Stop: It failed; its own last lines say how.
-    """
-    environment = {
-        **os.environ,
-        "HF_HUB_OFFLINE": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        "OMP_NUM_THREADS": str(job["threads"]),
-    }
-    command = [sys.executable, str(REPOSITORY / "scripts" / "step_contender.py"), json.dumps(job)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        last = "\n".join(done.stderr.strip().splitlines()[-5:])
-        raise Stop(f"{job['contender']} failed:\n{last}")
-    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return found
-
-
-def summarize(
-    turns: Sequence[Mapping[str, Mapping[str, Any]]], rates: Sequence[float], flops: float
-) -> dict[str, Any]:
-    """Medians of all turns, ratios of pairs, and the share of the ceiling.
-
-    Args:
-        turns: Contender -> its figures, turn by turn; the first is ours.
-        rates: Measured product rate of each turn, operations per second.
-        flops: Of a step's products.
-    """
-    names = list(turns[0])
-    ours = names[0]
-    speeds = {n: [float(turn[n]["tokens_per_second"]) for turn in turns] for n in names}
-    pairs = {
-        name: [own / theirs for own, theirs in zip(speeds[ours], speeds[name], strict=True)]
-        for name in names[1:]
-    }
-    peaks = {n: [float(turn[n]["peak_step_bytes"]) for turn in turns] for n in names}
-    shares = [
-        flops / rate / turn[ours]["step_seconds"] for rate, turn in zip(rates, turns, strict=True)
-    ]
-    return {
-        "tokens_per_second": {n: statistics.median(s) for n, s in speeds.items()},
-        "peak_step_bytes": {n: statistics.median(p) for n, p in peaks.items()},
-        "final_loss": {n: turns[-1][n]["losses"][-1] for n in names},
-        "times_faster": {n: statistics.median(ratios) for n, ratios in pairs.items()},
-        "spread": {n: [min(ratios), max(ratios)] for n, ratios in pairs.items()},
-        "memory_share": {
-            n: statistics.median(peaks[ours]) / statistics.median(peaks[n]) for n in names[1:]
-        },
-        "ceiling_share": statistics.median(shares),
-        "loss_difference": {n: _apart(turns[-1][ours], turns[-1][n]) for n in names[1:]},
-    }
-
-
-def _apart(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> float:
-    """The largest relative difference of two losses of the same step (Trainer shuffles rows)."""
-    pairs = zip(ours["losses"], theirs["losses"], strict=False)
-    return max(abs(a - b) / abs(b) for a, b in pairs)
-
-
 def installed(contenders: Sequence[str]) -> list[str]:
     """Contenders that can run here; one whose package is not installed is named and left out."""
     found = []
@@ -167,7 +76,7 @@ def installed(contenders: Sequence[str]) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run everybody in turns and print or write the figures."""
+    """Run everybody in rounds and print or write the figures."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", type=Path, required=True, help="folder of a base model")
     parser.add_argument("--json", type=Path, help="write the figures here")
@@ -175,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--peers", default=",".join(PEERS), help="of peft, trainer, trl")
     parser.add_argument("--data", type=Path, help="instructions, for the parts on real data")
     parser.add_argument("--activations", choices=("keep", "recompute"), default="recompute")
-    for name, value in (("tokens", 512), ("rows", 1), ("steps", 6), ("repeats", 3)):
+    for name, value in (("tokens", 512), ("rows", 1), ("rounds", 10)):
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     given = parser.parse_args(arguments)
@@ -195,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             content = _compare(given, installed(contenders), Path(scratch), real)
     except Stop as error:
         return stop_with_message(error)
-    print(json.dumps({k: v for k, v in content.items() if k != "turns"}, indent=2))
+    print(json.dumps({k: v for k, v in content.items() if k not in LONG}, indent=2))
     if given.json is not None:
         if given.part:
             record(given.json, given.part, content, [*PARTS])
@@ -230,26 +139,25 @@ def _compare(
     make_adapter(given.model, scratch)
     job = {
         "model": str(given.model), "adapter": str(scratch), "tokens": given.tokens,
-        "rows": given.rows, "steps": given.steps, "threads": given.threads,
+        "rows": given.rows, "steps": WARM_UP + given.rounds, "threads": given.threads,
         "activations": given.activations, "data": str(given.data) if real else None,
     }  # fmt: skip
-    tokens = given.tokens * given.rows
-    turns, rates = [], []
-    for number in range(given.repeats):
-        say(f"turn {number + 1} of {given.repeats}: {', '.join(contenders)}")
-        turn, rate = {}, matmul_rate(given.model, tokens, given.threads)
-        for name in contenders:
-            turn[name] = run_contender({**job, **CONTENDERS[name], "contender": name})
-            if not rates[number:]:
-                rates.append(max(rate, matmul_rate(given.model, tokens, given.threads)))
-        turns.append(turn)
-    found = summarize(turns, rates, step_flops(given.model, tokens))
+    jobs = {name: {**job, **CONTENDERS[name], "contender": name} for name in contenders}
+    rate = ProductRate(given.model, given.tokens * given.rows, given.threads)
+    rounds = []
+    with SideBySide(jobs) as everybody:
+        for number in range(job["steps"]):
+            rounds.append(everybody.round(number, rate))
+            said = (f"{n} {found['step_seconds']:.2f} s" for n, found in rounds[-1].items())
+            say(f"round {number} of {given.rounds}: {', '.join(said)}")
+    found = summarize(rounds[:WARM_UP], rounds[WARM_UP:], flops_per_token(given.model))
     settings = {name: value for name, value in job.items() if name not in ("adapter", "model")}
     settings |= {"model": given.model.name, "data": given.data.parent.name if real else None}
-    described = {name: {**CONTENDERS[name]} for name in contenders}
     return {
-        **found, "settings": settings | {"rank": RANK}, "contenders": described,
-        "products_per_second": rates, "turns": turns,
+        **found, "settings": settings | {"rank": RANK, "rounds": given.rounds},
+        "contenders": {name: CONTENDERS[name] for name in contenders},
+        "versions": {name: version(name) for name in PACKAGES if find_spec(name)},
+        "turns": rounds[WARM_UP:],
     }  # fmt: skip
 
 

@@ -26,8 +26,9 @@ OURS: dict[str, Any] = {
 # what `train.compile` leaves to itself: plain norms and MLPs
 PLAIN: dict[str, Any] = {"techniques": ("fused_linear", "chunked_loss", "tiled_attention")}
 OWN_CHOICE = {"activations": "keep", "mlp_keeps_inner": True}  # nothing computed again
-PEER: dict[str, Any] = {"adapter_dtype": "bfloat16"}
+PEER: dict[str, Any] = {"adapter_dtype": "bfloat16", "attention": "sdpa"}
 BF16 = {"bf16": True, "weight_decay": 0.0}
+SAME_ROWS = {"train_sampling_strategy": "sequential"}  # Trainer's own order is a random one
 
 
 def without(technique: str) -> dict[str, Any]:
@@ -44,11 +45,11 @@ CONTENDERS: dict[str, dict[str, Any]] = {
     **{f"ours-without-{t.replace('_', '-')}": without(t) for t in TECHNIQUES},
     "peft": PEER | {"kind": "peft"},
     "ours-fp32": OURS | {"adapter_dtype": "float32"},
-    "peft-fp32": {"kind": "peft", "adapter_dtype": "float32"},
-    "trainer": PEER | {"kind": "trainer", "arguments": BF16},
-    "trl": PEER | {"kind": "trl", "arguments": BF16},
+    "peft-fp32": PEER | {"kind": "peft", "adapter_dtype": "float32"},
+    "trainer": PEER | {"kind": "trainer", "arguments": BF16 | SAME_ROWS},
+    "trl": PEER | {"kind": "trl", "arguments": BF16 | SAME_ROWS},
     # as they come: batches of 8, padded; PEFT's fp32 adapters; nothing computed again
-    "trainer-defaults": {
+    "trainer-defaults": PEER | {
         "kind": "trainer", "adapter_dtype": "float32", "activations": "keep", "arguments": {},
     },
     # its best: packed rows, its chunked loss (the default), nothing computed again

@@ -1,11 +1,11 @@
-"""One contender of `benchmark_step.py`, in a process of its own: some steps, timed and weighed.
+"""One contender of `benchmark_step.py`, in a process of its own: a step whenever it is let.
 
     python scripts/step_contender.py '{"contender": "ours", "kind": "ours", "model": ..., ...}'
 
-Prints one line of JSON. Every contender trains the same NF4 base (double quantization, bf16), the
-same adapter on all linear layers, from the same first values, on the same tokens, with AdamW at a
-fixed learning rate and no dropout. PEFT's weights are quantized by bitsandbytes and multiplied by
-its own kernels; Trainer and SFTTrainer run on PEFT's model.
+`step_gate.py` says when it steps and what it answers. Every contender trains the same NF4 base
+(double quantization, bf16), the same adapter on all linear layers, from the same first values, on
+the same tokens, with AdamW at a fixed learning rate and no dropout. PEFT's weights are quantized by
+bitsandbytes and multiplied by its own kernels; Trainer and SFTTrainer run on PEFT's model.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
-import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from step_data import Batch, made_up_rows, packed_batches, real_examples
-from step_figures import Resident, figures, timed
+from step_gate import Gate
 
 CPU = torch.device("cpu")
 WIDE = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def run_ours(job: dict[str, Any]) -> dict[str, Any]:
+def run_ours(job: dict[str, Any], gate: Gate) -> None:
     """Our step with the techniques the job names."""
     from transformers import AutoModelForCausalLM
 
@@ -68,17 +68,29 @@ def run_ours(job: dict[str, Any]) -> dict[str, Any]:
         task = CausalLM(LossPath(False, "left out by the benchmark"), task.takes_positions)
     optimizer = AdapterAdamW(adapter_parameters(model), kind="adamw", weight_decay=0.0)
     model.train()
-    losses: list[float] = []
+    done = 0
 
-    def step(batch: Batch) -> None:
+    def step(batch: Batch) -> float:
+        nonlocal done
         result = train_step(
             model, [task.prepare(batch)], task=task, optimizer=optimizer, learning_rate=1e-4,
-            device=CPU, step=len(losses),
+            device=CPU, step=done,
         )  # fmt: skip
         give_back_free_memory()  # as our loop does
-        losses.append(float(result.loss))
+        done += 1
+        return float(result.loss)
 
-    return timed(step, _batches(job, model.config.vocab_size), losses)
+    _one_by_one(step, _batches(job, model.config.vocab_size), gate)
+
+
+def _one_by_one(step: Callable[[Batch], float], batches: list[Batch], gate: Gate) -> None:
+    """A step whenever the gate opens."""
+    for batch in batches:
+        gate.begin()
+        loss = step(batch)
+        gate.end()
+        gate.say(loss=loss, tokens=batch["input_ids"].numel())
+    gate.leave()
 
 
 def activation_plan(activations: str, layers: int) -> Any:
@@ -104,7 +116,7 @@ def peft_model(job: dict[str, Any]) -> Any:
     )  # fmt: skip
     base = AutoModelForCausalLM.from_pretrained(
         job["model"], quantization_config=config, dtype=torch.bfloat16, device_map={"": "cpu"},
-        attn_implementation="sdpa", local_files_only=True,
+        attn_implementation=job["attention"], local_files_only=True,
     )  # fmt: skip
     base.config.use_cache = False
     # PEFT's own default casts the adapter to fp32.
@@ -118,39 +130,41 @@ def peft_model(job: dict[str, Any]) -> Any:
     return model.train()
 
 
-def run_peft(job: dict[str, Any]) -> dict[str, Any]:
+def run_peft(job: dict[str, Any], gate: Gate) -> None:
     """The loop a user would write by hand."""
     model = peft_model(job)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.0)
-    losses: list[float] = []
 
-    def step(batch: Batch) -> None:
+    def step(batch: Batch) -> float:
         loss = model(**batch).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(loss.item())
+        return float(loss.item())
 
-    return timed(step, _batches(job, model.config.vocab_size), losses)
+    _one_by_one(step, _batches(job, model.config.vocab_size), gate)
 
 
-def run_trainer(job: dict[str, Any]) -> dict[str, Any]:
-    """Transformers' Trainer, or TRL's; timed from its own callbacks."""
+def run_trainer(job: dict[str, Any], gate: Gate) -> None:
+    """Transformers' Trainer, or TRL's; let through and timed from its own callbacks."""
     from transformers import TrainerCallback
 
-    seconds: list[float] = []
-    counts: list[int] = []
+    counts: list[int] = []  # of batches, which are made ahead of their steps
 
-    class Stamp(TrainerCallback):  # type: ignore[misc]
-        """Notes when steps begin and end."""
+    class Turnstile(TrainerCallback):  # type: ignore[misc]
+        """Waits before a step, and says what it was when its loss is known."""
 
         def on_step_begin(self, *_: Any, **__: Any) -> None:
-            seconds.append(-time.perf_counter())
+            gate.begin()
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            seconds[-1] += time.perf_counter()
+            gate.end()
+
+        def on_log(self, _: Any, state: Any, *__: Any, logs: dict[str, float], **___: Any) -> None:
+            if "loss" in logs:
+                gate.say(loss=logs["loss"], tokens=counts[state.global_step - 1])
 
     with tempfile.TemporaryDirectory() as folder:
         trainer = _trainer(job, peft_model(job), folder)
@@ -163,11 +177,9 @@ def run_trainer(job: dict[str, Any]) -> dict[str, Any]:
             return batch
 
         trainer.data_collator = counted
-        trainer.add_callback(Stamp())
-        with Resident() as resident:
-            trainer.train()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    return figures(seconds, counts[: len(seconds)], resident, losses)
+        trainer.add_callback(Turnstile())
+        trainer.train()
+        gate.leave()
 
 
 def _trainer(job: dict[str, Any], model: Any, folder: str) -> Any:
@@ -206,7 +218,7 @@ def main() -> int:
     job = json.loads(sys.argv[1])
     torch.set_num_threads(job["threads"])
     run = {"ours": run_ours, "peft": run_peft}.get(job["kind"], run_trainer)
-    print("\n" + json.dumps(run(job)), flush=True)
+    run(job, Gate())
     return 0
 
 

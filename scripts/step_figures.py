@@ -1,80 +1,71 @@
-"""Steps timed and weighed, alike for every contender of `benchmark_step.py`."""
+"""What the rounds of `benchmark_step.py` add up to: medians, ratios of one round, their spread."""
 
 from __future__ import annotations
 
 import statistics
-import threading
-import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import psutil
-from benchmark_export import busy_seconds
-from step_data import Batch
+Round = Mapping[str, Mapping[str, Any]]
 
 
-def timed(step: Any, batches: list[Batch], losses: list[float]) -> dict[str, Any]:
-    """Run every batch; the first step warms up and is not timed."""
-    seconds = []
-    with Resident() as resident:
-        for batch in batches:
-            began = time.perf_counter()
-            step(batch)
-            seconds.append(time.perf_counter() - began)
-    return figures(seconds, [batch["input_ids"].numel() for batch in batches], resident, losses)
+def summarize(warm_up: Sequence[Round], rounds: Sequence[Round], flops: float) -> dict[str, Any]:
+    """The figures of a part.
 
-
-class Resident:
-    """The most resident memory inside the block, above what stood before it; and who computed.
-
-    Attributes:
-        cores_busy_elsewhere: Mean of the cores other programs used meanwhile; None where the
-            system does not say.
+    Args:
+        warm_up: Contender -> what its step took, round by round; for losses and memory alone.
+        rounds: The same of the rounds that count; the first contender is ours.
+        flops: Of the base's products per token, for the share of the ceiling.
     """
-
-    cores_busy_elsewhere: float | None = None
-
-    def __enter__(self) -> Resident:
-        self._began, self._own, self._busy = (
-            time.perf_counter(),
-            time.process_time(),
-            busy_seconds(),
-        )
-        self._process = psutil.Process()
-        self._before = self._highest = self._process.memory_info().rss
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-        return self
-
-    def _watch(self) -> None:
-        while not self._done.wait(0.005):
-            self._highest = max(self._highest, self._process.memory_info().rss)
-
-    def __exit__(self, *_: object) -> None:
-        self._done.set()
-        self._thread.join()
-        self._highest = max(self._highest, self._process.memory_info().rss)
-        busy = busy_seconds()
-        if self._busy is not None and busy is not None:
-            others = busy - self._busy - (time.process_time() - self._own)
-            self.cores_busy_elsewhere = max(0.0, others) / (time.perf_counter() - self._began)
-
-    @property
-    def grown_bytes(self) -> int:
-        """Highest minus what stood before."""
-        return self._highest - self._before
-
-
-def figures(
-    seconds: list[float], counts: list[int], resident: Resident, losses: list[float]
-) -> dict[str, Any]:
-    """What the benchmark compares; the first step has warmed up where there is another."""
-    first = 1 if len(seconds) > 1 else 0
-    each = [a / b for a, b in zip(counts[first:], seconds[first:], strict=True)]
+    names = list(rounds[0])
+    ours = names[0]
+    ratios = {name: ratios_of(rounds, ours, name) for name in names[1:]}
+    every = [*warm_up, *rounds]
+    peaks = {n: max(steps[n]["peak_step_bytes"] for steps in every) for n in names}
+    losses = {n: [steps[n]["loss"] for steps in every] for n in names}
+    shares = {n: statistics.median(_shares(rounds, n, flops)) for n in names}
     return {
-        "step_seconds": statistics.median(seconds[first:]),
-        "tokens_per_second": statistics.median(each),
-        "peak_step_bytes": resident.grown_bytes,
-        "cores_busy_elsewhere": resident.cores_busy_elsewhere,
+        "tokens_per_second": {
+            n: statistics.median(steps[n]["tokens_per_second"] for steps in rounds) for n in names
+        },
+        "peak_step_bytes": peaks,
+        "final_loss": {n: losses[n][-1] for n in names},
+        "times_faster": {n: statistics.median(found) for n, found in ratios.items()},
+        "spread": {n: [min(found), max(found)] for n, found in ratios.items()},
+        "quartiles": {n: quartiles(found) for n, found in ratios.items()},
+        "memory_share": {n: peaks[ours] / peaks[n] for n in names[1:]},
+        "ceiling_share": shares[ours],
+        "ceiling_shares": shares,
+        "loss_difference": {n: apart(losses[ours], losses[n]) for n in names[1:]},
         "losses": losses,
     }
+
+
+def ratios_of(rounds: Sequence[Round], one: str, other: str) -> list[float]:
+    """How many times as many tokens per second, round by round."""
+    return [steps[one]["tokens_per_second"] / steps[other]["tokens_per_second"] for steps in rounds]
+
+
+def quartiles(values: Sequence[float]) -> list[float]:
+    """Between which the middle half lies.
+
+    >>> quartiles([1.0, 2.0, 3.0, 4.0, 5.0]), quartiles([2.0])
+    ([2.0, 4.0], [2.0, 2.0])
+    """
+    if len(values) == 1:
+        return [values[0], values[0]]
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+    return [low, high]
+
+
+def apart(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    """The largest relative difference of two losses of the same step."""
+    return max(abs(a - b) / abs(b) for a, b in zip(ours, theirs, strict=True))
+
+
+def _shares(rounds: Sequence[Round], name: str, flops: float) -> list[float]:
+    steps = [found[name] for found in rounds]
+    return [
+        flops * step["tokens"] / step["products_per_second"] / step["step_seconds"]
+        for step in steps
+    ]

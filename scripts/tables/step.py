@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 from typing import Any
+
+from step_figures import quartiles, ratios_of
 
 from tables.common import markdown, result
 
@@ -42,11 +45,10 @@ def _rows(name: str, part: dict[str, Any]) -> list[list[str]]:
     rows = []
     speeds = part["tokens_per_second"]
     first = next(iter(speeds))
+    shares = part.get("ceiling_shares", {first: part["ceiling_share"]})
     for contender, speed in speeds.items():
         is_peer = not contender.startswith("ours")
         own = _OWN in speeds and is_peer
-        # of real rows nobody knows beforehand how many products they need
-        ceiling = contender == first and not part["settings"]["data"]
         rows.append(
             [
                 f"{_SETTINGS[name]}: {_NAMES[contender]}",
@@ -54,25 +56,26 @@ def _rows(name: str, part: dict[str, Any]) -> list[list[str]]:
                 _times(part["turns"], first, contender) if is_peer else "-",
                 _times(part["turns"], _OWN, contender) if own else "-",
                 f"{part['peak_step_bytes'][contender] / MIB:,.0f} MiB",
-                f"{part['ceiling_share']:.0%}" if ceiling else "-",
+                f"{shares[contender]:.0%}" if contender in shares else "-",
             ]
         )
     return rows
 
 
-def _times(turns: list[dict[str, Any]], one: str, other: str) -> str:
-    """How many times as fast, turn by turn: the median, and in brackets the least and the most."""
-    pairs = [turn[one]["tokens_per_second"] / turn[other]["tokens_per_second"] for turn in turns]
-    return f"{statistics.median(pairs):.2f} ({min(pairs):.2f} to {max(pairs):.2f})"
+def _times(turns: Sequence[Any], one: str, other: str) -> str:
+    """How many times as fast, round by round: the median, and in brackets the quartiles."""
+    ratios = ratios_of(turns, one, other)
+    low, high = quartiles(ratios)
+    return f"{statistics.median(ratios):.2f} ({low:.2f} to {high:.2f})"
 
 
 def _said(parts: dict[str, Any]) -> str:
     threads = next(parts[name] for name in _SETTINGS if name in parts)["settings"]["threads"]
     said = (
-        f"On {threads} cores, medians of turns that alternate; in brackets the least and the most "
-        "of them. The ceiling is the time of the base's matrix products alone (forward, and the "
-        "gradient of the input), at the rate measured in the same run; recomputing does half as "
-        "many again."
+        f"On {threads} cores, medians of rounds in which everybody takes a step in turn; in "
+        "brackets the quartiles of the rounds' ratios. The ceiling is the time of the base's "
+        "matrix products alone (forward, and the gradient of the input), at the rate measured "
+        "beside each step; recomputing does half as many again."
     )
     loads = [
         figures["cores_busy_elsewhere"] or 0.0
@@ -83,7 +86,7 @@ def _said(parts: dict[str, Any]) -> str:
     ]
     said += f" Other programs kept {min(loads):.1f} to {max(loads):.1f} of the cores busy."
     turns = [len(part["turns"]) for name, part in parts.items() if name in _SETTINGS]
-    said += f" Turns of a comparison: {min(turns)} to {max(turns)}."
+    said += f" Rounds of a comparison: {min(turns)} to {max(turns)}."
     if "compile-1x512" in parts:
         times = _times(parts["compile-1x512"]["turns"], "ours-compiled", "ours-plain")
         said += f" With `train.compile` the step of plain norms and MLPs is {times} times as fast."
@@ -91,8 +94,9 @@ def _said(parts: dict[str, Any]) -> str:
         part = parts["same-losses"]
         (apart,) = part["loss_difference"].values()
         said += (
-            f" {part['settings']['steps']} steps from one fp32 adapter on the instructions: no "
-            f"step's loss is more than {apart:.2%} from PEFT's."
+            f" {part['settings']['steps']} steps from one fp32 adapter on the instructions, packed "
+            f"to {part['settings']['tokens']:,} tokens: no step's loss is more than {apart:.2%} "
+            "from PEFT's."
         )
     return said
 
@@ -120,7 +124,18 @@ def step_ablation() -> str:
             [
                 "all techniques" if name == "ours" else f"without {left_out}",
                 f"{speed:,.0f}",
+                "-" if name == "ours" else _worth(part["turns"], name),
                 f"{part['peak_step_bytes'][name] / MIB:,.0f} MiB",
             ]
         )
-    return markdown(["135M, 1 x 512, recomputing", "tokens/s", "peak over the base"], rows)
+    head = ["135M, 1 x 512, recomputing", "tokens/s", "all over it", "peak over the base"]
+    return (
+        f"{markdown(head, rows)}\n\nMedians of {len(part['turns'])} rounds; in brackets the "
+        "quartiles. Where 1 lies between them the technique's worth in speed is within the noise."
+    )
+
+
+def _worth(turns: Sequence[Any], without: str) -> str:
+    low, high = quartiles(ratios_of(turns, "ours", without))
+    noise = ", within the noise" if low <= 1 <= high else ""
+    return f"{_times(turns, 'ours', without)}{noise}"

@@ -4,30 +4,56 @@ import json
 
 import pytest
 import torch
-from benchmark_step import main, step_flops, summarize
+from benchmark_step import main
 from step_cases import CONTENDERS, PARTS, TECHNIQUES
+from step_ceiling import flops_per_token
 from step_contender import activation_plan
+from step_figures import ratios_of, summarize
+from step_rounds import turned
 from transformers import LlamaConfig, LlamaForCausalLM
 
 
-def turn(ours: float, peft: float) -> dict:
-    made = {"peak_step_bytes": 100, "losses": [2.0, 1.0]}
+def made(ours: float, peft: float, loss: float = 1.0, peak: int = 100) -> dict:
+    """A round of steps of 8 tokens, by their seconds."""
+    other = {"tokens": 8, "peak_step_bytes": peak, "loss": loss, "products_per_second": 4.0}
     seconds = {"ours": ours, "peft": peft}
     return {
-        name: {"step_seconds": taken, "tokens_per_second": 8 / taken, **made}
+        name: {"step_seconds": taken, "tokens_per_second": 8 / taken, **other}
         for name, taken in seconds.items()
     }
 
 
-def test_a_ratio_is_the_median_of_pairs_not_of_all() -> None:
-    # a slow moment of the machine hits both of its turn
-    found = summarize([turn(1, 2), turn(10, 20), turn(1, 3)], [4.0, 4.0, 4.0], 2.0)
-    assert found["times_faster"] == {"peft": 2}
-    assert found["spread"] == {"peft": [2, 3]}
-    assert found["tokens_per_second"] == {"ours": 8, "peft": 8 / 3}
+def test_a_ratio_is_the_median_of_rounds_not_of_all_steps() -> None:
+    # a slow moment of the machine hits both of its round
+    found = summarize([made(50, 1)], [made(1, 2), made(10, 20), made(1, 3), made(1, 4)], 0.25)
+    assert found["times_faster"] == {"peft": 2.5}
+    assert found["spread"] == {"peft": [2, 4]}
+    assert found["quartiles"] == {"peft": [2, 3.25]}
+    assert found["tokens_per_second"] == {"ours": 8, "peft": pytest.approx((8 / 3 + 2) / 2)}
     assert found["ceiling_share"] == pytest.approx(0.5)
+    assert found["ceiling_shares"]["peft"] == pytest.approx((0.5 / 3 + 0.5 / 4) / 2)
+
+
+def test_rows_of_different_lengths_are_compared_by_tokens_per_second() -> None:
+    steps = made(1, 2)
+    steps["peft"] |= {"tokens": 32, "tokens_per_second": 16}
+    assert ratios_of([steps], "ours", "peft") == [0.5]
+
+
+def test_the_round_that_warms_up_counts_for_memory_and_losses_only() -> None:
+    found = summarize([made(9, 1, loss=4.0, peak=300)], [made(1, 2)], 0.25)
+    assert found["times_faster"] == {"peft": 2}
+    assert found["peak_step_bytes"] == {"ours": 300, "peft": 300}
+    assert found["losses"]["ours"] == [4.0, 1.0]
+    assert found["final_loss"]["peft"] == 1.0
     assert found["memory_share"] == {"peft": 1}
     assert found["loss_difference"] == {"peft": 0}
+
+
+def test_everybody_begins_a_round_once() -> None:
+    names = ["ours", "peft", "trainer"]
+    assert [turned(names, number)[0] for number in range(4)] == [*names, "ours"]
+    assert all(sorted(turned(names, number)) == names for number in range(3))
 
 
 def test_parts_name_known_contenders_and_begin_with_ours() -> None:
@@ -43,17 +69,23 @@ def test_parts_name_known_contenders_and_begin_with_ours() -> None:
 def test_the_tables_show_every_contender_and_the_load(tmp_path, monkeypatch) -> None:
     from tables import common, step
 
-    turns = [turn(1, 2), turn(1, 3)]
+    turns = [made(1, 2), made(1, 3)]
     for found in turns:
         found["ours"]["cores_busy_elsewhere"], found["peft"]["cores_busy_elsewhere"] = 0.25, None
-    figures = summarize(turns, [4.0, 4.0], 2.0)
-    settings = {"threads": 2, "data": None, "steps": 50}
-    part = figures | {"settings": settings, "turns": turns}
+    settings = {"threads": 2, "data": None, "steps": 50, "tokens": 1024}
+    part = summarize([], turns, 0.25) | {"settings": settings, "turns": turns}
     keeping = [found | {"ours-own": found["ours"] | {"tokens_per_second": 16}} for found in turns]
-    own = summarize(keeping, [4.0, 4.0], 2.0) | {"settings": settings, "turns": keeping}
-    left_out = {"ours": 8.0, "ours-without-fused-mlp": 6.0}
-    memory = dict.fromkeys(left_out, 3 * 2**20)
-    ablation = {"tokens_per_second": left_out, "peak_step_bytes": memory, "settings": settings}
+    own = summarize([], keeping, 0.25) | {"settings": settings, "turns": keeping}
+    step_of = made(1, 1)["ours"] | {"peak_step_bytes": 3 * 2**20}
+    rounds = [
+        {
+            "ours": step_of | {"tokens_per_second": 8},
+            "ours-without-fused-mlp": step_of | {"tokens_per_second": slow},
+            "ours-without-tiled-norms": step_of | {"tokens_per_second": same},
+        }
+        for slow, same in ((6, 7), (5, 8), (4, 10))
+    ]
+    ablation = summarize([], rounds, 0.25) | {"settings": settings, "turns": rounds}
     compiled = {"ours-plain": {"tokens_per_second": 4}, "ours-compiled": {"tokens_per_second": 3}}
     parts = {
         "compile-1x512": {"turns": [compiled]},
@@ -66,13 +98,15 @@ def test_the_tables_show_every_contender_and_the_load(tmp_path, monkeypatch) -> 
     monkeypatch.setattr(common, "RESULTS", tmp_path)
     table = step.step()
     assert "| 135M, 1 x 512: ours, recomputing | 8 | - | - | 0 MiB | 50% |" in table
-    assert "| 135M, 1 x 512: PEFT, recomputing | 3 | 2.50 (2.00 to 3.00) | - | 0 MiB | - |" in table
-    assert "PEFT, recomputing | 3 | 2.50 (2.00 to 3.00) | 5.00 (4.00 to 6.00) |" in table
+    assert "| 135M, 1 x 512: PEFT, recomputing | 3 | 2.50 (2.25 to 2.75) | - | 0 MiB |" in table
+    assert "PEFT, recomputing | 3 | 2.50 (2.25 to 2.75) | 5.00 (4.50 to 5.50) |" in table
     assert "0.0 to 0.2 of the cores busy" in table
-    assert "Turns of a comparison: 2 to 2." in table
+    assert "Rounds of a comparison: 2 to 2." in table
     assert "norms and MLPs is 0.75 (0.75 to 0.75) times as fast" in table
-    assert "50 steps from one fp32 adapter" in table
-    assert "| without fused mlp | 6 | 3 MiB |" in step.step_ablation()
+    assert "50 steps from one fp32 adapter on the instructions, packed to 1,024 tokens" in table
+    left_out = step.step_ablation()
+    assert "| without fused mlp | 5 | 1.60 (1.47 to 1.80) | 3 MiB |" in left_out
+    assert "| without tiled norms | 8 | 1.00 (0.90 to 1.07), within the noise |" in left_out
 
 
 def test_some_layers_are_recomputed_and_the_others_kept() -> None:
@@ -89,11 +123,13 @@ def test_every_contender_trains_a_tiny_model_to_the_same_losses(tmp_path, capsys
     model = tmp_path / "tiny"
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(model)
     written = tmp_path / "found.json"
-    arguments = ["--model", str(model), "--tokens", "32", "--steps", "2", "--repeats", "1"]
+    arguments = ["--model", str(model), "--tokens", "32", "--rounds", "2"]
     code = main([*arguments, "--threads", "1", "--peers", "peft", "--json", str(written)])
     assert code == 0, capsys.readouterr().err
     found = json.loads(written.read_text())
     names = {"ours", "ours-plain", "peft"}
     assert set(found["tokens_per_second"]) == set(found["peak_step_bytes"]) == names
     assert found["final_loss"]["ours"] == pytest.approx(found["final_loss"]["peft"], rel=0.005)
-    assert step_flops(model, 32) == 4 * 32 * (2 * (64 * 192 + 3 * 64 * 128) + 64 * 128)
+    assert all(len(losses) == 3 for losses in found["losses"].values())
+    assert found["loss_difference"]["peft"] < 0.005
+    assert flops_per_token(model) == 4 * (2 * (64 * 192 + 3 * 64 * 128) + 64 * 128)
