@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from tables.attention import attention
 from tables.export import export_proof, export_speed
 from tables.fits import fits
 from tables.lengths import lengths
@@ -38,6 +39,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "step": step,
     "step-ablation": step_ablation,
     "load": load,
+    "attention": attention,
     "tasks": tasks,
     "trust": trust,
     "export-proof": export_proof,

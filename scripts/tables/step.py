@@ -8,7 +8,7 @@ from typing import Any
 
 from step_figures import quartiles, ratios_of
 
-from tables.common import markdown, result
+from tables.common import markdown, recorded, result
 
 MIB = 2**20
 _SETTINGS = {
@@ -103,7 +103,9 @@ def _said(parts: dict[str, Any]) -> str:
 
 def load() -> str:
     """What loading took, in a sentence."""
-    found = result("load")
+    found = recorded("load")
+    if found is None:
+        return "What loading takes has not been measured yet (`scripts/benchmark_load.py`)."
     seconds = found["seconds"]
     return (
         f"A base of {found['quantized_weights'] / 1e9:.1f} billion quantized weights is loaded on "

@@ -116,3 +116,39 @@ def test_the_table_of_faults_says_what_was_left_out_and_what_did_not_pass(
     assert "2 test files DO NOT pass (no wheel)" in table
     assert "Fuzzing" not in table
     assert "Bad inputs" not in table
+
+
+def test_the_table_of_attention_shows_speed_spread_and_the_distance_from_fp64(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tables import attention, common
+
+    figures = {
+        "seconds": {"ours": 0.0125, "torch": 0.02}, "times_faster": 1.6, "spread": [1.5, 1.7],
+        "error": {"ours": 0.004, "torch": 0.007},
+    }  # fmt: skip
+    found = {"threads": 2, "repeats": 15, "shapes": {"tiny, 1 x 8": figures}}
+    (tmp_path / "attention.json").write_text(json.dumps(found))
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
+    table = attention.attention()
+    assert "| tiny, 1 x 8 | 12.5 ms (0.40%) | 20.0 ms (0.70%) | 1.60 (1.50 to 1.70) |" in table
+    assert "bf16, 2 threads: medians of 15 calls" in table
+
+
+def test_the_sentence_on_loading_is_there_before_and_after_it_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tables import common, step
+
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
+    assert "not been measured yet" in step.load()
+    seconds = {"bitsandbytes": 50.0, "quantize": 10.0, "first": 12.0, "second": 2.0}
+    found = {
+        "threads": 2, "quantized_weights": 968_884_224, "seconds": seconds,
+        "seconds_of_rounds": {way: [took] * 3 for way, took in seconds.items()},
+    }  # fmt: skip
+    (tmp_path / "load.json").write_text(json.dumps(found))
+    said = step.load()
+    assert "1.0 billion quantized weights is loaded on 2 cores in 10.0 s" in said
+    assert "alone: 50.0 s" in said
+    assert "the first time in 12.0 s, then in 2.0 s. Medians of 3 rounds." in said

@@ -1,0 +1,27 @@
+"""Attention on a CPU: our tiles of queries beside torch's kernel, of `benchmark_attention.py`."""
+
+from __future__ import annotations
+
+from tables.common import markdown, result
+
+
+def attention() -> str:
+    """A row per shape of a real layer."""
+    found = result("attention")
+    rows = []
+    for shape, figures in found["shapes"].items():
+        low, high = figures["spread"]
+        ours, torch = (
+            f"{figures['seconds'][who] * 1e3:.1f} ms ({figures['error'][who]:.2%})"
+            for who in ("ours", "torch")
+        )
+        rows.append(
+            [shape, ours, torch, f"{figures['times_faster']:.2f} ({low:.2f} to {high:.2f})"]
+        )
+    head = ["rows x tokens of a layer", "ours", "torch's", "ours over torch's"]
+    return (
+        f"{markdown(head, rows)}\n\nForward and backward, bf16, {found['threads']} threads: "
+        f"medians of {found['repeats']} calls of both in turn; beside them, in brackets, the "
+        "largest distance of output or a gradient from fp64. Beside the ratio: the least and the "
+        "most."
+    )
