@@ -17,9 +17,10 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,7 @@ def papers(out: Path) -> dict[str, Any]:
 
 def wheel(out: Path) -> dict[str, Any]:
     """The package as it is installed."""
+    shutil.rmtree(REPOSITORY / "build", ignore_errors=True)  # what it holds would be packed again
     pip = [venv_python(), "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
     run_step("Building the wheel", [*pip, "--wheel-dir", out, REPOSITORY])
     return {"done": True, "files": sorted(path.name for path in out.glob("*.whl"))}
@@ -90,8 +92,16 @@ def audit(out: Path) -> dict[str, Any]:
         found = json.loads(file.read_text(encoding="utf-8"))["dependencies"]
     except (OSError, ValueError, KeyError):
         return {"done": False, "reason": "\n".join(done.stderr.strip().splitlines()[-3:])}
-    bad = {d["name"]: [v["id"] for v in d["vulns"]] for d in found if d.get("vulns")}
+    return audited(found)
+
+
+def audited(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What pip-audit's list of packages comes to; one that was not looked up did not pass."""
     skipped = {d["name"]: d["skip_reason"] for d in found if "skip_reason" in d}
+    if len(skipped) == len(found):
+        reason = next(iter(skipped.values()), "no package was named")
+        return {"done": False, "reason": f"none of {len(found)} packages looked up: {reason}"}
+    bad = {d["name"]: [v["id"] for v in d["vulns"]] for d in found if d.get("vulns")}
     return {"done": not skipped, "packages": len(found), "skipped": skipped, "vulnerable": bad}
 
 
