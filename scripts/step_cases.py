@@ -9,7 +9,9 @@ is the point.
     equal-*     same recomputation, same batch, no packing; `ours-own` keeps all
     ablation    ours, and without one technique each
     compile     ours with plain norms and MLPs, and the same with these compiled
-    same-losses ours beside PEFT's plain path, fp32 adapters, on real rows; compared step by step
+    same-losses ours beside PEFT's plain path, fp32 adapters, on packed instructions; compared step
+                by step in bf16, whose rounding alone moves a loss by some tenths of a percent, and
+                all in fp32, which tells whose bf16 is how far from the truth
     real        instructions of real lengths: ours packed and tuned, Trainer as it comes, TRL tuned
 """
 
@@ -21,12 +23,15 @@ PEERS = ("peft", "trainer", "trl")
 TECHNIQUES = ("fused_linear", "fused_mlp", "tiled_norms", "chunked_loss", "tiled_attention")
 OURS: dict[str, Any] = {
     "kind": "ours", "techniques": TECHNIQUES, "adapter_dtype": "bfloat16",
-    "loss_chunk_tokens": 64,
+    "compute_dtype": "bfloat16", "loss_chunk_tokens": 64,
 }  # fmt: skip
 # what `train.compile` leaves to itself: plain norms and MLPs
 PLAIN: dict[str, Any] = {"techniques": ("fused_linear", "chunked_loss", "tiled_attention")}
 OWN_CHOICE = {"activations": "keep", "mlp_keeps_inner": True}  # nothing computed again
-PEER: dict[str, Any] = {"adapter_dtype": "bfloat16", "attention": "sdpa"}
+PEER: dict[str, Any] = {
+    "adapter_dtype": "bfloat16", "compute_dtype": "bfloat16", "attention": "sdpa",
+}  # fmt: skip
+FP32_ADAPTER = {"adapter_dtype": "float32", "activations": "keep"}
 BF16 = {"bf16": True, "weight_decay": 0.0}
 SAME_ROWS = {"train_sampling_strategy": "sequential"}  # Trainer's own order is a random one
 
@@ -44,8 +49,10 @@ CONTENDERS: dict[str, dict[str, Any]] = {
     "ours-packed": OURS | OWN_CHOICE,
     **{f"ours-without-{t.replace('_', '-')}": without(t) for t in TECHNIQUES},
     "peft": PEER | {"kind": "peft"},
-    "ours-fp32": OURS | {"adapter_dtype": "float32"},
-    "peft-fp32": PEER | {"kind": "peft", "adapter_dtype": "float32"},
+    "ours-fp32": OURS | FP32_ADAPTER,
+    "ours-all-fp32": OURS | FP32_ADAPTER | {"compute_dtype": "float32"},
+    "peft-fp32": PEER | FP32_ADAPTER | {"kind": "peft"},
+    "peft-all-fp32": PEER | FP32_ADAPTER | {"kind": "peft", "compute_dtype": "float32"},
     "trainer": PEER | {"kind": "trainer", "arguments": BF16 | SAME_ROWS},
     "trl": PEER | {"kind": "trl", "arguments": BF16 | SAME_ROWS},
     # as they come: batches of 8, padded; PEFT's fp32 adapters; nothing computed again
@@ -55,7 +62,7 @@ CONTENDERS: dict[str, dict[str, Any]] = {
     # its best: packed rows, its chunked loss (the default), nothing computed again
     "trl-packed": PEER | {
         "kind": "trl", "activations": "keep",
-        "arguments": BF16 | {
+        "arguments": BF16 | SAME_ROWS | {
             "packing": True, "max_length": 1024, "per_device_train_batch_size": 1,
         },
     },
@@ -77,6 +84,8 @@ PARTS: dict[str, dict[str, Any]] = {
         512, 1, ["ours", *(f"ours-without-{t.replace('_', '-')}" for t in TECHNIQUES)]
     ),
     "compile-1x512": part(512, 1, ["ours-plain", "ours-compiled"]),
-    "same-losses": part(256, 1, ["ours-fp32", "peft-fp32"], real=True),
+    "same-losses": part(
+        1024, 1, ["ours-fp32", "peft-fp32", "ours-all-fp32", "peft-all-fp32"], real=True
+    ),
     "real": part(1024, 1, ["ours-packed", "trainer-defaults", "trl-packed"], real=True),
 }

@@ -3,7 +3,7 @@
     python scripts/step_contender.py '{"contender": "ours", "kind": "ours", "model": ..., ...}'
 
 `step_gate.py` says when it steps and what it answers. Every contender trains the same NF4 base
-(double quantization, bf16), the same adapter on all linear layers, from the same first values, on
+(double quantization), the same adapter on all linear layers, from the same first values, on
 the same tokens, with AdamW at a fixed learning rate and no dropout. PEFT's weights are quantized by
 bitsandbytes and multiplied by its own kernels; Trainer and SFTTrainer run on PEFT's model.
 """
@@ -45,7 +45,7 @@ def run_ours(job: dict[str, Any], gate: Gate) -> None:
 
     on = set(job["techniques"])
     attention = None if "tiled_attention" in on else "sdpa"
-    spec = BaseSpec("nf4", compute_dtype=torch.bfloat16, attention=attention)
+    spec = BaseSpec("nf4", compute_dtype=WIDE[job["compute_dtype"]], attention=attention)
     model = load_base(Path(job["model"]), AutoModelForCausalLM, spec, CPU)
     load_adapter(model, Path(job["adapter"]), dtype=WIDE[job["adapter_dtype"]], trainable=True)
     techniques = Techniques(
@@ -106,16 +106,17 @@ def _batches(job: dict[str, Any], vocabulary: int) -> list[Batch]:
 
 
 def peft_model(job: dict[str, Any]) -> Any:
-    """PEFT on bitsandbytes, its weights in bf16 where they are not quantized."""
+    """PEFT on bitsandbytes; weights that are not quantized are held in the dtype of computing."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+    dtype = WIDE[job["compute_dtype"]]
     config = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_compute_dtype=dtype,
     )  # fmt: skip
     base = AutoModelForCausalLM.from_pretrained(
-        job["model"], quantization_config=config, dtype=torch.bfloat16, device_map={"": "cpu"},
+        job["model"], quantization_config=config, dtype=dtype, device_map={"": "cpu"},
         attn_implementation=job["attention"], local_files_only=True,
     )  # fmt: skip
     base.config.use_cache = False

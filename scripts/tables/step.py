@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from step_figures import quartiles, ratios_of
+from step_figures import apart, quartiles, ratios_of
 
 from tables.common import markdown, recorded, result
 
@@ -90,15 +90,22 @@ def _said(parts: dict[str, Any]) -> str:
     if "compile-1x512" in parts:
         times = _times(parts["compile-1x512"]["turns"], "ours-compiled", "ours-plain")
         said += f" With `train.compile` the step of plain norms and MLPs is {times} times as fast."
-    if "same-losses" in parts:
-        part = parts["same-losses"]
-        (apart,) = part["loss_difference"].values()
-        said += (
-            f" {part['settings']['steps']} steps from one fp32 adapter on the instructions, packed "
-            f"to {part['settings']['tokens']:,} tokens: no step's loss is more than {apart:.2%} "
-            "from PEFT's."
-        )
+    if parts.get("same-losses", {}).get("losses"):
+        said += f" {_same_losses(parts['same-losses'])}"
     return said
+
+
+def _same_losses(part: dict[str, Any]) -> str:
+    losses = part["losses"]
+    exact = losses["peft-all-fp32"]
+    furthest = {name: f"{apart(found, exact):.2%}" for name, found in losses.items()}
+    return (
+        f"{len(exact)} steps from one fp32 adapter on the instructions, packed to "
+        f"{part['settings']['tokens']:,} tokens: computed in fp32, no step's loss is more than "
+        f"{furthest['ours-all-fp32']} from PEFT's. In bf16 no step of ours is more than "
+        f"{furthest['ours-fp32']} from that, of PEFT's {furthest['peft-fp32']}; ours and PEFT's "
+        f"are at most {apart(losses['ours-fp32'], losses['peft-fp32']):.2%} apart."
+    )
 
 
 def load() -> str:

@@ -92,7 +92,15 @@ def test_the_tables_show_every_contender_and_the_load(tmp_path, monkeypatch) -> 
         "equal-1x512": part,
         "equal-4x512": own,
         "ablation-1x512": ablation,
-        "same-losses": part,
+        "same-losses": {
+            "settings": settings,
+            "losses": {
+                "ours-fp32": [2.002, 1.0],
+                "peft-fp32": [2.0, 1.005],
+                "ours-all-fp32": [2.0, 1.0],
+                "peft-all-fp32": [2.0, 1.0],
+            },
+        },
     }
     (tmp_path / "step.json").write_text(json.dumps(parts))
     monkeypatch.setattr(common, "RESULTS", tmp_path)
@@ -103,7 +111,10 @@ def test_the_tables_show_every_contender_and_the_load(tmp_path, monkeypatch) -> 
     assert "0.0 to 0.2 of the cores busy" in table
     assert "Rounds of a comparison: 2 to 2." in table
     assert "norms and MLPs is 0.75 (0.75 to 0.75) times as fast" in table
-    assert "50 steps from one fp32 adapter on the instructions, packed to 1,024 tokens" in table
+    assert "2 steps from one fp32 adapter on the instructions, packed to 1,024 tokens" in table
+    assert "no step's loss is more than 0.00% from PEFT's" in table
+    assert "ours is more than 0.10% from that, of PEFT's 0.50%;" in table
+    assert "PEFT's are at most 0.50% apart" in table
     left_out = step.step_ablation()
     assert "| without fused mlp | 5 | 1.60 (1.47 to 1.80) | 3 MiB |" in left_out
     assert "| without tiled norms | 8 | 1.00 (0.90 to 1.07), within the noise |" in left_out
