@@ -85,7 +85,7 @@ PARTS: dict[str, dict[str, Any]] = {
     ),
     "compile-1x512": part(512, 1, ["ours-plain", "ours-compiled"]),
     "same-losses": part(
-        1024, 1, ["ours-fp32", "peft-fp32", "ours-all-fp32", "peft-all-fp32"], real=True
+        512, 1, ["ours-fp32", "peft-fp32", "ours-all-fp32", "peft-all-fp32"], real=True
     ),
     "real": part(1024, 1, ["ours-packed", "trainer-defaults", "trl-packed"], real=True),
 }
