@@ -76,6 +76,7 @@ def test_the_tables_show_every_contender_and_the_load(tmp_path, monkeypatch) -> 
     part = summarize([], turns, 0.25) | {"settings": settings, "turns": turns}
     keeping = [found | {"ours-own": found["ours"] | {"tokens_per_second": 16}} for found in turns]
     own = summarize([], keeping, 0.25) | {"settings": settings, "turns": keeping}
+    packed = [{"ours-packed": found["ours"], "trainer-defaults": found["peft"]} for found in turns]
     step_of = made(1, 1)["ours"] | {"peak_step_bytes": 3 * 2**20}
     rounds = [
         {
@@ -92,6 +93,7 @@ def test_the_tables_show_every_contender_and_the_load(tmp_path, monkeypatch) -> 
         "equal-1x512": part,
         "equal-4x512": own,
         "ablation-1x512": ablation,
+        "real": summarize([], packed, 0.25) | {"settings": settings, "turns": packed},
         "same-losses": {
             "settings": settings,
             "losses": {
@@ -108,6 +110,8 @@ def test_the_tables_show_every_contender_and_the_load(tmp_path, monkeypatch) -> 
     assert "| 135M, 1 x 512: ours, recomputing | 8 | - | - | 0 MiB | 50% |" in table
     assert "| 135M, 1 x 512: PEFT, recomputing | 3 | 2.50 (2.25 to 2.75) | - | 0 MiB |" in table
     assert "PEFT, recomputing | 3 | 2.50 (2.25 to 2.75) | 5.00 (4.50 to 5.50) |" in table
+    assert "Trainer as it comes | 3 | - | 2.50 (2.25 to 2.75) | 0 MiB |" in table
+    assert "packed by ours and TRL to 1,024 tokens and padded in batches of 8" in table
     assert "0.0 to 0.2 of the cores busy" in table
     assert "Rounds of a comparison: 2 to 2." in table
     assert "norms and MLPs is 0.75 (0.75 to 0.75) times as fast" in table
