@@ -29,7 +29,7 @@ def run_ours(job: dict[str, Any], gate: Gate) -> None:
     """Our step with the techniques the job names."""
     from transformers import AutoModelForCausalLM
 
-    from qlora_trainer.base.host_memory import give_back_free_memory
+    from qlora_trainer.base.host_memory import FreedPages, keep_freed_pages
     from qlora_trainer.base.layers import decoder_layers
     from qlora_trainer.base.load import BaseSpec, load_base
     from qlora_trainer.base.packed_attention import use_packed_attention
@@ -43,6 +43,7 @@ def run_ours(job: dict[str, Any], gate: Gate) -> None:
     from qlora_trainer.training.step import train_step
     from qlora_trainer.training.techniques import Techniques, apply_techniques
 
+    keep_freed_pages()  # as `qlora train` on a CPU
     on = set(job["techniques"])
     attention = None if "tiled_attention" in on else "sdpa"
     spec = BaseSpec("nf4", compute_dtype=WIDE[job["compute_dtype"]], attention=attention)
@@ -68,15 +69,15 @@ def run_ours(job: dict[str, Any], gate: Gate) -> None:
         task = CausalLM(LossPath(False, "left out by the benchmark"), task.takes_positions)
     optimizer = AdapterAdamW(adapter_parameters(model), kind="adamw", weight_decay=0.0)
     model.train()
-    done = 0
+    done, freed = 0, FreedPages()
 
     def step(batch: Batch) -> float:
         nonlocal done
+        freed.before_step([batch])
         result = train_step(
             model, [task.prepare(batch)], task=task, optimizer=optimizer, learning_rate=1e-4,
             device=CPU, step=done,
         )  # fmt: skip
-        give_back_free_memory()  # as our loop does
         done += 1
         return float(result.loss)
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from qlora_trainer.base.host_memory import give_back_free_memory
+from qlora_trainer.base.host_memory import FreedPages
 from qlora_trainer.errors import UserError
 from qlora_trainer.tasks.task import Batch
 from qlora_trainer.training.attempt import StepRunner
@@ -61,6 +61,7 @@ class _Loop:
         self._course = Course()
         self._stopped_by: str | None = None
         self._watch = run.watch
+        self._freed = FreedPages()
 
     def run(self) -> TrainingOutcome:
         run, course = self._run, self._resume()
@@ -147,12 +148,12 @@ class _Loop:
         start = time.perf_counter()
         with run.log.timed("step"):
             window = run.windows.window(step)
+            if run.device.type == "cpu":
+                self._freed.before_step(window)
             with self._watched(window):
                 result, loss, norm = self._steps.run(
                     window, step=step, learning_rate=plan.learning_rate * share, verify=verify
                 )
-            if run.device.type == "cpu":
-                give_back_free_memory()
         seconds = time.perf_counter() - start
         tokens = sum(_tokens(batch) for batch in window)
         self._course.step = step + 1
@@ -196,6 +197,8 @@ class _Loop:
         run = self._run
         if run.eval_batches is None:
             return None
+        if run.device.type == "cpu":
+            self._freed.give_back()
         with run.log.timed("evaluate"):
             found = examine(
                 run.model,

@@ -23,6 +23,38 @@ def test_what_lies_free_below_a_live_tensor_is_given_back() -> None:
     assert float(last.sum()) == 24 * 1024
 
 
+_BETWEEN = """
+import sys, resource, torch
+from qlora_trainer.base.host_memory import FreedPages, keep_freed_pages
+kept = sys.argv[1] == "kept" and keep_freed_pages()
+freed = FreedPages()
+def step(length):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    freed.before_step([{"input_ids": torch.zeros(1, length, dtype=torch.long)}])
+    held = [torch.ones(2**18) for _ in range(64)]  # 64 MiB, 1 MiB each
+    del held
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+for length in map(int, sys.argv[2:]):
+    taken = step(length)
+print(taken)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="page faults of glibc's heap")
+def test_freed_pages_stay_between_steps_of_one_shape_only() -> None:
+    def faults(*arguments: str) -> int:
+        command = [sys.executable, "-c", _BETWEEN, *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        return int(done.stdout)
+
+    if not give_back_free_memory():
+        pytest.skip("this C library has no malloc_trim")
+    pages = 64 * 2**20 // os.sysconf("SC_PAGE_SIZE")
+    alike, other = faults("kept", "8", "8", "8"), faults("kept", "8", "8", "9")
+    assert alike < pages / 10  # the same pages again
+    assert other > pages / 2  # given back, so that another shape finds no holes
+
+
 _SHAPES = """
 import sys, torch, psutil
 from qlora_trainer.base.host_memory import give_back_free_memory, keep_few_shapes
