@@ -17,7 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import repeat_kv, use_gqa_in_sdpa
+from transformers.integrations.sdpa_attention import (
+    create_position_bias_mask,
+    repeat_kv,
+    use_gqa_in_sdpa,
+)
 from transformers.masking_utils import sdpa_mask
 
 from qlora_trainer.base.expanded_attention import FIRST_WITH_GROUPS
@@ -134,9 +138,11 @@ def attention_for(gpu: Gpu | None, *, in_tiles: bool = False) -> str:
         dropout: float = 0.0,
         scaling: float | None = None,
         is_causal: bool | None = None,
+        position_bias: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
-        choices = {"dropout": dropout, "is_causal": is_causal, **kwargs}
+        choices: dict[str, Any] = {"dropout": dropout, "is_causal": is_causal, **kwargs}
+        choices["position_bias"] = position_bias
         if in_tiles and takes_tiles(module, query, key, value, attention_mask, **choices):
             return tiled_attention(query, key, value, scaling), None
         grouped = getattr(module, "num_key_value_groups", 1) > 1
@@ -148,6 +154,11 @@ def attention_for(gpu: Gpu | None, *, in_tiles: bool = False) -> str:
             grouped = False
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         causal = bool(causal) and query.shape[2] > 1 and attention_mask is None
+        if position_bias is not None:  # T5's: one more additive mask, as large as the scores
+            attention_mask = create_position_bias_mask(
+                position_bias, attention_mask, causal, query, key
+            )
+            causal = False
         width = max(query.shape[-1], value.shape[-1])
         # sdp_utils_cpp.cpp: the CPU's one fused kernel takes any mask and grouping, no dropout
         kernel = MATH if dropout else CPU_FLASH

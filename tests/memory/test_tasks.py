@@ -6,11 +6,19 @@ import pytest
 import torch
 import transformers as tf
 
+from qlora_trainer.base.layers import decoder_layers
+from qlora_trainer.base.load import build_weightless_base
 from qlora_trainer.base.spec import BaseSpec
+from qlora_trainer.lora.inject import adapter_parameters, inject_adapter
 from qlora_trainer.lora.spec import AdapterSpec
 from qlora_trainer.memory.foresight import RunShape, simulate_run
 from qlora_trainer.memory.gpus import read_gpu
+from qlora_trainer.memory.measure import measure_steps
+from qlora_trainer.memory.program import full_batch
 from qlora_trainer.tasks.catalogue import task_kind
+from qlora_trainer.tasks.kind import TaskInputs
+from qlora_trainer.training.activations import plan_activations
+from qlora_trainer.training.optimizer import AdapterAdamW
 
 SIZES = {
     "vocab_size": 64,
@@ -40,3 +48,37 @@ def test_classifiers_are_foreseen(name: str, problem: str, padded: bool) -> None
     heads = {"bert": 32 * 32 + 32 + (33 * config.num_labels), "llama": 32 * config.num_labels}
     assert found.accounts.trained_parameters > heads[name]
     assert found.on(gpu).allocated_bytes > 0
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_biases_of_positions_take_what_was_foreseen(padded: bool) -> None:
+    """T5 adds one to every score: a mask the size of the scores, which is most of this step."""
+    kind, tokens = task_kind("seq2seq-lm"), 192
+    config = tf.T5Config(
+        vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, dropout_rate=0.0,
+        decoder_start_token_id=0, pad_token_id=0,
+    )  # fmt: skip
+    settings = {"max_target_len": tokens, "num_beams": 1}
+    shape = RunShape(
+        BaseSpec("none", compute_dtype=torch.float32), AdapterSpec(4, 8.0), torch.float32,
+        micro_batch_size=2, seq_len=tokens, optimizer="adamw", padded=padded, task=kind.name,
+        task_settings=settings,
+    )  # fmt: skip
+    foreseen = simulate_run(config, shape, None).trace.live()
+    model = build_weightless_base(config, kind.auto_class, shape.base).to_empty(device="cpu")
+    model.tie_weights()
+    for tensor in model.parameters():
+        tensor.data.normal_(0, 0.02)
+    inject_adapter(model, shape.adapter, dtype=torch.float32)
+    plan_activations(model, decoder_layers(model), shape.activations)
+    task = kind.make_task(TaskInputs(model, settings))
+    real = measure_steps(
+        model,
+        [task.prepare(full_batch(shape, config))],
+        task=task,
+        optimizer=AdapterAdamW(adapter_parameters(model), kind="adamw"),
+        device=torch.device("cpu"),
+    )
+    scores = 2 * 4 * tokens * tokens * 4
+    assert real.allocated_bytes > 3 * scores
+    assert foreseen.peak_bytes == pytest.approx(real.allocated_bytes, rel=0.01)
