@@ -246,13 +246,7 @@ def quantize_head(
             or holds weights that are not finite.
     """
     said = f"model.head_bits = {bits}"
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    if type(head) is not nn.Linear:
-        found = "no output head" if head is None else f"a {type(head).__name__} for its head"
-        raise UserError(
-            f"{said}: {type(model).__name__} has {found}, not a plain linear layer; "
-            "set model.head_bits: 16"
-        )
+    head = plain_head(model, said, "set model.head_bits: 16")
     names = [n for n, p in model.named_parameters(remove_duplicate=False) if p is head.weight]
     if len(names) > 1 and not on_host:
         raise UserError(
@@ -264,8 +258,33 @@ def quantize_head(
         quantized = QuantizedHead.quantize(head, bits=bits, block_size=block_size, dtype=dtype)
     except ValueError as error:
         raise UserError(f"{names[0]} {error}; the checkpoint is damaged or unfit") from error
-    path = next(path for path, module in model.named_modules() if module is head)
-    parent, _, name = path.rpartition(".")
-    setattr(model.get_submodule(parent), name, quantized)
+    put_head(model, head, quantized)
     if len(names) > 1:
         model.config.tie_word_embeddings = False
+
+
+def plain_head(model: Any, said: str, instead: str) -> nn.Linear:
+    """The model's output head, a linear layer and nothing else.
+
+    Args:
+        model: As transformers made it.
+        said: The setting that asks, and its value.
+        instead: The way out.
+
+    Raises:
+        UserError: It has none.
+    """
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    if type(head) is nn.Linear:
+        return head
+    found = "no output head" if head is None else f"a {type(head).__name__} for its head"
+    raise UserError(
+        f"{said}: {type(model).__name__} has {found}, not a plain linear layer; {instead}"
+    )
+
+
+def put_head(model: Any, head: nn.Module, ours: nn.Module) -> None:
+    """Put a head of ours in the place of the model's own."""
+    path = next(path for path, module in model.named_modules() if module is head)
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, ours)

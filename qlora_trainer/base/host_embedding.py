@@ -5,9 +5,10 @@ the host are the table's bits, so nothing changes but where it lies. Cost: the i
 and the rows go to the device at the start of every pass. Weightless tables (`meta`) stay where they
 are; foresight books them as the host's.
 
-Given up: training them, and tables tied to the output head, which the device needs whole.
+Given up: training them, and tables tied to an output head on the device, which needs them whole.
 """
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -61,11 +62,15 @@ def compute_device(model: nn.Module) -> torch.device:
     return next(p.device for p in model.parameters() if id(p) not in tables)
 
 
-def host_table(model: Any) -> Tensor:
+def host_table(model: Any, beside: Sequence[Tensor] = ()) -> Tensor:
     """The table that may stay on the host.
 
+    Args:
+        model: As transformers made it.
+        beside: What stays there as well: the head's weight.
+
     Raises:
-        UserError: The model has none of its own, or it is tied to the head.
+        UserError: The model has none of its own, or it is tied to a head the device holds.
     """
     embedding = model.get_input_embeddings()
     table = getattr(embedding, "weight", None)
@@ -75,10 +80,11 @@ def host_table(model: Any) -> Tensor:
             "set model.embeddings_on_host: false"
         )
     owners = [name for name, p in model.named_parameters(remove_duplicate=False) if p is table]
-    if len(owners) > 1:
+    if len(owners) > (2 if any(table is other for other in beside) else 1):
         raise UserError(
             f"model.embeddings_on_host = true: one weight serves as {' and '.join(owners)}, which "
-            "the device needs; nothing is gained, set model.embeddings_on_host: false"
+            "the device needs; nothing is gained, set model.embeddings_on_host: false (or "
+            "model.head_on_host: true beside it, if one of them is the head)"
         )
     return table
 

@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from qlora_trainer.base.batch_norm import freeze_batch_norms
 from qlora_trainer.base.head import quantize_head
 from qlora_trainer.base.host_embedding import host_table, keep_on_host
+from qlora_trainer.base.host_head import host_head, keep_head_on_host
 from qlora_trainer.base.layer_shards import Peers, ShardStore, WeightlessShards
 from qlora_trainer.base.layer_stream import HostStore, LayerStream, Store, streamed_layers
 from qlora_trainer.base.nf4 import NF4Linear
@@ -68,8 +69,10 @@ def settle(
             settling.settle(f"{path}.", home)
             model.layer_stream.add(path, layer)
     settling.settle("", device)
-    if settling.on_host is not None:
+    if spec.embeddings_on_host:
         keep_on_host(model)
+    if spec.head_on_host:
+        keep_head_on_host(model, device)
     for part in model.modules():
         _settle_config(getattr(part, "config", None), spec.compute_dtype)
     for mark in ("hf_quantizer", "quantization_method", "is_loaded_in_4bit"):
@@ -98,7 +101,6 @@ class _Settling:
 
     Attributes:
         kept: Path -> why, of layers outside NF4.
-        on_host: The table of token embeddings, where it stays on the host.
     """
 
     def __init__(
@@ -118,7 +120,12 @@ class _Settling:
             selection = select_quantized(model, spec.keep_unquantized)
         self.kept = selection.kept
         self._quantized = selection.quantized if spec.quantization == "nf4" else ()
-        self.on_host = host_table(model) if spec.embeddings_on_host else None
+        on_host = []
+        if spec.head_on_host:
+            on_host.append(host_head(model, embeddings_on_host=spec.embeddings_on_host))
+        if spec.embeddings_on_host:
+            on_host.append(host_table(model, beside=on_host))
+        self._on_host = {id(parameter) for parameter in on_host}
         self._places = _parameter_places(model, set(self._quantized))
         self._count, self._number = len(self._quantized) + len(self._places), 0
         self._fp32 = stays_fp32(model, fp16=spec.compute_dtype == torch.float16)
@@ -148,7 +155,7 @@ class _Settling:
         fp32 = self._fp32 is not None and self._fp32.search(full_name)
         dtype = torch.float32 if fp32 else self._spec.compute_dtype
         # What stays on the host stays where transformers made it: there, or on `meta`.
-        place = original.device if original is self.on_host else home
+        place = original.device if id(original) in self._on_host else home
         settled = nn.Parameter(_moved(original.detach(), place, dtype), requires_grad=False)
         for path, name in owners:
             setattr(self._model.get_submodule(path), name, settled)

@@ -84,6 +84,11 @@ class Transfers:
         tensor = torch.empty(shape, dtype=dtype, device=self.device)
         return tensor, self._copy(pieces, tensor.view(-1).view(torch.uint8), back=True)
 
+    def give_back(self) -> None:
+        """Return what the device's allocator keeps for later use; the next to ask waits for it."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
     def _copy(self, pieces: list[Tensor], flat: Tensor, *, back: bool) -> Copy:
         if self._stream is None:
             self.move(pieces, flat, back=back)

@@ -58,6 +58,8 @@ def show_foresight(foresight: Foresight, *, as_json: bool, notes: Sequence[str] 
         f"{'which count on the card' if foresight.paged_on_card else 'in host RAM'}\n"
         f"  host RAM        {format_bytes(foresight.host_peak_bytes)}"
     )
+    if foresight.loss_chunk_tokens is not None:
+        out.print(f"  loss            logits of {foresight.loss_chunk_tokens:,} tokens at one time")
     if foresight.processes > 1:
         count = foresight.processes
         out.print(
@@ -74,9 +76,9 @@ def show_foresight(foresight: Foresight, *, as_json: bool, notes: Sequence[str] 
         )
     if foresight.pinned_bytes:
         out.print(
-            f"  pinned host     {format_bytes(foresight.pinned_bytes)} of layer inputs and layers; "
-            f"{format_bytes(foresight.moved_bytes)} over PCIe a step, "
-            f"{foresight.moving_seconds:.1f} s at 12 GB/s, beside the computing"
+            f"  pinned host     {format_bytes(foresight.pinned_bytes)} of layer inputs, layers or "
+            f"head; {format_bytes(foresight.moved_bytes)} over PCIe a step, "
+            f"{foresight.moving_seconds:.1f} s at 12 GB/s, beside the computing (but for the head)"
         )
     if not foresight.fits_without_retry and foresight.fits:
         out.print("  it fits only because the allocator gives cached memory back, which costs time")

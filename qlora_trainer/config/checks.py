@@ -32,6 +32,7 @@ def contradictions(config: RunConfig) -> Iterator[Contradiction]:
     """Every contradiction between settings."""
     yield from _held_out_rows(config)
     yield from _precision(config)
+    yield from _head(config)
     yield from _streaming(config)
     yield from _sharding(config)
     yield from _quantized_cache(config)
@@ -108,6 +109,16 @@ def _streaming(config: RunConfig) -> Iterator[Contradiction]:
             (("train", "activations"), ("model", "stream_layers")),
             "train.activations = 'keep': the layers of model.stream_layers = true leave the card "
             "before their backward; take 'recompute', 'offload' or 'auto'",
+        )
+
+
+def _head(config: RunConfig) -> Iterator[Contradiction]:
+    model = config.model
+    if model.head_on_host and model.head_bits != 16:
+        yield Contradiction(
+            (("model", "head_bits"), ("model", "head_on_host")),
+            f"model.head_bits = {model.head_bits}: with model.head_on_host = true the head waits "
+            "in host memory in 16 bits; keep one of them",
         )
 
 

@@ -59,6 +59,10 @@ class ModelSettings(Settings):
     embeddings_on_host: bool = Field(
         False, description="leave the token embeddings in host memory; lossless, a look-up"
     )
+    head_on_host: bool = Field(
+        False,
+        description="leave the output head in host memory, on the card for the loss; lossless",
+    )
     head_bits: Literal[16, 8, 4] = Field(
         16, description="how the frozen output head is held; 8: int8 by rows, 4: NF4"
     )
@@ -182,7 +186,9 @@ class TrainSettings(Settings):
         description="norms and MLPs through torch.compile; no faster on a CPU, untried on a GPU",
     )
     loss_chunk_tokens: Annotated[int, Field(ge=1)] | None = Field(
-        None, description="trained tokens whose logits exist at one time; null: about 64 MiB"
+        None,
+        description="trained tokens whose logits exist at one time; null: about 64 MiB, on a GPU "
+        "with activations: auto what memory is left for",
     )
     label_smoothing: float = Field(
         0.0, ge=0, lt=1, description="share of each target spread over the vocabulary"

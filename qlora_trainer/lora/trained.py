@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_trainer.base.head import QuantizedHead
+from qlora_trainer.base.host_head import HostHead
 from qlora_trainer.base.layer_stream import stream_of
 from qlora_trainer.errors import UserError
 from qlora_trainer.lora.kind import kind_of
@@ -80,6 +81,11 @@ def select_saved_modules(
             faults.append(
                 f"adapter.modules_to_save: {path} is quantized and cannot be trained in full; set "
                 "model.head_bits: 16"
+            )
+        elif isinstance(module, HostHead):
+            faults.append(
+                f"adapter.modules_to_save: {path} waits in host memory and cannot be trained in "
+                "full; set model.head_on_host: false"
             )
         elif any(hasattr(m, "dense_weight") or _is_packed(m) for m in inner):
             faults.append(

@@ -19,7 +19,7 @@ def host_bytes_by_phase(accounts: Accounts) -> dict[str, int]:
     saves meanwhile. `resume` counts a state's files as held, of which the system can drop what is
     only mapped. `merge` is `qlora export`, a process of its own, without its proof.
     """
-    standing = PROCESS_BYTES + accounts.host_table_bytes + accounts.streamed_bytes
+    standing = PROCESS_BYTES + accounts.host_table_bytes + accounts.waiting_bytes
     states = standing + accounts.paged_bytes
     step = states + accounts.pinned_bytes  # pinned blocks are kept for the next step
     snapshot = accounts.trained_bytes + accounts.optimizer_bytes

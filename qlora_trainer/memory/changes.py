@@ -44,7 +44,7 @@ def lossless_changes(shape: RunShape, *, on_cpu: bool, streaming: bool) -> list[
     """
     found = [_recompute(shape), _smaller_batches(shape), _norms(shape), _mlp(shape)]
     if not on_cpu:
-        found += [_paged(shape), _embeddings(shape), _offload(shape)]
+        found += [_paged(shape), _embeddings(shape), _head_on_host(shape), _offload(shape)]
     if streaming:
         found.append(_streamed(shape))
     return [change for change in found if change]
@@ -147,16 +147,30 @@ def _embeddings(shape: RunShape) -> Change:
     return (_of_base("token embeddings in host memory (same result)", embeddings_on_host=True),)
 
 
+def _head_on_host(shape: RunShape) -> Change:
+    """One tied to the token embeddings can only be there with them."""
+    base = shape.base
+    if base.head_on_host or base.head_bits != 16:
+        return ()
+    alone = _of_base("output head in host memory (same result)", head_on_host=True)
+    if base.embeddings_on_host:
+        return (alone,)
+    what = "output head and token embeddings in host memory (same result)"
+    return (alone, _of_base(what, head_on_host=True, embeddings_on_host=True))
+
+
 def _smaller_head(shape: RunShape, *, on_cpu: bool) -> Change:
-    """One tied to the token embeddings can only be smaller where those are in host memory."""
+    """On the device for good; one tied to the token embeddings only where those are on the host."""
     fewer = [bits for bits in (8, 4) if bits < shape.base.head_bits]
-    options = [_of_base(f"{bits}-bit output head", head_bits=bits) for bits in fewer]
+    here = {} if on_cpu else {"head_on_host": False}  # a lossless change may have put it there
+    options = [_of_base(f"{bits}-bit output head", head_bits=bits, **here) for bits in fewer]
     if not on_cpu:
         options += [
             _of_base(
                 f"{bits}-bit output head, token embeddings in host memory",
                 head_bits=bits,
                 embeddings_on_host=True,
+                **here,
             )
             for bits in fewer
         ]

@@ -58,7 +58,7 @@ class Foresight:
         trained_parameters: How many numbers are trained.
         large_unquantized: Path -> bytes of large weights outside NF4.
         paged_on_card: What is paged counts on the card (it does on Windows).
-        pinned_bytes: Pinned host memory of offloaded layer inputs and streamed layers.
+        pinned_bytes: Pinned host memory of offloaded layer inputs, streamed layers and a head.
         moved_bytes: Over PCIe, both ways together, in one optimizer step.
         part_bytes: Of sharded layers, what each process holds.
         gathered_bytes: Of sharded layers, received from the other processes in one optimizer step.
@@ -66,6 +66,7 @@ class Foresight:
         disk_peak_bytes: Artefact -> most bytes at one time; see `artefacts.disk_peak_bytes`.
         processes: How many make the run together; all sizes but those of the disk are one's.
         bounded: Operator without a weightless implementation -> bytes the peak may be off by.
+        loss_chunk_tokens: Whose logits exist at one time; None: about 64 MiB of them.
     """
 
     gpu: str
@@ -96,6 +97,7 @@ class Foresight:
     timeline: tuple[tuple[int, int, str], ...] = field(default=(), repr=False)
     processes: int = 1
     bounded: dict[str, int] = field(default_factory=dict)
+    loss_chunk_tokens: int | None = None
 
     @property
     def total_bytes(self) -> int:
@@ -199,7 +201,7 @@ class SimulatedRun:
             disk_bytes=self._disk_bytes(),
             trained_parameters=self.accounts.trained_parameters,
             large_unquantized=self.accounts.large_unquantized,
-            pinned_bytes=self.accounts.pinned_bytes + self.accounts.streamed_bytes,
+            pinned_bytes=self.accounts.pinned_bytes + self.accounts.waiting_bytes,
             moved_bytes=self.accounts.moved_bytes * self.shape.own_accumulation,
             part_bytes=self.accounts.part_bytes,
             gathered_bytes=self.accounts.gathered_bytes * self.shape.own_accumulation,
@@ -207,14 +209,14 @@ class SimulatedRun:
             disk_peak_bytes=disk_peak_bytes(self.accounts, self.shape.keep_last),
             timeline=tuple(free.timeline),
             processes=self.shape.processes,
+            loss_chunk_tokens=self.shape.loss_chunk_tokens,
         )
 
     def _host_bytes(self) -> int:
         # weights are memory-mapped; one tensor at a time is private, the page-outs come on top
-        accounts = self.accounts
-        host = accounts.paged_bytes + accounts.pinned_bytes + accounts.host_table_bytes
-        host += accounts.streamed_bytes
-        return PROCESS_BYTES + 2 * accounts.largest_tensor_bytes + host
+        took = self.accounts
+        stays = took.paged_bytes + took.pinned_bytes + took.host_table_bytes + took.waiting_bytes
+        return PROCESS_BYTES + 2 * took.largest_tensor_bytes + stays
 
     def _disk_bytes(self) -> dict[str, int]:
         adapter = self.accounts.trained_bytes
@@ -292,8 +294,6 @@ def foresee(
         UserError: The model cannot have these settings, or branches on values.
     """
     return simulate_run(config, shape, gpu, model_class=model_class).on(
-        gpu,
-        budget_bytes=budget_bytes,
-        expandable_segments=expandable_segments,
+        gpu, budget_bytes=budget_bytes, expandable_segments=expandable_segments,
         with_timeline=with_timeline,
-    )
+    )  # fmt: skip

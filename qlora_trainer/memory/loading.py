@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from qlora_trainer.base.audit import audit_base
 from qlora_trainer.base.head import QuantizedHead
 from qlora_trainer.base.host_embedding import HostEmbedding
+from qlora_trainer.base.host_head import HostHead
 from qlora_trainer.base.layer_shards import WeightlessShards
 from qlora_trainer.base.layer_stream import HostStore, stream_of
 from qlora_trainer.base.nf4 import NF4Linear
@@ -40,7 +41,7 @@ class LoadedBase:
         parameters: Numbers, unpacked.
         largest_tensor_bytes: The largest tensor on its way to the card.
         host_table_bytes: Token embeddings left in host memory.
-        streamed_bytes: Pinned host memory of streamed layers.
+        waiting_bytes: Pinned host memory of streamed layers, and of a head that waits there.
         part_bytes: Of sharded layers, what this process holds.
         large_unquantized: Path -> bytes of weights outside NF4.
     """
@@ -48,7 +49,7 @@ class LoadedBase:
     parameters: int = 0
     largest_tensor_bytes: int = 0
     host_table_bytes: int = 0
-    streamed_bytes: int = 0
+    waiting_bytes: int = 0
     part_bytes: int = 0
     large_unquantized: dict[str, int] = field(default_factory=dict)
 
@@ -60,7 +61,8 @@ def watch_load(tracker: AllocationTracker, model: Any) -> LoadedBase:
     stream, loaded = stream_of(model), LoadedBase()
     store = None if stream is None else stream.store
     streamed = {} if stream is None else stream.names
-    loaded.streamed_bytes = store.host_bytes if isinstance(store, HostStore) else 0
+    loaded.waiting_bytes = store.host_bytes if isinstance(store, HostStore) else 0
+    loaded.waiting_bytes += sum(m.host_bytes for m in model.modules() if isinstance(m, HostHead))
     dense = _quantized_on_the_card(model)
     on_host = {
         f"{path}.base.weight"

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qlora_trainer.base.host_head import HostHead
 from qlora_trainer.base.layer_shards import WeightlessShards
 from qlora_trainer.base.layer_stream import HostStore, stream_of
 from qlora_trainer.base.layers import decoder_layers
@@ -94,7 +95,7 @@ class Accounts:
         largest_tensor_bytes: The largest tensor on its way to the card.
         large_unquantized: Path -> bytes of large weights outside NF4.
         pinned_bytes: Host memory that offloaded layer inputs take at most.
-        streamed_bytes: Host memory, pinned as well, that streamed layers take.
+        waiting_bytes: Host memory, pinned as well, that streamed layers and a head there take.
         part_bytes: Of sharded layers, what the process holds.
         moved_bytes: Over PCIe, both ways, by one forward and backward.
         gathered_bytes: From the other processes, of sharded layers, likewise.
@@ -111,7 +112,7 @@ class Accounts:
     largest_tensor_bytes: int = 0
     large_unquantized: dict[str, int] = field(default_factory=dict)
     pinned_bytes: int = 0
-    streamed_bytes: int = 0
+    waiting_bytes: int = 0
     part_bytes: int = 0
     moved_bytes: int = 0
     gathered_bytes: int = 0
@@ -138,7 +139,7 @@ class Program:
         accounts.largest_tensor_bytes = loaded.largest_tensor_bytes
         accounts.large_unquantized = loaded.large_unquantized
         accounts.host_table_bytes = loaded.host_table_bytes
-        accounts.streamed_bytes = loaded.streamed_bytes
+        accounts.waiting_bytes = loaded.waiting_bytes
         accounts.part_bytes = loaded.part_bytes
         with tracker.component("adapters"):
             inject_adapter(model, _with_heads(model, shape), dtype=shape.adapter_dtype)
@@ -146,6 +147,10 @@ class Program:
         apply_techniques(model, shape.techniques)
         transfers = WatchedTransfers(tracker)
         weights = WatchedTransfers(tracker, "streamed layers")
+        heads = WatchedTransfers(tracker, "embeddings and heads")
+        for module in model.modules():
+            if isinstance(module, HostHead):
+                module.transfers = heads
         shards = None
         if stream is not None and isinstance(stream.store, HostStore):
             stream.store.transfers = weights
@@ -186,9 +191,7 @@ class Program:
                 processes=processes,
             )
             accounts.pinned_bytes = transfers.most_bytes
-            moved = transfers.moved_bytes + weights.moved_bytes
-            accounts.moved_bytes = moved // most
-            transfers.moved_bytes = weights.moved_bytes = 0
+            accounts.moved_bytes = sum(each.taken() for each in (transfers, weights, heads)) // most
             if shards is not None:
                 accounts.gathered_bytes, shards.received_bytes = shards.received_bytes // most, 0
         tracker.set_phase("evaluation")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from qlora_trainer.base.transfers import Copy, Transfers
+from qlora_trainer.memory.log import EMPTY_CACHE
 from qlora_trainer.memory.tracker import AllocationTracker
 
 _INPUTS = "offloaded layer inputs"
@@ -36,7 +37,7 @@ class WatchedTransfers(Transfers):
 
     Attributes:
         most_bytes: The most host bytes alive at one time.
-        moved_bytes: Copied, both ways together.
+        moved_bytes: Copied, both ways together, since `taken` was last asked.
     """
 
     def __init__(self, tracker: AllocationTracker, what: str = _INPUTS) -> None:
@@ -63,6 +64,15 @@ class WatchedTransfers(Transfers):
         if self._what != _INPUTS:  # which are booked with the layers computed again
             self._tracker.tag(tensor, self._what)
         return tensor, copy
+
+    def give_back(self) -> None:
+        """Log it."""
+        self._tracker.mark(EMPTY_CACHE)
+
+    def taken(self) -> int:
+        """What was copied since this was last asked."""
+        moved_bytes, self.moved_bytes = self.moved_bytes, 0
+        return moved_bytes
 
     def _gone(self, size_bytes: int) -> None:
         self._alive_bytes -= size_bytes

@@ -24,6 +24,7 @@ from qlora_trainer.config.settings import RunConfig
 from qlora_trainer.errors import UserError
 from qlora_trainer.memory.foresight import simulate_run
 from qlora_trainer.memory.gpus import gpu_of_this_machine
+from qlora_trainer.memory.loss_chunk import with_loss_chunk
 from qlora_trainer.memory.measure import watched_step
 from qlora_trainer.memory.program import RunShape
 from qlora_trainer.memory.simulate import Live
@@ -53,6 +54,7 @@ class Forecast:
         first_window: Micro-batches of the first step, once it has been watched.
         first_step: What it took, likewise.
         activations: What was foreseen for the layers; `auto` is solved.
+        loss_chunk_tokens: Of the run file, or what the card leaves room for; None: the least.
         processes: Those of the run; what is foreseen and measured is one's.
     """
 
@@ -63,6 +65,7 @@ class Forecast:
     first_window: Sequence[Batch] = ()
     first_step: list[Live] = field(default_factory=list)
     activations: Activation | Sequence[Activation] = "recompute"
+    loss_chunk_tokens: int | None = None
     processes: Processes = ALONE
 
     def watch(
@@ -126,8 +129,19 @@ def forecast_run(
     data: setup.RunData,
     told: Reporter,
     processes: Processes = ALONE,
+    *,
+    choose_chunk: bool = True,
 ) -> Forecast:
     """Say what a run will need, before its base is loaded; of several processes each.
+
+    Args:
+        run: The settings.
+        source: The model.
+        data: Its rows.
+        told: Told what is foreseen.
+        processes: Those that make the run together.
+        choose_chunk: Choose the loss's chunk on a card where `train.activations: auto` asks for
+            what fits; a run that goes on keeps the one it began with.
 
     Raises:
         UserError: It cannot fit, and `memory.must_fit` is on; with every lack and the way out.
@@ -160,9 +174,18 @@ def forecast_run(
         if run.train.activations == "auto":
             told.say(f"train.activations: auto came to {_counted(shape.activations)}")
         simulated = simulate_run(config, shape, gpu, model_class=source.kind.auto_class)
+        if here is not None and choose_chunk and run.train.activations == "auto":
+            simulated = with_loss_chunk(
+                config, simulated, here[0], budget_bytes=here[1],
+                paged_on_card=sys.platform == "win32", model_class=source.kind.auto_class,
+            )  # fmt: skip
+            shape = simulated.shape
     except (UnforeseeableOperator, RuntimeError) as error:
         told.say(f"memory: this model cannot be foreseen, so nothing is promised: {error}")
-        return Forecast(name, source.device, None, foresee_batch, processes=processes)
+        return Forecast(
+            name, source.device, None, foresee_batch, processes=processes,
+            loss_chunk_tokens=processes.from_main(run.train.loss_chunk_tokens),
+        )  # fmt: skip
     if here is None:
         predicted, faults = room_on_cpu(simulated, config, shape, told, sharing=sharing)
     else:
@@ -180,9 +203,12 @@ def forecast_run(
         told.say(f"does not fit, and goes on as memory.must_fit is off: {fault}")
     if source.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(source.device)
+    chunk = processes.from_main(shape.loss_chunk_tokens)
+    if chunk != run.train.loss_chunk_tokens:
+        told.say(f"train.loss_chunk_tokens: {chunk}, for which memory is left")
     return Forecast(
         name, source.device, predicted, foresee_batch, activations=shape.activations,
-        processes=processes,
+        loss_chunk_tokens=chunk, processes=processes,
     )  # fmt: skip
 
 

@@ -20,6 +20,7 @@ from qlora_trainer.errors import UserError
 from qlora_trainer.memory.auto import choose_activations
 from qlora_trainer.memory.foresight import Foresight, RunShape, simulate_run
 from qlora_trainer.memory.gpus import GpuProfile
+from qlora_trainer.memory.loss_chunk import with_loss_chunk
 from qlora_trainer.tasks.catalogue import task_kind
 from qlora_trainer.training import setup
 
@@ -96,7 +97,13 @@ def foresee_run(
         run, changed, run_shape(run, config, gpu, processes), gpu, budget_bytes,
         paged_on_card=paged_on_card,
     )  # fmt: skip
-    return simulate_run(changed, shape, gpu, model_class=kind.auto_class).on(
+    found = simulate_run(changed, shape, gpu, model_class=kind.auto_class)
+    if run.train.activations == "auto":
+        found = with_loss_chunk(
+            changed, found, gpu, budget_bytes=budget_bytes, paged_on_card=paged_on_card,
+            model_class=kind.auto_class,
+        )  # fmt: skip
+    return found.on(
         gpu,
         budget_bytes=budget_bytes,
         expandable_segments=expandable_segments,

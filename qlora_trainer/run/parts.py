@@ -15,6 +15,7 @@ from qlora_trainer.run.check import inspect
 from qlora_trainer.run.continued import read_into
 from qlora_trainer.run.forecast import Forecast, forecast_run
 from qlora_trainer.run.report import Reporter, rows_read, tensors_loaded
+from qlora_trainer.run.resolve import with_chunk
 from qlora_trainer.run.shares import idle_notes, require_agreement, require_passes, require_several
 from qlora_trainer.tasks.task import Task
 from qlora_trainer.training import setup
@@ -31,6 +32,7 @@ class Parts:
     """All that a run is made of, standing before anything is written.
 
     Attributes:
+        run: The settings, the loss's chunk among them where it was chosen.
         identity: Fingerprints of base and data, which saved states are tied to.
         forecast: What memory it was foreseen to need.
         processes: Those that make the run together.
@@ -53,7 +55,13 @@ class Parts:
 
 
 def prepare(
-    run: RunConfig, source: setup.ModelSource, base: str, told: Reporter, processes: Processes
+    run: RunConfig,
+    source: setup.ModelSource,
+    base: str,
+    told: Reporter,
+    processes: Processes,
+    *,
+    begins: bool = True,
 ) -> Parts:
     """Make all of them, telling what is found on the way; nothing is written yet.
 
@@ -63,6 +71,7 @@ def prepare(
         base: Its fingerprint.
         told: Told of data, memory and base.
         processes: Those that make the run together.
+        begins: It is not one that goes on.
 
     Raises:
         UserError: The data, the model or the memory at hand does not allow the run.
@@ -83,7 +92,8 @@ def prepare(
     require_agreement(run, source, identity, processes)
     gate = inspect(run, source, data)
     told.gate(gate)
-    forecast = forecast_run(run, source, data, told, processes)
+    forecast = forecast_run(run, source, data, told, processes, choose_chunk=begins)
+    run = with_chunk(run, forecast.loss_chunk_tokens)
     settings = setup.model_settings(data.encoder)
     cached = run.model.quantized_cache is not None
     with processes.main_first() if cached else nullcontext():  # made by one, read by the others

@@ -25,6 +25,18 @@ def at_the_same_commit(run: RunConfig, earlier: dict[str, Any]) -> RunConfig:
     return run.model_copy(update={"model": pinned})
 
 
+def with_the_same_chunk(run: RunConfig, earlier: dict[str, Any]) -> RunConfig:
+    """Go on with the loss's chunk that the run began with, whatever memory leaves room for now."""
+    began = (earlier.get("train") or {}).get("loss_chunk_tokens")
+    return run if run.train.loss_chunk_tokens is not None else with_chunk(run, began)
+
+
+def with_chunk(run: RunConfig, tokens: int | None) -> RunConfig:
+    """The run with the loss's chunk that was chosen for it."""
+    train = run.train.model_copy(update={"loss_chunk_tokens": tokens})
+    return run.model_copy(update={"train": train})
+
+
 def resolved_settings(run: RunConfig, revision: str | None) -> dict[str, Any]:
     """Every setting, so that the run file holds anywhere: paths absolute, a hub commit pinned.
 

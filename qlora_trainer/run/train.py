@@ -25,7 +25,12 @@ from qlora_trainer.run.parts import Parts, prepare
 from qlora_trainer.run.rehearsal import rehearsal_of
 from qlora_trainer.run.report import Reporter
 from qlora_trainer.run.rescore import free_memory, prove_saved
-from qlora_trainer.run.resolve import at_the_same_commit, resolved_settings, with_todays_defaults
+from qlora_trainer.run.resolve import (
+    at_the_same_commit,
+    resolved_settings,
+    with_the_same_chunk,
+    with_todays_defaults,
+)
 from qlora_trainer.tasks.task import ScoredTask
 from qlora_trainer.training import setup
 from qlora_trainer.training.card import model_card
@@ -94,7 +99,7 @@ def _train(run: RunConfig, told: Reporter, processes: Processes, *, restart: boo
     with RunFolder(path, restart=restart, writes=processes.is_main) as folder:
         earlier = with_todays_defaults(processes.from_main(folder.earlier_settings))
         if earlier is not None:
-            run = at_the_same_commit(run, earlier)
+            run = with_the_same_chunk(at_the_same_commit(run, earlier), earlier)
         with processes.main_first():
             source = setup.open_model(run, processes)
         settings = resolved_settings(run, source.resolved.revision)
@@ -112,7 +117,8 @@ def _train(run: RunConfig, told: Reporter, processes: Processes, *, restart: boo
         }
         if earlier is not None:
             environment = _resumed(folder, earlier, settings, environment, told)
-        parts = prepare(run, source, base, told, processes)
+        parts = prepare(run, source, base, told, processes, begins=earlier is None)
+        settings["train"]["loss_chunk_tokens"] = parts.run.train.loss_chunk_tokens
         old_rows = open_earlier(run, told, processes)
         folder.begin()
         folder.write_settings(settings)

@@ -24,6 +24,7 @@ from qlora_trainer.errors import UserError
 from qlora_trainer.tasks.kind import EncoderInputs, TaskInputs, TaskKind, full_length_inputs
 from qlora_trainer.tasks.linear_cross_entropy import (
     PLAIN,
+    HeadWeight,
     Regularized,
     chunk_logits,
     linear_cross_entropy,
@@ -32,10 +33,10 @@ from qlora_trainer.tasks.loss_path import (
     CHUNKED,
     LossPath,
     full_cross_entropy,
-    head_weight,
     hold_against_model,
     no_linear_head,
     token_sums,
+    with_head_weight,
 )
 from qlora_trainer.tasks.task import Batch, needed_mask
 
@@ -57,15 +58,13 @@ def choose_loss_path(model: nn.Module) -> LossPath:
     scale /= float(getattr(config, "logits_scaling", None) or 1.0)
     path = LossPath(True, CHUNKED, scale, getattr(config, "final_logit_softcapping", None))
 
-    weight = head_weight(head)
-
-    def probe(tokens: Tensor) -> tuple[Tensor, Tensor]:
+    def probe(tokens: Tensor, weight: HeadWeight) -> tuple[Tensor, Tensor]:
         inputs = {"input_ids": tokens, "use_cache": False}
         own = net(**inputs).logits[0].float()
         hidden = net.base_model(**inputs).last_hidden_state[0]
         return own, chunk_logits(hidden, weight, head.bias, path.logit_scale, path.softcap)
 
-    return hold_against_model(path, net, weight, probe)
+    return with_head_weight(head, lambda weight: hold_against_model(path, net, weight, probe))
 
 
 @dataclass(frozen=True)
@@ -150,29 +149,35 @@ class CausalLM:
             return full_cross_entropy(logits.flatten(0, 1), batch, self.regularized)
         hidden = net.base_model(**_inputs(batch)).last_hidden_state  # (B, T, D)
         head = net.get_output_embeddings()
-        return linear_cross_entropy(
-            hidden,
-            head_weight(head),
-            head.bias,
-            batch["loss_positions"],
-            batch["loss_targets"],
-            chunk_tokens=self.chunk_tokens,
-            logit_scale=path.logit_scale,
-            softcap=path.softcap,
-            regularized=self.regularized,
+        return with_head_weight(
+            head,
+            lambda weight: linear_cross_entropy(
+                hidden,
+                weight,
+                head.bias,
+                batch["loss_positions"],
+                batch["loss_targets"],
+                chunk_tokens=self.chunk_tokens,
+                logit_scale=path.logit_scale,
+                softcap=path.softcap,
+                regularized=self.regularized,
+            ),
         )
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """Loss and right tokens, summed; the largest logit is found chunk by chunk."""
         net = _untyped(model)
-        if not self.loss_path.chunked:
-            outputs, head = net(**_inputs(batch)).logits, None
-        else:
-            outputs = net.base_model(**_inputs(batch)).last_hidden_state
-            layer = net.get_output_embeddings()
-            head = head_weight(layer), layer.bias
-        return token_sums(outputs.flatten(0, 1), head, batch, self.loss_path, self.chunk_tokens)
+        path, chunk_tokens = self.loss_path, self.chunk_tokens
+        if not path.chunked:
+            logits = net(**_inputs(batch)).logits.flatten(0, 1)
+            return token_sums(logits, None, batch, path, chunk_tokens)
+        hidden = net.base_model(**_inputs(batch)).last_hidden_state.flatten(0, 1)
+        head = net.get_output_embeddings()
+        return with_head_weight(
+            head,
+            lambda weight: token_sums(hidden, (weight, head.bias), batch, path, chunk_tokens),
+        )
 
 
 def _untyped(model: nn.Module) -> Any:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from qlora_trainer.data.encode import IGNORED
 from qlora_trainer.tasks.linear_cross_entropy import (
     PLAIN,
+    HeadWeight,
     Regularized,
     chunk_logits,
     linear_cross_entropy,
@@ -29,10 +30,10 @@ from qlora_trainer.tasks.loss_path import (
     CHUNKED,
     LossPath,
     full_cross_entropy,
-    head_weight,
     hold_against_model,
     no_linear_head,
     token_sums,
+    with_head_weight,
 )
 from qlora_trainer.tasks.task import Batch, needed_mask
 
@@ -59,9 +60,7 @@ def choose_loss_path(model: nn.Module) -> LossPath:
         return plain
     path = LossPath(True, CHUNKED, _logit_scale(net.config), _softcap(net))
 
-    weight = head_weight(head)
-
-    def probe(tokens: Tensor) -> tuple[Tensor, Tensor] | None:
+    def probe(tokens: Tensor, weight: HeadWeight) -> tuple[Tensor, Tensor] | None:
         batch = {"input_ids": tokens, "decoder_input_ids": tokens.flip(1)}
         try:
             own = net(**batch, use_cache=False).logits[0].float()
@@ -70,7 +69,7 @@ def choose_loss_path(model: nn.Module) -> LossPath:
         except (TypeError, AttributeError):  # a model whose parts are called in another way
             return None
 
-    return hold_against_model(path, net, weight, probe)
+    return with_head_weight(head, lambda weight: hold_against_model(path, net, weight, probe))
 
 
 def _logit_scale(config: Any) -> float:
@@ -166,28 +165,35 @@ class EncoderDecoderLoss:
         net: Any = model
         if not self.loss_path.chunked:
             return full_cross_entropy(_plain_logits(net, batch), batch, self.regularized)
-        return linear_cross_entropy(
-            _decoder_states(net, batch),
-            head_weight(net.get_output_embeddings()),
-            _logit_bias(net),
-            batch["loss_positions"],
-            batch["loss_targets"],
-            chunk_tokens=self.chunk_tokens,
-            logit_scale=self.loss_path.logit_scale,
-            softcap=self.loss_path.softcap,
-            regularized=self.regularized,
+        states = _decoder_states(net, batch)
+        return with_head_weight(
+            net.get_output_embeddings(),
+            lambda weight: linear_cross_entropy(
+                states,
+                weight,
+                _logit_bias(net),
+                batch["loss_positions"],
+                batch["loss_targets"],
+                chunk_tokens=self.chunk_tokens,
+                logit_scale=self.loss_path.logit_scale,
+                softcap=self.loss_path.softcap,
+                regularized=self.regularized,
+            ),
         )
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """Loss and right tokens, summed; the largest logit is found chunk by chunk."""
         net: Any = model
-        if not self.loss_path.chunked:
-            outputs, head = _plain_logits(net, batch), None
-        else:
-            outputs = _decoder_states(net, batch).flatten(0, 1)
-            head = head_weight(net.get_output_embeddings()), _logit_bias(net)
-        return token_sums(outputs, head, batch, self.loss_path, self.chunk_tokens)
+        path, chunk_tokens = self.loss_path, self.chunk_tokens
+        if not path.chunked:
+            return token_sums(_plain_logits(net, batch), None, batch, path, chunk_tokens)
+        states = _decoder_states(net, batch).flatten(0, 1)
+        bias = _logit_bias(net)
+        return with_head_weight(
+            net.get_output_embeddings(),
+            lambda weight: token_sums(states, (weight, bias), batch, path, chunk_tokens),
+        )
 
 
 def _plain_logits(net: Any, batch: Batch) -> Tensor:

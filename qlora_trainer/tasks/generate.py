@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from qlora_trainer.base.host_embedding import compute_device
+from qlora_trainer.base.host_head import head_at_hand
 
 
 @torch.no_grad()
@@ -55,14 +56,15 @@ def generate_tokens(
         chosen = by_length[start : start + batch_size]
         batch = _left_padded([prompts[index] for index in chosen], pad_token_id, device)
         torch.manual_seed(seed + start)
-        output = model.generate(
-            **batch,
-            max_new_tokens=max_new_tokens,
-            pad_token_id=pad_token_id,
-            eos_token_id=list(stop_token_ids),
-            use_cache=True,
-            **sampling,
-        )
+        with head_at_hand(model):
+            output = model.generate(
+                **batch,
+                max_new_tokens=max_new_tokens,
+                pad_token_id=pad_token_id,
+                eos_token_id=list(stop_token_ids),
+                use_cache=True,
+                **sampling,
+            )
         new_tokens = output[:, batch["input_ids"].shape[1] :].tolist()
         for index, tokens in zip(chosen, new_tokens, strict=True):
             answers[index] = _until_stop(tokens, stop_token_ids)

@@ -9,12 +9,13 @@ M tokens of the batch, N trained tokens, P tokens of the probe, D hidden size, V
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from qlora_trainer.base.head import QuantizedHead
+from qlora_trainer.base.host_head import HostHead
 from qlora_trainer.tasks.linear_cross_entropy import (
     HeadWeight,
     Regularized,
@@ -24,6 +25,7 @@ from qlora_trainer.tasks.linear_cross_entropy import (
 from qlora_trainer.tasks.task import Batch
 
 CHUNKED = "logits are made in chunks of trained tokens"
+Result = TypeVar("Result")
 _PROBE_TOKENS = 6
 _TOLERANCES = {torch.bfloat16: 3e-2, torch.float16: 5e-3}
 _TOLERANCE = 1e-4  # of any other dtype
@@ -50,23 +52,31 @@ class LossPath:
 
 def no_linear_head(head: Any) -> LossPath | None:
     """The plain path of a model whose output head is no plain linear layer; None if it is one."""
-    if type(head) is nn.Linear or isinstance(head, QuantizedHead):
+    if type(head) is nn.Linear or isinstance(head, (QuantizedHead, HostHead)):
         return None
     kind = "none" if head is None else type(head).__name__
     return LossPath(False, f"the output head is {kind}, not a plain linear layer")
 
 
-def head_weight(head: Any) -> HeadWeight:
-    """(V, D) What a linear head multiplies with; a quantized one stands for its own weight."""
-    weight: HeadWeight = head if isinstance(head, QuantizedHead) else head.weight
-    return weight
+def with_head_weight(head: Any, compute: Callable[[HeadWeight], Result]) -> Result:
+    """What comes of computing with what a linear head multiplies with, (V, D).
+
+    A quantized head stands for its own weight; one of the host is on the device meanwhile.
+
+    Args:
+        head: Of a model whose path is chunked.
+        compute: Keeps no reference to the weight.
+    """
+    if isinstance(head, HostHead):
+        return head.lend(compute)
+    return compute(head if isinstance(head, QuantizedHead) else head.weight)
 
 
 def hold_against_model(
     path: LossPath,
     model: Any,
     weight: HeadWeight,
-    probe: Callable[[Tensor], tuple[Tensor, Tensor] | None],
+    probe: Callable[[Tensor, HeadWeight], tuple[Tensor, Tensor] | None],
 ) -> LossPath:
     """The path, if its logits are the model's own, else the plain one.
 
@@ -76,8 +86,8 @@ def hold_against_model(
         path: What the structure says.
         model: Put to evaluation mode meanwhile.
         weight: Of the head, (V, D).
-        probe: From token ids (1, P) the model's own logits and ours, (P, V) both in fp32; None
-            where the model's parts are not called as we know it.
+        probe: From token ids (1, P) and the weight the model's own logits and ours, (P, V) both in
+            fp32; None where the model's parts are not called as we know it.
     """
     if weight.is_meta:
         return path
@@ -87,7 +97,7 @@ def hold_against_model(
     model.eval()
     try:
         with torch.no_grad():
-            logits = probe(tokens)
+            logits = probe(tokens, weight)
     finally:
         model.train(was_training)
     difference = float("inf") if logits is None else _relative_difference(*logits)

@@ -15,6 +15,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from qlora_trainer.base.host_head import head_at_hand
 from qlora_trainer.data.encode_pairs import PairEncoder
 from qlora_trainer.errors import UserError
 from qlora_trainer.tasks.encoder_decoder import EncoderDecoderLoss
@@ -79,14 +80,15 @@ class Seq2SeqLM:
         net.eval()
         try:
             mask = batch.get("attention_mask")
-            tokens = net.generate(
-                input_ids=batch["input_ids"],
-                attention_mask=torch.ones_like(batch["input_ids"]) if mask is None else mask,
-                num_beams=self.num_beams,
-                max_new_tokens=self.max_new_tokens,
-                do_sample=False,
-                use_cache=True,
-            )  # (B, T)
+            with head_at_hand(net):
+                tokens = net.generate(
+                    input_ids=batch["input_ids"],
+                    attention_mask=torch.ones_like(batch["input_ids"]) if mask is None else mask,
+                    num_beams=self.num_beams,
+                    max_new_tokens=self.max_new_tokens,
+                    do_sample=False,
+                    use_cache=True,
+                )  # (B, T)
         finally:
             net.train(was_training)
         return list(self.tokenizer.batch_decode(tokens.tolist(), skip_special_tokens=True))

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 from transformers.utils import is_flash_attn_2_available
 
 from qlora_trainer.base.dtype import choose_compute_dtype
-from qlora_trainer.base.host_memory import keep_few_shapes
+from qlora_trainer.base.host_memory import keep_few_shapes, keep_freed_pages
 from qlora_trainer.base.hub import ResolvedModel, resolve_model
 from qlora_trainer.base.load import BaseSpec, load_base, load_config
 from qlora_trainer.base.machine import choose_device
@@ -73,6 +73,7 @@ def open_model(run: RunConfig, processes: Processes = ALONE) -> ModelSource:
         raise UserError(f"model.device = {model.device!r}: {error}") from None
     if device.type == "cpu":
         keep_few_shapes()  # before the first matrix is multiplied
+        keep_freed_pages()
     check_attention(model.attention, device)
     resolved = resolve_model(
         model.source, model.revision, trust_remote_code=model.trust_remote_code
@@ -160,6 +161,7 @@ def base_spec(run: RunConfig, compute_dtype: torch.dtype, processes: int = 1) ->
         keep_unquantized=tuple(model.keep_unquantized),
         trust_remote_code=model.trust_remote_code,
         embeddings_on_host=model.embeddings_on_host,
+        head_on_host=model.head_on_host,
         head_bits=model.head_bits,
         stream_layers=model.stream_layers or (model.shard_layers and parts == 1),
         layer_parts=parts,

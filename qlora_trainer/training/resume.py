@@ -28,6 +28,8 @@ MAY_CHANGE = (
     "model.device",
     "model.attention",
     "model.trust_remote_code",
+    "model.embeddings_on_host",
+    "model.head_on_host",
     "model.stream_layers",
     "model.shard_layers",
     "model.quantized_cache",

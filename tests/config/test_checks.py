@@ -60,3 +60,10 @@ def test_a_quantized_copy_is_of_a_model_that_can_be_copied(override: str, messag
 def test_a_head_has_16_8_or_4_bits() -> None:
     with pytest.raises(UserError, match=r"model.head_bits = 5"):
         check_values(SMALLEST, overrides=["model.head_bits=5"], name="run")
+
+
+def test_a_head_on_the_host_is_in_16_bits() -> None:
+    both = ["model.head_on_host=true", "model.head_bits=8"]
+    with pytest.raises(UserError, match=r"model.head_bits = 8: with model.head_on_host = true"):
+        check_values(SMALLEST, overrides=both, name="run")
+    assert check_values(SMALLEST, overrides=both[:1], name="run").model.head_on_host

@@ -115,12 +115,32 @@ def test_the_embeddings_are_not_on_the_card(long_run, gpu) -> None:
     assert more - long_run.on(gpu).by_component["embeddings and heads"] == table
 
 
+def test_a_head_of_the_host_is_on_the_card_in_the_loss_and_nowhere_else(long_run, gpu) -> None:
+    base = dataclasses.replace(LONG.base, head_on_host=True)
+    moved = simulate_run(CONFIG, dataclasses.replace(LONG, base=base), gpu)
+    head, whole, found = 2048 * WIDTH * 2, long_run.on(gpu), moved.on(gpu)
+    for phase in ("load", "backward"):
+        gone = whole.allocated_by_phase[phase] - found.allocated_by_phase[phase]
+        assert head - 512 <= gone <= head, phase
+    assert found.pinned_bytes - whole.pinned_bytes == head
+    assert found.moved_bytes - whole.moved_bytes == head
+    assert found.host_bytes - whole.host_bytes == head
+    assert moved.accounts.base_parameters == long_run.accounts.base_parameters
+    came = Counter(
+        a.phase
+        for a in moved.trace.log.allocations
+        if a.size_bytes == head and a.component == "embeddings and heads" and not a.on_host
+    )
+    assert came == {"load": 1, "forward": 2, "evaluation": 1}  # looked at once, then two steps
+
+
 def test_each_technique_alone_takes_less_than_the_plain_step(gpu) -> None:
     changes = [
         {"activations": "offload"},
         {"techniques": Techniques(fused_mlp=True)},
         {"techniques": Techniques(tiled_norms=True)},
         {"base": BaseSpec("nf4", embeddings_on_host=True)},
+        {"base": BaseSpec("nf4", head_on_host=True)},
         {"base": BaseSpec("nf4", head_bits=8)},
         {"base": BaseSpec("nf4", head_bits=4)},
         {"base": BaseSpec("nf4", stream_layers=True)},
@@ -160,7 +180,7 @@ def test_streamed_layers_are_on_the_card_by_twos_and_cross_it_twice_but_where_th
     long_run, streamed_run, gpu
 ) -> None:
     whole, streamed = long_run.on(gpu), streamed_run.on(gpu)
-    of_one = streamed_run.accounts.streamed_bytes // LAYERS
+    of_one = streamed_run.accounts.waiting_bytes // LAYERS
     flat = streamed.by_component["streamed layers"] // 2
     assert flat <= of_one < flat + 2**20
     assert streamed.by_component["base weights"] == LAYERS * 7  # what stands in their places

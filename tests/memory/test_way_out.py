@@ -73,7 +73,8 @@ def test_numbers_change_only_where_nothing_lossless_suffices(
     short = replace(shape, seq_len=256, base=replace(shape.base, quantization="none"))
     every = lossless_changes(short, on_cpu=False, streaming=True)
     smallest = Plan(tuple(change[-1] for change in every)).apply(short)
-    smaller = replace(smallest, base=replace(smallest.base, quantization="nf4", head_bits=8))
+    base = replace(smallest.base, quantization="nf4", head_bits=8, head_on_host=False)
+    smaller = replace(smallest, base=base)
     fitter = fitter_between(config, short, smaller)
     assert not fitter.foresee(smallest).fits
     found = fitter.smallest_change()
@@ -92,7 +93,8 @@ def test_on_a_cpu_nothing_is_moved_to_the_memory_that_lacks(shape: RunShape) -> 
     ]
     settings = {name for overrides in offered for name in overrides}
     assert "train.fused_mlp" in settings
-    assert not settings & {"model.embeddings_on_host", "train.activations", "model.stream_layers"}
+    of_host = {"model.embeddings_on_host", "model.head_on_host", "model.stream_layers"}
+    assert not settings & {*of_host, "train.activations"}
 
 
 def test_a_model_that_cannot_have_a_change_is_offered_the_others(
@@ -100,10 +102,13 @@ def test_a_model_that_cannot_have_a_change_is_offered_the_others(
 ) -> None:
     tied = copy.deepcopy(config)
     tied.tie_word_embeddings = True
-    changes, together = Fitter(tied, shape, CARD).way_out().all_lossless(streaming=False)
+    _, together = Fitter(tied, shape, CARD).way_out().all_lossless(streaming=False)
+    of_table = {"model.embeddings_on_host=true", "model.head_on_host=true"}  # one, so both or none
+    assert of_table <= set(together.overrides)
+    labels = replace(shape, task="sequence-classification", task_settings={"labels": 2})
+    changes, together = Fitter(config, labels, CARD).way_out().all_lossless(streaming=False)
     assert changes
-    assert "model.embeddings_on_host=true" not in together.overrides
-    assert "train.fused_mlp=true" in together.overrides
+    assert of_table & set(together.overrides) == {"model.embeddings_on_host=true"}
 
 
 def test_techniques_make_longer_sequences_and_only_those_needed_are_named(

@@ -83,7 +83,8 @@ def test_plain_peft_loads_what_a_run_leaves_from_anywhere(
         {"train": {"optimizer": "paged_adamw_8bit", "activations": "keep"}},
         {"train": {"activations": "auto", "fused_mlp": True, "tiled_norms": True}},
         {"train": {"activations": "offload", "fused_mlp": True, "mlp_tile_tokens": 16}},
-        {"model": {"stream_layers": True}, "adapter": {"dropout": 0.1}},
+        {"model": {"stream_layers": True, "embeddings_on_host": True, "head_on_host": True},
+         "adapter": {"dropout": 0.1}},
         {"model": {"stream_layers": True, "embeddings_on_host": True, "head_bits": 8},
          "train": {"activations": "offload", "fused_mlp": True, "tiled_norms": True}},
         {"train": {"label_smoothing": 0.1, "z_loss": 1e-4}},
@@ -98,6 +99,22 @@ def test_every_choice_trains(make_run: Make, sections: dict[str, Any]) -> None:
     assert result.metrics["loss"] < result.metrics["loss_before"]
     trained = load_trained(result.folder)
     assert held_out_metrics(trained)["loss"] == pytest.approx(result.metrics["loss"], rel=2e-3)
+
+
+def test_a_run_goes_on_with_the_chunk_of_the_loss_that_it_began_with(make_run: Make) -> None:
+    """Which a card chooses by what is free; here the run file of the beginning does."""
+    settings = {"schedule": "constant", "warmup_ratio": 0.0}
+    folder = train(make_run(train={**settings, "loss_chunk_tokens": 7, "max_steps": 1})).folder
+    (folder / "result.json").unlink()  # as one that was stopped
+    told = Lines()
+    result = train(make_run(train={**settings, "max_steps": 2}), reporter=told)
+    assert result.outcome.step == 2
+    assert load_run(folder / "run.yaml").train.loss_chunk_tokens == 7
+    assert not any("loss_chunk_tokens" in line for line in told.lines)
+    (folder / "result.json").unlink()
+    changed = make_run(train={**settings, "loss_chunk_tokens": 9, "max_steps": 3})
+    train(changed, reporter=told)
+    assert any("loss_chunk_tokens: was 7, now 9" in line for line in told.lines)
 
 
 def test_a_kept_copy_of_the_quantized_base_trains_the_same(make_run: Make, tmp_path: Path) -> None:
