@@ -9,7 +9,8 @@ from step_cases import CONTENDERS, PARTS, TECHNIQUES
 from step_ceiling import flops_per_token
 from step_contender import activation_plan
 from step_figures import ratios_of, summarize
-from step_rounds import turned
+from step_rounds import SideBySide, turned
+from steps import Stop
 from transformers import LlamaConfig, LlamaForCausalLM
 
 
@@ -127,6 +128,13 @@ def test_the_tables_show_every_contender_and_the_load(tmp_path, monkeypatch) -> 
 def test_some_layers_are_recomputed_and_the_others_kept() -> None:
     assert activation_plan("recompute:2", 3) == ["recompute", "recompute", "keep"]
     assert activation_plan("keep", 3) == "keep"
+
+
+def test_a_contender_that_fails_is_named_with_its_own_last_words(tmp_path) -> None:
+    missing = str(tmp_path / "missing")
+    job = {"model": missing, "adapter": missing, "threads": 1, "steps": 1}
+    with pytest.raises(Stop, match=r"(?s)^ours failed with exit code 1:.*missing"):
+        SideBySide({"ours": {**job, **CONTENDERS["ours"], "contender": "ours"}}).__enter__()
 
 
 def test_every_contender_trains_a_tiny_model_to_the_same_losses(tmp_path, capsys) -> None:
