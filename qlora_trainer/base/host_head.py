@@ -4,9 +4,10 @@ Llama-3.1-8B's head is 1,002 MiB in 16 bit, and only the loss needs it, which co
 in the forward (`tasks/linear_cross_entropy.py`): while the layers' gradients grow and their weights
 are dense, it need not be there. Pinned host memory keeps it, and each pass copies it whole; the
 bits are the same, and so are losses and gradients. What asks for it while it is there shares it, so
-answering prompts (`head_at_hand`) copies it once and not for every token. Where it was lent, its
-memory goes back to the device when it goes: the caching allocator would put gradients into so large
-a free block, and the next pass would find no place for it in one piece.
+answering prompts (`head_at_hand`) copies it once and not for every token. The allocator's cache is
+given back before it is lent and after: in one piece it fits into no block the layers left, and once
+gone, gradients would be put into its block and the next pass find no room there. That costs a wait
+for the device and new segments twice a pass (some ms, an estimate) and saves a second head's room.
 
 Given up: hiding the copy behind the layers, for the head would then stand beside one; training it;
 fewer bits (`base/head.py`). A table that is both head and token embeddings is held on the host
@@ -76,10 +77,15 @@ class HostHead(nn.Module):
         Args:
             compute: Keeps no reference to it.
         """
+        if self._is_away():
+            self.transfers.give_back()
         result = compute(self.dense())
-        if self._here is None or self._here() is None:  # nobody else has it
+        if self._is_away():  # nobody else has it
             self.transfers.give_back()
         return result
+
+    def _is_away(self) -> bool:
+        return self._here is None or self._here() is None
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply, for whoever calls it as a layer. x: (..., D) -> (..., V)."""

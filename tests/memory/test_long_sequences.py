@@ -18,6 +18,7 @@ from qlora_trainer.lora.spec import AdapterSpec
 from qlora_trainer.memory.attention import ANSWERS, attention_for
 from qlora_trainer.memory.foresight import SimulatedRun, simulate_run
 from qlora_trainer.memory.gpus import read_gpu
+from qlora_trainer.memory.log import EMPTY_CACHE
 from qlora_trainer.memory.program import Accounts, Program, RunShape
 from qlora_trainer.memory.simulate import simulate
 from qlora_trainer.tasks.linear_cross_entropy import Regularized
@@ -132,6 +133,8 @@ def test_a_head_of_the_host_is_on_the_card_in_the_loss_and_nowhere_else(long_run
         if a.size_bytes == head and a.component == "embeddings and heads" and not a.on_host
     )
     assert came == {"load": 1, "forward": 2, "evaluation": 1}  # looked at once, then two steps
+    given_back = sum(kind == EMPTY_CACHE for kind, _ in moved.trace.log.events)
+    assert given_back == 2 * came.total()
 
 
 def test_each_technique_alone_takes_less_than_the_plain_step(gpu) -> None:
