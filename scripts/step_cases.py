@@ -23,7 +23,7 @@ PEERS = ("peft", "trainer", "trl")
 TECHNIQUES = ("fused_linear", "fused_mlp", "tiled_norms", "chunked_loss", "tiled_attention")
 OURS: dict[str, Any] = {
     "kind": "ours", "techniques": TECHNIQUES, "adapter_dtype": "bfloat16",
-    "compute_dtype": "bfloat16", "loss_chunk_tokens": 64,
+    "compute_dtype": "bfloat16", "loss_chunk_tokens": 256,
 }  # fmt: skip
 # what `train.compile` leaves to itself: plain norms and MLPs
 PLAIN: dict[str, Any] = {"techniques": ("fused_linear", "chunked_loss", "tiled_attention")}

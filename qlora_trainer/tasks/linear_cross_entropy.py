@@ -57,14 +57,18 @@ def chunk_logits(
     bias: Tensor | None,
     logit_scale: float,
     softcap: float | None,
+    room: Tensor | None = None,
 ) -> Tensor:
-    """Logits of a few tokens in fp32 (fp64 for fp64 inputs), scaled and soft-capped: (C, V)."""
+    """Logits of a few tokens in fp32 (fp64 for fp64 inputs), scaled and soft-capped: (C, V).
+
+    `room`, of that shape and dtype, is where they are put; without, where they come to be.
+    """
     rows = hidden.to(weight.dtype)
     if isinstance(weight, QuantizedHead):
         logits = weight.product(rows, bias)
     else:
         logits = torch.nn.functional.linear(rows, weight, bias)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = logits.to(_wide(logits.dtype)) if room is None else room.copy_(logits)
     if logit_scale != 1.0:
         logits.mul_(logit_scale)
     if softcap is not None:
@@ -131,7 +135,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         regularized: Regularized,
         wanted: tuple[bool, bool, bool],
     ) -> Tensor:
-        accumulator = torch.promote_types(hidden.dtype, torch.float32)
+        accumulator = _wide(hidden.dtype)
         total = hidden.new_zeros((), dtype=accumulator)
         grad_hidden = torch.zeros_like(hidden) if wanted[0] else None
         grad_weight = None
@@ -140,12 +144,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_bias = None
         if wanted[2] and bias is not None:
             grad_bias = torch.zeros_like(bias, dtype=accumulator)
+        chunk_tokens = _even_chunk(positions.shape[0], chunk_tokens)
+        # One place for every chunk's widened logits: so large a piece of a CPU's memory is taken
+        # back and handed out zeroed each time.
+        wide, room = _wide(weight.dtype), None
+        if wide != weight.dtype:
+            room = hidden.new_empty(chunk_tokens, weight.shape[0], dtype=wide)
         for rows, labels in zip(
             positions.split(chunk_tokens), targets.split(chunk_tokens), strict=True
         ):
             inputs = hidden.index_select(0, rows)  # (C, D)
+            place = None if room is None else room[: rows.shape[0]]
             loss, exact = _chunk_gradient(
-                chunk_logits(inputs, weight, bias, logit_scale, softcap),  # (C, V)
+                chunk_logits(inputs, weight, bias, logit_scale, softcap, place),  # (C, V)
                 labels,
                 logit_scale,
                 softcap,
@@ -179,6 +190,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if gradient is not None:
                 _scale_rows(gradient, grad_output)
         return (*gradients, None, None, None, None, None, None, None)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """What logits of a head in `dtype` are summed in: fp32, or fp64 for fp64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _even_chunk(tokens: int, most: int) -> int:
+    """Tokens of a chunk, such that as few chunks as there must be are of about one size."""
+    chunks = max(1, -(-tokens // most))
+    return max(1, -(-tokens // chunks))
 
 
 def _input_gradient(gradient: Tensor, weight: HeadWeight) -> Tensor:
