@@ -40,10 +40,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def trained_once(folder: Path, *, stream: bool, plan: Any) -> tuple[dict[str, Tensor], int]:
+def trained_once(folder: Path, *, plan: Any, **held: Any) -> tuple[dict[str, Tensor], int]:
     """Gradients of one step, and the most memory it took on the card."""
     device = torch.device("cuda")
-    spec = replace(BaseSpec("nf4", compute_dtype=torch.bfloat16), stream_layers=stream)
+    spec = replace(BaseSpec("nf4", compute_dtype=torch.bfloat16), **held)
     model: Any = load_base(folder, AutoModelForCausalLM, spec, device)
     inject_adapter(model, AdapterSpec(rank=4, alpha=8), dtype=torch.bfloat16, seed=0)
     plan_activations(model, decoder_layers(model), plan)
@@ -62,13 +62,21 @@ def trained_once(folder: Path, *, stream: bool, plan: Any) -> tuple[dict[str, Te
 
 @pytest.mark.parametrize("plan", ["recompute", "offload"])
 def test_streamed_layers_train_as_whole_ones_in_less_memory(folder: Path, plan: Any) -> None:
-    whole, needed = trained_once(folder, stream=False, plan=plan)
-    streamed, less = trained_once(folder, stream=True, plan=plan)
+    whole, needed = trained_once(folder, plan=plan)
+    streamed, less = trained_once(folder, plan=plan, stream_layers=True)
     assert whole.keys() == streamed.keys()
     for name, gradient in whole.items():
         torch.testing.assert_close(streamed[name], gradient, rtol=1e-2, atol=1e-4)
     layer = HIDDEN * HIDDEN * (2 + 1 + 3 * 4) // 2  # bytes of one in NF4, without its scales
     assert needed - less > (LAYERS - 3) * layer  # two of them are there at a time
+
+
+def test_a_head_of_the_host_gives_the_same_gradients(folder: Path) -> None:
+    whole, _ = trained_once(folder, plan="recompute")
+    lent, _ = trained_once(folder, plan="recompute", head_on_host=True)
+    assert whole.keys() == lent.keys()
+    for name, gradient in whole.items():
+        torch.testing.assert_close(lent[name], gradient, rtol=1e-2, atol=1e-4)
 
 
 @pytest.mark.parametrize("bits", [8, 4])
