@@ -26,6 +26,7 @@ _NAMES = {
     "trainer": "Trainer, recomputing",
     "trainer-defaults": "Trainer as it comes",
     "trl-packed": "TRL, packed, keeping all",
+    "trl-packed-512": "TRL, packed to 512, keeping all",
 }
 _OWN = ("ours-own", "ours-packed")  # with our own choice of what to keep
 
@@ -91,7 +92,7 @@ def _said(parts: dict[str, Any]) -> str:
     if "real" in parts:
         tokens = parts["real"]["settings"]["tokens"]
         said += (
-            f" Of the instructions, packed by ours and TRL to {tokens:,} tokens and padded in "
+            f" Of the instructions, packed to {tokens:,} tokens where not said and padded in "
             "batches of 8 by Trainer, tokens that are no padding count."
         )
     if "compile-1x512" in parts:

@@ -112,7 +112,7 @@ def test_the_tables_show_every_contender_and_the_load(tmp_path, monkeypatch) -> 
     assert "| 135M, 1 x 512: PEFT, recomputing | 3 | 2.50 (2.25 to 2.75) | - | 0 MiB |" in table
     assert "PEFT, recomputing | 3 | 2.50 (2.25 to 2.75) | 5.00 (4.50 to 5.50) |" in table
     assert "Trainer as it comes | 3 | - | 2.50 (2.25 to 2.75) | 0 MiB |" in table
-    assert "packed by ours and TRL to 1,024 tokens and padded in batches of 8" in table
+    assert "packed to 1,024 tokens where not said and padded in batches of 8" in table
     assert "0.0 to 0.2 of the cores busy" in table
     assert "Rounds of a comparison: 2 to 2." in table
     assert "norms and MLPs is 0.75 (0.75 to 0.75) times as fast" in table
