@@ -3,7 +3,8 @@
     python scripts/foresee_lengths.py [--only NAME ...] [--json scripts/results/lengths.json]
 
 Each case is a model, a card and the settings that save memory (`LEAN`), simulated as `qlora
-profile` does it: rank 32 on all linear layers, micro-batch 1. A card's budget is its usable memory
+profile` does it: rank 32 on all linear layers, micro-batch 1; the head in 16 bit, in host memory
+but for the loss (`head-here`: on the card). A card's budget is its usable memory
 less 0.3 GiB, its CUDA context included. Either a length is given, and what it takes is the answer,
 or the longest length is searched: it was simulated, and so was the next one, which does not fit.
 Beside each stand the pinned host memory it needs, the bytes that one step moves over PCIe and the
@@ -42,10 +43,12 @@ LEAN = (
     "train.mlp_tile_tokens=2048",
     "train.tiled_norms=true",
     "model.embeddings_on_host=true",
+    "model.head_on_host=true",
     "train.optimizer=paged_adamw_8bit",
 )
-HEAD_8 = ("model.head_bits=8",)
-HEAD_4 = ("model.head_bits=4",)
+HEAD_HERE = ("model.head_on_host=false",)
+HEAD_8 = ("model.head_bits=8", *HEAD_HERE)
+HEAD_4 = ("model.head_bits=4", *HEAD_HERE)
 STREAM = ("model.stream_layers=true",)
 SMALL_TILES = ("train.mlp_tile_tokens=256", "train.loss_chunk_tokens=32")
 
@@ -64,6 +67,7 @@ class Case:
         least_tokens: The bound on the longest length, where there is one.
         unsloth: What Unsloth publishes for such a card.
         pinned_limit: At most 24 GiB of pinned host memory.
+        must_fit: The bound is the card's budget.
     """
 
     name: str
@@ -75,27 +79,41 @@ class Case:
     least_tokens: int | None = None
     unsloth: int | None = None
     pinned_limit: bool = False
+    must_fit: bool = False
 
 
 EIGHT, SEVENTY = "llama-3.1-8b", "llama-3.3-70b"
 CASES = (
     Case("8b-2048", EIGHT, "rtx-4060-8gb", tokens=2048, most_bytes=int(5.6 * GIB)),
+    Case("8b-2048-head-here", EIGHT, "rtx-4060-8gb", HEAD_HERE, 2048, int(5.6 * GIB)),
     Case("8b-2048-stream", EIGHT, "rtx-4060-8gb", STREAM, 2048, int(2.4 * GIB)),
+    Case(
+        "8b-2048-stream-head-here", EIGHT, "rtx-4060-8gb", STREAM + HEAD_HERE, 2048, int(2.4 * GIB)
+    ),
     Case("8b-2048-stream-head-4", EIGHT, "rtx-4060-8gb", STREAM + HEAD_4, 2048),
-    Case("8b-6gb-1024", EIGHT, "rtx-2060-6gb", tokens=1024),
+    Case("8b-6gb-1024", EIGHT, "rtx-2060-6gb", tokens=1024, must_fit=True),
+    Case("8b-6gb-1024-head-here", EIGHT, "rtx-2060-6gb", HEAD_HERE, 1024),
     Case("8b-6gb-1024-head-8", EIGHT, "rtx-2060-6gb", HEAD_8, 1024),
-    Case("8b-6gb", EIGHT, "rtx-2060-6gb", SMALL_TILES, least_tokens=1024),
-    Case("8b-6gb-head-8", EIGHT, "rtx-2060-6gb", HEAD_8, least_tokens=1024),
+    Case("8b-6gb", EIGHT, "rtx-2060-6gb", least_tokens=1024),
+    Case("8b-6gb-head-here", EIGHT, "rtx-2060-6gb", HEAD_HERE + SMALL_TILES),
+    Case("8b-6gb-head-8", EIGHT, "rtx-2060-6gb", HEAD_8),
     Case("8b-6gb-stream", EIGHT, "rtx-2060-6gb", STREAM),
     Case("8b-8gb", EIGHT, "rtx-4060-8gb", least_tokens=16_384, unsloth=2972),
     Case("8b-8gb-head-4", EIGHT, "rtx-4060-8gb", HEAD_4, unsloth=2972),
     Case("8b-12gb", EIGHT, "rtx-3060-12gb", least_tokens=40_000, unsloth=21_848),
     Case("8b-16gb", EIGHT, "rtx-4060-ti-16gb", least_tokens=80_000, unsloth=40_724),
     Case("8b-24gb", EIGHT, "rtx-3090-24gb", least_tokens=131_072, unsloth=78_475),
-    Case("8b-24gb-pinned-24", EIGHT, "rtx-3090-24gb", pinned_limit=True, unsloth=78_475),
+    Case("8b-24gb-pinned-24", EIGHT, "rtx-3090-24gb", HEAD_HERE, pinned_limit=True, unsloth=78_475),
     Case("70b-4096", SEVENTY, "rtx-a6000-48gb", tokens=4096, most_bytes=40 * GIB),
     Case("70b-48gb", SEVENTY, "rtx-a6000-48gb", least_tokens=24_000, unsloth=12_106),
-    Case("70b-48gb-pinned-24", SEVENTY, "rtx-a6000-48gb", unsloth=12_106, pinned_limit=True),
+    Case(
+        "70b-48gb-pinned-24",
+        SEVENTY,
+        "rtx-a6000-48gb",
+        HEAD_HERE,
+        unsloth=12_106,
+        pinned_limit=True,
+    ),
     Case("70b-24gb-4096-stream", SEVENTY, "rtx-3090-24gb", STREAM, 4096),
     Case("70b-24gb-stream", SEVENTY, "rtx-3090-24gb", STREAM),
 )
@@ -158,6 +176,8 @@ def row(
         met = found.reserved_bytes <= case.most_bytes
     elif case.least_tokens is not None:
         met = fitting >= case.least_tokens
+    elif case.must_fit:
+        met = fitting > 0
     said: dict[str, Any] = {
         "model": case.model,
         "card": case.card,

@@ -31,15 +31,18 @@ def lengths() -> str:
     libraries = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
     return (
         f"{markdown(head, rows)}\n\nForeseen, not measured, with {libraries}; "
-        f"{found['left_free_bytes'] / GIB:.1f} GiB of each card stay free. Where a length is not "
+        f"{found['left_free_bytes'] / GIB:.1f} GiB of each card stay free. The head is in 16 bit, in "
+        "host memory but for the loss, unless stated. Where a length is not "
         "given it is the longest that fits; the next one tried does not, or the model ends there. "
-        "Copies run beside the computing. Unsloth's column is what it "
+        "Copies run beside the computing, but for the head's. Unsloth's column is what it "
         "[publishes](https://docs.unsloth.ai/basics/unsloth-benchmarks) for a card of that size."
     )
 
 
 def _row(name: str, case: dict[str, Any]) -> list[str]:
     extras = [words for setting, words in _WITH.items() if setting in case["settings"]]
+    if "model.head_on_host=true" not in case["settings"] and not any("head" in e for e in extras):
+        extras.append("head on the card")
     if name.endswith("pinned-24"):
         extras.append("at most 24 GiB pinned")
     label = f"Llama {_MODELS[case['model']]}, {_SIZES[case['card']]}"
