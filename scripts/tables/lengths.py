@@ -31,8 +31,8 @@ def lengths() -> str:
     libraries = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
     return (
         f"{markdown(head, rows)}\n\nForeseen, not measured, with {libraries}; "
-        f"{found['left_free_bytes'] / GIB:.1f} GiB of each card stay free. The head is in 16 bit, in "
-        "host memory but for the loss, unless stated. Where a length is not "
+        f"{found['left_free_bytes'] / GIB:.1f} GiB of each card stay free. The head is in 16 bit, "
+        "in host memory but for the loss, unless stated. Where a length is not "
         "given it is the longest that fits; the next one tried does not, or the model ends there. "
         "Copies run beside the computing, but for the head's. Unsloth's column is what it "
         "[publishes](https://docs.unsloth.ai/basics/unsloth-benchmarks) for a card of that size."
