@@ -10,8 +10,8 @@ is the point.
     ablation    ours, and without one technique each
     compile     ours with plain norms and MLPs, and the same with these compiled
     same-losses ours beside PEFT's plain path, fp32 adapters, on packed instructions; compared step
-                by step in bf16, whose rounding alone moves a loss by some tenths of a percent, and
-                all in fp32, which tells whose bf16 is how far from the truth
+                by step all in fp32, which shows the algorithm, and in bf16, whose rounding alone
+                moves the losses of both by about a percent
     real        instructions of real lengths: ours packed and tuned, Trainer as it comes, TRL tuned
 """
 

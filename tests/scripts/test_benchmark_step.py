@@ -100,7 +100,7 @@ def test_the_tables_show_every_contender_and_the_load(tmp_path, monkeypatch) -> 
             "losses": {
                 "ours-fp32": [2.002, 1.0],
                 "peft-fp32": [2.0, 1.005],
-                "ours-all-fp32": [2.0, 1.0],
+                "ours-all-fp32": [2.00002, 1.0],
                 "peft-all-fp32": [2.0, 1.0],
             },
         },
@@ -117,9 +117,9 @@ def test_the_tables_show_every_contender_and_the_load(tmp_path, monkeypatch) -> 
     assert "Rounds of a comparison: 2 to 2." in table
     assert "norms and MLPs is 0.75 (0.75 to 0.75) times as fast" in table
     assert "2 steps from one fp32 adapter on the instructions, packed to 1,024 tokens" in table
-    assert "no step's loss is more than 0.00% from PEFT's" in table
-    assert "ours is more than 0.10% from that, of PEFT's 0.50%;" in table
-    assert "PEFT's are at most 0.50% apart" in table
+    assert "computed in fp32, no step's loss is more than 0.0010% from PEFT's" in table
+    assert "In bf16 ours are at most 0.50% from PEFT's, in the mean 0.30%;" in table
+    assert "moves ours by +0.05% in the mean, PEFT's by +0.25%." in table
     left_out = step.step_ablation()
     assert "| without fused mlp | 5 | 1.60 (1.47 to 1.80) | 3 MiB |" in left_out
     assert "| without tiled norms | 8 | 1.00 (0.90 to 1.07), within the noise |" in left_out
