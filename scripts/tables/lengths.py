@@ -40,8 +40,9 @@ def lengths() -> str:
 
 
 def _row(name: str, case: dict[str, Any]) -> list[str]:
+    last = dict(setting.split("=") for setting in case["settings"])  # a later one counts
     extras = [words for setting, words in _WITH.items() if setting in case["settings"]]
-    if "model.head_on_host=true" not in case["settings"] and not any("head" in e for e in extras):
+    if last.get("model.head_on_host") != "true" and not any("head" in e for e in extras):
         extras.append("head on the card")
     if name.endswith("pinned-24"):
         extras.append("at most 24 GiB pinned")
