@@ -198,7 +198,11 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def _even_chunk(tokens: int, most: int) -> int:
-    """Tokens of a chunk, such that as few chunks as there must be are of about one size."""
+    """Tokens of a chunk, such that as few chunks as there must be are of about one size.
+
+    >>> _even_chunk(512, 341), _even_chunk(1024, 341), _even_chunk(0, 341)
+    (256, 256, 1)
+    """
     chunks = max(1, -(-tokens // most))
     return max(1, -(-tokens // chunks))
 
