@@ -78,6 +78,7 @@ def run_ours(job: dict[str, Any], gate: Gate) -> None:
             model, [task.prepare(batch)], task=task, optimizer=optimizer, learning_rate=1e-4,
             device=CPU, step=done,
         )  # fmt: skip
+        freed.after_step()
         done += 1
         return float(result.loss)
 

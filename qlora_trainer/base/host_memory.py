@@ -56,10 +56,11 @@ def keep_freed_pages() -> bool:
 
 
 class FreedPages:
-    """Gives freed pages back between steps, unless the next step is like the last."""
+    """Gives freed pages back before and after a step that is not like the last one."""
 
     def __init__(self) -> None:
         self._last: list[Any] | None = None
+        self._alike = False
 
     def before_step(self, window: Sequence[Mapping[str, Any]]) -> None:
         """Give pages back where a window's tensors have other shapes than the last one's."""
@@ -67,9 +68,15 @@ class FreedPages:
             {name: tuple(getattr(value, "shape", ())) for name, value in batch.items()}
             for batch in window
         ]
-        if shapes != self._last:
+        self._alike = shapes == self._last
+        if not self._alike:
             self.give_back()
             self._last = shapes
+
+    def after_step(self) -> None:
+        """Keep pages only where steps have begun to be alike."""
+        if not self._alike:
+            give_back_free_memory()
 
     def give_back(self) -> None:
         """Give pages back now: something else than a step comes next."""

@@ -154,6 +154,8 @@ class _Loop:
                 result, loss, norm = self._steps.run(
                     window, step=step, learning_rate=plan.learning_rate * share, verify=verify
                 )
+            if run.device.type == "cpu":
+                self._freed.after_step()
         seconds = time.perf_counter() - start
         tokens = sum(_tokens(batch) for batch in window)
         self._course.step = step + 1

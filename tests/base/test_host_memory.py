@@ -33,6 +33,7 @@ def step(length):
     freed.before_step([{"input_ids": torch.zeros(1, length, dtype=torch.long)}])
     held = [torch.ones(2**18) for _ in range(64)]  # 64 MiB, 1 MiB each
     del held
+    freed.after_step()
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 for length in map(int, sys.argv[2:]):
     taken = step(length)
