@@ -8,6 +8,7 @@ is the point.
 
     equal-*     same recomputation, same batch, no packing; `ours-own` keeps all
     ablation    ours, and without one technique each
+    pages       ours keeping all, and the same giving freed pages back around every step
     compile     ours with plain norms and MLPs, and the same with these compiled
     same-losses ours beside PEFT's plain path, fp32 adapters, on packed instructions; compared step
                 by step all in fp32, which shows the algorithm, and in bf16, whose rounding alone
@@ -20,13 +21,17 @@ from __future__ import annotations
 from typing import Any
 
 PEERS = ("peft", "trainer", "trl")
-TECHNIQUES = ("fused_linear", "fused_mlp", "tiled_norms", "chunked_loss", "tiled_attention")
+TECHNIQUES = (
+    "fused_linear", "fused_mlp", "tiled_norms", "chunked_loss", "tiled_attention", "freed_pages",
+)  # fmt: skip
 OURS: dict[str, Any] = {
     "kind": "ours", "techniques": TECHNIQUES, "adapter_dtype": "bfloat16",
     "compute_dtype": "bfloat16", "loss_chunk_tokens": 256,
 }  # fmt: skip
 # what `train.compile` leaves to itself: plain norms and MLPs
-PLAIN: dict[str, Any] = {"techniques": ("fused_linear", "chunked_loss", "tiled_attention")}
+PLAIN: dict[str, Any] = {
+    "techniques": tuple(t for t in TECHNIQUES if t not in ("fused_mlp", "tiled_norms"))
+}
 OWN_CHOICE = {"activations": "keep", "mlp_keeps_inner": True}  # nothing computed again
 PEER: dict[str, Any] = {
     "adapter_dtype": "bfloat16", "compute_dtype": "bfloat16", "attention": "sdpa",
@@ -59,6 +64,7 @@ CONTENDERS: dict[str, dict[str, Any]] = {
     "ours-compiled": OURS | PLAIN | {"compile": True},
     "ours-own": OURS | OWN_CHOICE,
     "ours-packed": OURS | OWN_CHOICE,
+    "ours-own-without-freed-pages": without("freed_pages") | OWN_CHOICE,
     **{f"ours-without-{t.replace('_', '-')}": without(t) for t in TECHNIQUES},
     "peft": PEER | {"kind": "peft"},
     "ours-fp32": OURS | FP32_ADAPTER,
@@ -90,6 +96,7 @@ PARTS: dict[str, dict[str, Any]] = {
     "ablation-1x512": part(
         512, 1, ["ours", *(f"ours-without-{t.replace('_', '-')}" for t in TECHNIQUES)]
     ),
+    "pages-1x512": part(512, 1, ["ours-own", "ours-own-without-freed-pages"]),
     "compile-1x512": part(512, 1, ["ours-plain", "ours-compiled"]),
     "same-losses": part(
         512, 1, ["ours-fp32", "peft-fp32", "ours-all-fp32", "peft-all-fp32"], real=True

@@ -43,8 +43,9 @@ def run_ours(job: dict[str, Any], gate: Gate) -> None:
     from qlora_trainer.training.step import train_step
     from qlora_trainer.training.techniques import Techniques, apply_techniques
 
-    keep_freed_pages()  # as `qlora train` on a CPU
     on = set(job["techniques"])
+    if "freed_pages" in on:
+        keep_freed_pages()  # as `qlora train` on a CPU
     attention = None if "tiled_attention" in on else "sdpa"
     spec = BaseSpec("nf4", compute_dtype=WIDE[job["compute_dtype"]], attention=attention)
     model = load_base(Path(job["model"]), AutoModelForCausalLM, spec, CPU)
@@ -69,10 +70,12 @@ def run_ours(job: dict[str, Any], gate: Gate) -> None:
         task = CausalLM(LossPath(False, "left out by the benchmark"), task.takes_positions)
     optimizer = AdapterAdamW(adapter_parameters(model), kind="adamw", weight_decay=0.0)
     model.train()
-    done, freed = 0, FreedPages()
+    done, freed = 0, FreedPages(CPU)
 
     def step(batch: Batch) -> float:
         nonlocal done
+        if "freed_pages" not in on:
+            freed.give_back()
         freed.before_step([batch])
         result = train_step(
             model, [task.prepare(batch)], task=task, optimizer=optimizer, learning_rate=1e-4,

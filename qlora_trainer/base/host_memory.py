@@ -9,7 +9,7 @@ no value. Other C libraries (macOS, Windows, musl) have no such call and need no
 A page that went back costs time when it is wanted again: the system hands it out zeroed. Steps over
 batches of the same shape want the same pages in the same order, so between those they stay
 (`FreedPages`, and `keep_freed_pages` for what glibc would give back by itself in the middle of a
-step): on two cores a step that keeps its activations is a tenth faster.
+step). `scripts/benchmark_step.py --part pages-1x512` says what it is worth.
 
 And oneDNN, which multiplies matrices on a CPU, keeps what it compiled for each shape, up to 1,024
 matrices' worth in two caches (its own and torch's over it): of a model of 135M 17 MiB for each new
@@ -23,6 +23,8 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+import torch
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # malloc.h
 # A step of one length needs some thirty; layers share them.
@@ -56,9 +58,14 @@ def keep_freed_pages() -> bool:
 
 
 class FreedPages:
-    """Gives freed pages back before and after a step that is not like the last one."""
+    """Gives freed pages back before and after a step that is not like the last one.
 
-    def __init__(self) -> None:
+    Args:
+        device: Of the steps; all but a CPU have allocators of their own, and nothing is done.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._is_cpu = device.type == "cpu"
         self._last: list[Any] | None = None
         self._alike = False
 
@@ -75,12 +82,13 @@ class FreedPages:
 
     def after_step(self) -> None:
         """Keep pages only where steps have begun to be alike."""
-        if not self._alike:
+        if not self._alike and self._is_cpu:
             give_back_free_memory()
 
     def give_back(self) -> None:
         """Give pages back now: something else than a step comes next."""
-        give_back_free_memory()
+        if self._is_cpu:
+            give_back_free_memory()
         self._last = None
 
 

@@ -61,7 +61,7 @@ class _Loop:
         self._course = Course()
         self._stopped_by: str | None = None
         self._watch = run.watch
-        self._freed = FreedPages()
+        self._freed = FreedPages(run.device)
 
     def run(self) -> TrainingOutcome:
         run, course = self._run, self._resume()
@@ -148,14 +148,12 @@ class _Loop:
         start = time.perf_counter()
         with run.log.timed("step"):
             window = run.windows.window(step)
-            if run.device.type == "cpu":
-                self._freed.before_step(window)
+            self._freed.before_step(window)
             with self._watched(window):
                 result, loss, norm = self._steps.run(
                     window, step=step, learning_rate=plan.learning_rate * share, verify=verify
                 )
-            if run.device.type == "cpu":
-                self._freed.after_step()
+            self._freed.after_step()
         seconds = time.perf_counter() - start
         tokens = sum(_tokens(batch) for batch in window)
         self._course.step = step + 1
@@ -199,8 +197,7 @@ class _Loop:
         run = self._run
         if run.eval_batches is None:
             return None
-        if run.device.type == "cpu":
-            self._freed.give_back()
+        self._freed.give_back()
         with run.log.timed("evaluate"):
             found = examine(
                 run.model,

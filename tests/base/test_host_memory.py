@@ -26,8 +26,8 @@ def test_what_lies_free_below_a_live_tensor_is_given_back() -> None:
 _BETWEEN = """
 import sys, resource, torch
 from qlora_trainer.base.host_memory import FreedPages, keep_freed_pages
-kept = sys.argv[1] == "kept" and keep_freed_pages()
-freed = FreedPages()
+keep_freed_pages()
+freed = FreedPages(torch.device("cpu"))
 def step(length):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     freed.before_step([{"input_ids": torch.zeros(1, length, dtype=torch.long)}])
@@ -35,7 +35,7 @@ def step(length):
     del held
     freed.after_step()
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-for length in map(int, sys.argv[2:]):
+for length in map(int, sys.argv[1:]):
     taken = step(length)
 print(taken)
 """
@@ -43,15 +43,15 @@ print(taken)
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="page faults of glibc's heap")
 def test_freed_pages_stay_between_steps_of_one_shape_only() -> None:
-    def faults(*arguments: str) -> int:
-        command = [sys.executable, "-c", _BETWEEN, *arguments]
+    def faults(*lengths: str) -> int:
+        command = [sys.executable, "-c", _BETWEEN, *lengths]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         return int(done.stdout)
 
     if not give_back_free_memory():
         pytest.skip("this C library has no malloc_trim")
     pages = 64 * 2**20 // os.sysconf("SC_PAGE_SIZE")
-    alike, other = faults("kept", "8", "8", "8"), faults("kept", "8", "8", "9")
+    alike, other = faults("8", "8", "8"), faults("8", "8", "9")
     assert alike < pages / 10  # the same pages again
     assert other > pages / 2  # given back, so that another shape finds no holes
 

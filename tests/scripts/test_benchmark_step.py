@@ -89,8 +89,13 @@ def test_the_tables_show_every_contender_and_the_load(tmp_path, monkeypatch) -> 
     ]
     ablation = summarize([], rounds, 0.25) | {"settings": settings, "turns": rounds}
     compiled = {"ours-plain": {"tokens_per_second": 4}, "ours-compiled": {"tokens_per_second": 3}}
+    given_back = {
+        "ours-own": {"tokens_per_second": 9},
+        "ours-own-without-freed-pages": {"tokens_per_second": 6},
+    }
     parts = {
         "compile-1x512": {"turns": [compiled]},
+        "pages-1x512": {"turns": [given_back]},
         "equal-1x512": part,
         "equal-4x512": own,
         "ablation-1x512": ablation,
@@ -116,6 +121,7 @@ def test_the_tables_show_every_contender_and_the_load(tmp_path, monkeypatch) -> 
     assert "0.0 to 0.2 of the cores busy" in table
     assert "Rounds of a comparison: 2 to 2." in table
     assert "norms and MLPs is 0.75 (0.75 to 0.75) times as fast" in table
+    assert "that keeps all 1.50 (1.50 to 1.50) times as fast" in table
     assert "2 steps from one fp32 adapter on the instructions, packed to 1,024 tokens" in table
     assert "computed in fp32, no step's loss is more than 0.0010% from PEFT's" in table
     assert "In bf16 ours are at most 0.50% from PEFT's, in the mean 0.30%;" in table
