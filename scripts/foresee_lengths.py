@@ -100,12 +100,12 @@ CASES = (
     Case("8b-6gb-stream", EIGHT, "rtx-2060-6gb", STREAM),
     Case("8b-8gb", EIGHT, "rtx-4060-8gb", least_tokens=16_384, unsloth=2972),
     Case("8b-8gb-head-4", EIGHT, "rtx-4060-8gb", HEAD_4, unsloth=2972),
-    Case("8b-12gb", EIGHT, "rtx-3060-12gb", least_tokens=40_000, unsloth=21_848),
-    Case("8b-16gb", EIGHT, "rtx-4060-ti-16gb", least_tokens=80_000, unsloth=40_724),
-    Case("8b-24gb", EIGHT, "rtx-3090-24gb", least_tokens=131_072, unsloth=78_475),
+    Case("8b-12gb", EIGHT, "rtx-3060-12gb", HEAD_HERE, least_tokens=40_000, unsloth=21_848),
+    Case("8b-16gb", EIGHT, "rtx-4060-ti-16gb", HEAD_HERE, least_tokens=80_000, unsloth=40_724),
+    Case("8b-24gb", EIGHT, "rtx-3090-24gb", HEAD_HERE, least_tokens=131_072, unsloth=78_475),
     Case("8b-24gb-pinned-24", EIGHT, "rtx-3090-24gb", HEAD_HERE, pinned_limit=True, unsloth=78_475),
-    Case("70b-4096", SEVENTY, "rtx-a6000-48gb", tokens=4096, most_bytes=40 * GIB),
-    Case("70b-48gb", SEVENTY, "rtx-a6000-48gb", least_tokens=24_000, unsloth=12_106),
+    Case("70b-4096", SEVENTY, "rtx-a6000-48gb", HEAD_HERE, 4096, 40 * GIB),
+    Case("70b-48gb", SEVENTY, "rtx-a6000-48gb", HEAD_HERE, least_tokens=24_000, unsloth=12_106),
     Case(
         "70b-48gb-pinned-24",
         SEVENTY,
@@ -114,8 +114,8 @@ CASES = (
         unsloth=12_106,
         pinned_limit=True,
     ),
-    Case("70b-24gb-4096-stream", SEVENTY, "rtx-3090-24gb", STREAM, 4096),
-    Case("70b-24gb-stream", SEVENTY, "rtx-3090-24gb", STREAM),
+    Case("70b-24gb-4096-stream", SEVENTY, "rtx-3090-24gb", STREAM + HEAD_HERE, 4096),
+    Case("70b-24gb-stream", SEVENTY, "rtx-3090-24gb", STREAM + HEAD_HERE),
 )
 
 
