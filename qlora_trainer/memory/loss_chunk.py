@@ -3,7 +3,7 @@
 Fewer, larger chunks read the head less often: a product of C tokens does about C operations for
 each byte of a 16-bit head, and cards do 100 to 300 in the time of reading one, so below some
 hundred tokens they wait for memory. From 2,048 on nothing is left to win. (This is arithmetic; no
-GPU has measured it here. A CPU is no faster with more than the least.)
+GPU has measured it here.) On a CPU the least stays.
 
 It comes after the layers' plan (`memory/auto.py`), with what that leaves, and only where that was
 asked for: who names a plan gets the least memory it needs. Every chunk tried is simulated. Other
