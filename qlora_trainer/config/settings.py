@@ -178,6 +178,10 @@ class TrainSettings(Settings):
         description="the fused MLP keeps what gate and up give, in layers that keep activations: "
         "faster, for two tensors of the MLP's width a layer",
     )
+    fused_qkv: bool = Field(
+        False,
+        description="an attention's q, k and v as one function, and rotary embedding in one pass",
+    )
     tiled_norms: bool = Field(
         False, description="RMSNorms in tiles, without fp32 copies of the residual stream"
     )

@@ -11,7 +11,7 @@ Backward, with `g` = dL/dy:
     u  = s g B                      (N, r)
     dx = g W + (u A) * m            (N, in)     in place; skipped when nobody needs it
     dA = u^T (x * m)                (r, in)
-    dB = s g^T h                    (out, r)
+    dB = (s h^T g)^T                (out, r)
 
 Saved: `x`, `A`, `B`; nothing else. `W` is asked of the base module again (a 4-bit base dequantizes
 again), `h` is computed again (2 N in r operations, a thousandth of the layer's), the dropout mask
@@ -96,7 +96,7 @@ def low_rank_gradients(
             assert u is not None
             grad_A = u.t() @ dropped
         if need_B:
-            grad_B = (g.t() @ (dropped @ a.t())).mul_(scale)
+            grad_B = ((dropped @ a.t()).t() @ g).mul_(scale).t()  # g is read along its rows
         del dropped
     if need_x:
         assert u is not None

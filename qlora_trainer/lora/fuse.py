@@ -6,14 +6,14 @@ under their names, so adapter files, the audit and the merge see the model they 
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qlora_trainer.lora.gated_mlp import GatedMLP, Projection, activate, gated_mlp
+from qlora_trainer.lora.gated_mlp import GatedMLP, activate, gated_mlp
 from qlora_trainer.lora.kind import is_plain_linear, kind_of
 from qlora_trainer.lora.layer import LowRankLayer
+from qlora_trainer.lora.projections import Projection
 from qlora_trainer.lora.trained import set_module
 
 _SEPARATE = ("gate_proj", "up_proj", "down_proj")
@@ -80,22 +80,12 @@ class FusedGatedMLP(nn.Module):
         """(..., D) -> (..., D) in the dtype of x."""
         if not self.training and not torch.is_grad_enabled():
             return self._evaluated(x)
-        projections = tuple(self._projection(name) for name in self.names)
+        projections = tuple(Projection.of(getattr(self, name)) for name in self.names)
         # A 4-bit base says what it computes in, as in `LowRankLayer`.
         computed = x.to(getattr(projections[0].base, "compute_dtype", x.dtype))
         keeps = self.keeps_inner and not self.is_recomputed
         mlp = GatedMLP(projections, self.activation, self.tile_tokens, keeps)
         return gated_mlp(computed, mlp).to(x.dtype)
-
-    def _projection(self, name: str) -> Projection:
-        module: Any = getattr(self, name)
-        if not isinstance(module, LowRankLayer):
-            return Projection(module, None, None)
-        if not module.enabled:
-            return Projection(module.base, None, None)
-        module.reached = True
-        dropout = module.dropout if self.training else 0.0
-        return Projection(module.base, module.lora_A, module.lora_B, module.scale, dropout)
 
     def _evaluated(self, x: Tensor) -> Tensor:
         """Without gradients the modules' own forward: it may know a kernel for few rows."""
@@ -162,15 +152,23 @@ def _why_not(module: nn.Module) -> str | None:
     if activation not in _ACTIVATIONS:
         return f"its activation {activation} is none we know"
     for name in names:
-        part = getattr(module, name)
-        base = part.base if isinstance(part, LowRankLayer) else part
-        if isinstance(part, LowRankLayer) and not part.fused:
-            return f"{name} carries an adapter that is no plain linear map"
-        if kind_of(base) is None or not is_plain_linear(base):
-            return f"{name} is a {type(base).__name__}"
-        if any(parameter.requires_grad for parameter in base.parameters()):
-            return f"{name} is itself trained"
+        reason = why_not_projection(module, name)
+        if reason is not None:
+            return reason
     first, last = getattr(module, names[0]), getattr(module, names[-1])
     if first.in_features != last.out_features:
         return "its output is not as wide as its input"
+    return None
+
+
+def why_not_projection(module: nn.Module, name: str) -> str | None:
+    """Why a function of ours cannot compute a part of `module`; None where it can."""
+    part = getattr(module, name)
+    base = part.base if isinstance(part, LowRankLayer) else part
+    if isinstance(part, LowRankLayer) and not part.fused:
+        return f"{name} carries an adapter that is no plain linear map"
+    if kind_of(base) is None or not is_plain_linear(base):
+        return f"{name} is a {type(base).__name__}"
+    if any(parameter.requires_grad for parameter in base.parameters()):
+        return f"{name} is itself trained"
     return None

@@ -37,14 +37,10 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from qlora_trainer.lora.function import (
-    draw_dropout_seed,
-    low_rank_gradients,
-    low_rank_product,
-)
+from qlora_trainer.lora.projections import Projection, project, projection_gradients
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 
@@ -66,38 +62,6 @@ def activation_gradient(name: str, g: Tensor, z: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Projection:
-    """One linear map of the MLP, its factors (or none) and its dropout of this call."""
-
-    base: nn.Module
-    lora_A: Tensor | None
-    lora_B: Tensor | None
-    scale: float = 1.0
-    dropout: float = 0.0
-    seed: int = 0
-
-    def forward(self, rows: Tensor, tile: int) -> Tensor:
-        """(N, in) -> (N, out)."""
-        return low_rank_product(
-            rows, self.base, self.lora_A, self.lora_B, self.scale, self.dropout, self.seed + tile
-        )
-
-    def backward(
-        self, g: Tensor, rows: Tensor, tile: int, needed: Sequence[bool]
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Gradients of rows, A and B."""
-        return low_rank_gradients(
-            g, rows, self.base, self.lora_A, self.lora_B, self.scale, self.dropout,
-            self.seed + tile, needed,
-        )  # fmt: skip
-
-    @property
-    def factors(self) -> tuple[Tensor | None, Tensor | None]:
-        """A and B."""
-        return self.lora_A, self.lora_B
-
-
-@dataclass(frozen=True)
 class GatedMLP:
     """The MLP as the function sees it: (gate, up, down), or (gate and up in one, down)."""
 
@@ -114,10 +78,9 @@ class GatedMLP:
     def inner(self, rows: Tensor, tile: int) -> tuple[Tensor, Tensor]:
         """`z` and `u` of one tile."""
         *into, _ = self.projections
-        if len(into) == 1:
-            z, u = into[0].forward(rows, tile).chunk(2, dim=-1)
-            return z, u
-        return into[0].forward(rows, tile), into[1].forward(rows, tile)
+        projected = project(rows, into, tile)
+        z, u = projected[0].chunk(2, dim=-1) if len(into) == 1 else projected
+        return z, u
 
     def forward(self, rows: Tensor, keep: list[Tensor] | None = None) -> Tensor:
         """(N, D) -> (N, D), a tile at a time; `z` and `u` of every tile go to `keep`."""
@@ -198,17 +161,10 @@ class GatedMLP:
         del activated
         dz = activation_gradient(self.activation, dh.mul_(u), z)
         del dh, u, z
-        if len(into) == 1:
-            both = torch.cat((dz, du), dim=-1)
-            del dz, du
-            dx, *of_into = into[0].backward(both, rows, tile, (need_x, *need_into))
-            return dx, [*of_into, *of_down]
-        dx, *of_up = into[1].backward(du, rows, tile, (need_x, *need_into[2:]))
-        del du
-        more, *of_gate = into[0].backward(dz, rows, tile, (need_x, *need_into[:2]))
-        if dx is not None and more is not None:
-            dx = dx.add_(more)
-        return dx, [*of_gate, *of_up, *of_down]
+        of_inner = [dz, du] if len(into) == 2 else [torch.cat((dz, du), dim=-1)]
+        del dz, du
+        dx, of_into = projection_gradients(of_inner, rows, into, (need_x, *need_into), tile)
+        return dx, [*of_into, *of_down]
 
 
 class _Enter(torch.autograd.Function):
@@ -274,7 +230,7 @@ def gated_mlp(x: Tensor, mlp: GatedMLP) -> Tensor:
     """`down(f(gate(x)) * up(x))` for `x` (..., D), recording its gradients."""
     factors = [factor for projection in mlp.projections for factor in projection.factors]
     seeded = GatedMLP(
-        tuple(_drawn(projection) for projection in mlp.projections),
+        tuple(projection.drawn() for projection in mlp.projections),
         mlp.activation,
         mlp.tile_tokens,
         mlp.keeps_inner,
@@ -284,16 +240,3 @@ def gated_mlp(x: Tensor, mlp: GatedMLP) -> Tensor:
         return kept
     y: Tensor = _Leave.apply(_Enter.apply(x, seeded, *factors), seeded)
     return y
-
-
-def _drawn(projection: Projection) -> Projection:
-    """The projection with this call's dropout seed, its factors out of autograd's sight."""
-    lora_A, lora_B = projection.factors
-    return Projection(
-        projection.base,
-        None if lora_A is None else lora_A.detach(),
-        None if lora_B is None else lora_B.detach(),
-        projection.scale,
-        projection.dropout,
-        draw_dropout_seed() if projection.dropout else 0,
-    )

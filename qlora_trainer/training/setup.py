@@ -144,8 +144,9 @@ def techniques(run: RunConfig) -> Techniques:
     """What replaces modules of the model."""
     train = run.train
     return Techniques(
-        train.fused_mlp, train.mlp_tile_tokens, train.tiled_norms, train.mlp_keeps_inner
-    )
+        train.fused_mlp, train.mlp_tile_tokens, train.tiled_norms, train.mlp_keeps_inner,
+        train.fused_qkv,
+    )  # fmt: skip
 
 
 def regularized(run: RunConfig) -> Regularized:

@@ -13,6 +13,7 @@ from torch import nn
 
 from qlora_trainer.base.norm import tile_norms
 from qlora_trainer.lora.fuse import fuse_mlps
+from qlora_trainer.lora.fuse_qkv import fuse_qkv
 
 
 @dataclass(frozen=True)
@@ -25,12 +26,14 @@ class Techniques:
         tiled_norms: RMSNorms without fp32 copies of the residual stream.
         mlp_keeps_inner: A fused MLP keeps what gate and up give, in layers that keep their
             activations (`plan_activations`).
+        fused_qkv: q, k and v as one function, turned in one go.
     """
 
     fused_mlp: bool = False
     mlp_tile_tokens: int | None = None
     tiled_norms: bool = False
     mlp_keeps_inner: bool = False
+    fused_qkv: bool = False
 
 
 def apply_techniques(model: nn.Module, techniques: Techniques) -> list[str]:
@@ -43,6 +46,9 @@ def apply_techniques(model: nn.Module, techniques: Techniques) -> list[str]:
     if techniques.fused_mlp:
         found = fuse_mlps(model, techniques.mlp_tile_tokens, keeps_inner=techniques.mlp_keeps_inner)
         notes += _kept("train.fused_mlp", "MLP", len(found.modules), found.kept)
+    if techniques.fused_qkv:
+        found = fuse_qkv(model)
+        notes += _kept("train.fused_qkv", "attention", len(found.modules), found.kept)
     if techniques.tiled_norms:
         replaced, kept = tile_norms(model)
         notes += _kept("train.tiled_norms", "norm", len(replaced), kept)

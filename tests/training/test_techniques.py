@@ -12,7 +12,7 @@ from qlora_trainer.training.step import train_step
 from qlora_trainer.training.techniques import Techniques, apply_techniques
 from tests.training.tiny import CPU, adapted_llama, batch, optimizer_for
 
-ALL = Techniques(fused_mlp=True, mlp_tile_tokens=16, tiled_norms=True)
+ALL = Techniques(fused_mlp=True, mlp_tile_tokens=16, tiled_norms=True, fused_qkv=True)
 
 
 def losses(model: torch.nn.Module, steps: int = 8) -> list[float]:
@@ -56,6 +56,8 @@ def test_a_model_we_do_not_know_keeps_its_plain_path_said_aloud() -> None:
     notes = apply_techniques(model, ALL)
     assert notes == [
         "train.fused_mlp: 2 MLPs of 2 keep the plain path: GPT2MLP is no layout we know",
+        "train.fused_qkv: 2 attentions of 2 keep the plain path: "
+        "GPT2Attention is no layout we know",
         "train.tiled_norms: 5 norms of 5 keep the plain path: LayerNorm is no norm we know",
     ]
 
