@@ -9,14 +9,19 @@ Backward with `g` = dL/dy, `c` = w or 1 + w, r = 1 / sqrt(mean(x^2) + eps), D th
     dn = g * c
     dx = r * (dn - n * mean(dn * n))     in fp32, per token
 
+With n = r * x this is r * (dn - x * mean(dn * x) * r^2), which needs x and dn only.
+
 transformers' modules make three or four fp32 tensors the size of the residual stream and keep two
-of them; here fp32 exists for one tile, and only `x` is kept (Zhang and Sennrich 2019, arXiv
-1910.07467). Forward is theirs bit for bit; the gradient is the same formula rounded once instead
-of several times. Given up: gradients of gradients, and of the weight (a trained norm stays theirs).
+of them; here fp32 exists for one tile, once forward and twice backward, and only `x` is kept (Zhang
+and Sennrich 2019, arXiv 1910.07467). Buffers are written over and `x` is read again instead: on a
+CPU new pages cost more than another pass, and a tile that is all there is needs no cutting.
+Forward is theirs bit for bit; the gradient is the same formula rounded once instead of several
+times. Given up: gradients of gradients, and of the weight (a trained norm stays theirs).
 
 Norms are recognised by the name of their transformers class; others keep their own forward.
 """
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -38,16 +43,46 @@ STYLES: dict[str, Style] = {
 }
 
 
-def _wide(x: Tensor) -> Tensor:
+def _wide(x: Tensor, copy: bool = False) -> Tensor:
     """`x` in fp32, as the modules compute; fp64 stays for gradcheck."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x.to(torch.promote_types(x.dtype, torch.float32), copy=copy)
 
 
-def _normed(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """`n` and `r` of a tile, both wide."""
-    wide = _wide(x)
-    r = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-    return wide * r, r
+def _normed(x: Tensor, weight: Tensor, eps: float, style: Style) -> Tensor:
+    """`y` of a tile."""
+    wide = _wide(x, copy=True)
+    r = wide.square_().mean(-1, keepdim=True).add_(eps).rsqrt_()
+    n = wide.copy_(x).mul_(r)
+    if style == "gemma":
+        return n.mul_(1.0 + _wide(weight)).to(x.dtype)
+    return weight * n.to(x.dtype)
+
+
+def _gradient(x: Tensor, g: Tensor, c: Tensor, eps: float) -> Tensor:
+    """`dx` of a tile."""
+    wide = _wide(x, copy=True)
+    dn = wide.square()  # for now: the squares
+    mean_square = dn.mean(-1, keepdim=True).add_(eps)
+    dn.copy_(g).mul_(c)
+    along_x = wide.mul_(dn).mean(-1, keepdim=True).div_(mean_square)
+    dn.addcmul_(wide.copy_(x), along_x, value=-1)
+    del wide
+    return dn.mul_(mean_square.rsqrt_()).to(x.dtype)
+
+
+def _in_tiles(
+    of_tile: Callable[..., Tensor], elements: int, dtype: torch.dtype, *tensors: Tensor
+) -> Tensor:
+    """`of_tile` of tensors (..., D), in the shape of the first."""
+    shape, width = tensors[0].shape, tensors[0].shape[-1]
+    tile = max(1, elements // width)
+    if tensors[0].numel() <= tile * width:
+        return of_tile(*tensors)
+    rows = [tensor.reshape(-1, width) for tensor in tensors]
+    whole = torch.empty(rows[0].shape, dtype=dtype, device=rows[0].device)
+    for *given, part in zip(*(each.split(tile) for each in (*rows, whole)), strict=True):
+        part.copy_(of_tile(*given))
+    return whole.view(shape)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -57,21 +92,8 @@ class _RMSNorm(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.eps, ctx.style, ctx.tile_elements = eps, style, tile_elements
-        width = x.shape[-1]
-        rows = x.reshape(-1, width)
-        y = torch.empty(
-            rows.shape,
-            dtype=x.dtype if style == "gemma" else torch.promote_types(x.dtype, weight.dtype),
-            device=x.device,
-        )
-        tile = max(1, tile_elements // width)
-        for part, out in zip(rows.split(tile), y.split(tile), strict=True):
-            n, _ = _normed(part, eps)
-            if style == "gemma":
-                out.copy_(n.mul_(1.0 + _wide(weight)))
-            else:
-                out.copy_(weight * n.to(x.dtype))
-        return y.view(x.shape)
+        dtype = x.dtype if style == "gemma" else torch.promote_types(x.dtype, weight.dtype)
+        return _in_tiles(lambda part: _normed(part, weight, eps, style), tile_elements, dtype, x)
 
     @staticmethod
     @once_differentiable
@@ -79,18 +101,11 @@ class _RMSNorm(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         if not ctx.needs_input_grad[0]:
             return None, None, None, None, None
-        width = x.shape[-1]
-        rows, g = x.reshape(-1, width), grad_y.reshape(-1, width)
-        grad_x = torch.empty(rows.shape, dtype=x.dtype, device=x.device)
-        factor = _wide(weight) + 1.0 if ctx.style == "gemma" else _wide(weight)
-        tile = max(1, ctx.tile_elements // width)
-        parts = (rows.split(tile), g.split(tile), grad_x.split(tile))
-        for part, of_part, out in zip(*parts, strict=True):
-            n, r = _normed(part, ctx.eps)
-            dn = _wide(of_part) * factor
-            mean = (dn * n).mean(-1, keepdim=True)
-            out.copy_(dn.sub_(n.mul_(mean)).mul_(r))
-        return grad_x.view(x.shape), None, None, None, None
+        c = _wide(weight) + 1.0 if ctx.style == "gemma" else _wide(weight)
+        grad_x = _in_tiles(
+            lambda part, g: _gradient(part, g, c, ctx.eps), ctx.tile_elements, x.dtype, x, grad_y
+        )
+        return grad_x, None, None, None, None
 
 
 class TiledRMSNorm(nn.Module):

@@ -9,6 +9,8 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from qlora_trainer.base.norm import TiledRMSNorm, tile_norms
+from qlora_trainer.memory.log import ALLOCATE, FREE
+from qlora_trainer.memory.tracker import AllocationTracker
 
 SIZES = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "vocab_size": 50,
@@ -59,7 +61,10 @@ def test_every_known_norm_keeps_its_bits_and_its_gradient(name: str, dtype: torc
         for module in (theirs, ours):
             given = x.clone().requires_grad_()
             y = module(given)
-            grads.append([y, *torch.autograd.grad((y * weights).sum(), given)])
+            outside = weights.clone()
+            grads.append([y, *torch.autograd.grad(y, given, outside)])
+            assert torch.equal(given, x)
+            assert torch.equal(outside, weights)  # buffers written over are the norm's own
         assert torch.equal(grads[0][0], grads[1][0])
         expected = grads[0][1].float()
         allowed = {torch.bfloat16: 8e-3, torch.float16: 1e-3}.get(dtype, 1e-6)
@@ -87,6 +92,34 @@ def test_only_the_input_is_kept_and_nothing_in_fp32() -> None:
     with saved_tensors_hooks(pack, lambda tensor: tensor):
         module(x)
     assert {t.data_ptr() for t in saved} == {x.data_ptr(), module.weight.data_ptr()}
+
+
+@pytest.mark.parametrize("tokens", [40, 8])
+@pytest.mark.parametrize("style", ["llama", "gemma"])
+def test_fp32_is_of_one_tile_forward_and_of_two_backward(style: Any, tokens: int) -> None:
+    weight = nn.Parameter(torch.ones(64, dtype=torch.bfloat16, device="meta"), False)
+    module = TiledRMSNorm(weight, 1e-6, style, tokens * 64)
+    x = torch.empty(40, 64, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    forward, backward = AllocationTracker("meta"), AllocationTracker("meta")
+    with forward:
+        y = module(x)
+    g = torch.empty_like(y)
+    with backward:
+        torch.autograd.grad(y, x, g)
+    for tracker, count in ((forward, 1), (backward, 2)):
+        sizes = [allocation.size_bytes for allocation in tracker.log.allocations]
+        assert max(sizes) == max(tokens * 64 * 4, 40 * 64 * 2)  # a tile in fp32, the whole in bf16
+        assert most_at_once(tracker, tokens * 64 * 4) == count
+
+
+def most_at_once(tracker: AllocationTracker, size_bytes: int) -> int:
+    """How many storages of that size there are at one moment."""
+    alive = most = 0
+    for kind, index in tracker.log.events:
+        if tracker.log.allocations[index].size_bytes == size_bytes:
+            alive += {ALLOCATE: 1, FREE: -1}.get(kind, 0)
+            most = max(most, alive)
+    return most
 
 
 def test_trained_and_unknown_norms_stay_and_are_named() -> None:
