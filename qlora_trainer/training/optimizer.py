@@ -3,7 +3,7 @@
 A bf16 value has 8 bits of mantissa; an update of 1e-4 of its size is lost in it. The optimizer
 therefore keeps for every bf16 parameter the 16 bits that bf16 leaves out, as an integer: parameter
 and remainder together *are* the fp32 value, bit for bit, for 2 bytes instead of the 4 of a separate
-fp32 copy. The fp32 value exists for one tensor at a time, while bitsandbytes' kernel updates it.
+fp32 copy. The fp32 values exist for one group of parameters at a time, while the kernel updates it.
 
 We hold the states ourselves rather than through bitsandbytes' optimizer classes: they page only
 state tensors of at least 100,000 elements (bitsandbytes `Optimizer8bit.get_state_buffer`), which
@@ -20,11 +20,16 @@ import torch
 from torch import Tensor, nn
 
 from qlora_trainer.errors import UserError
+from qlora_trainer.training.adamw_math import join_bf16, plain_adamw, split_bf16
+from qlora_trainer.training.parameter_groups import (
+    GROUP_BYTES,
+    Group,
+    StateKind,
+    in_fp32,
+    make_groups,
+)
 
 OptimizerKind = Literal["paged_adamw_32bit", "paged_adamw_8bit", "adamw_8bit", "adamw"]
-PAGED_MIN_ELEMENTS = 100_000  # bitsandbytes 0.50: `p.numel() < 1e5` stays on the card
-EIGHT_BIT_MIN_ELEMENTS = 4096  # bitsandbytes' min_8bit_size
-_BLOCK = 256  # elements per absmax of 8-bit states
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,7 @@ class AdapterAdamW:
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
+        group_bytes: int = GROUP_BYTES,
     ) -> None:
         wrong = [
             f"{name} is {p.dtype}"
@@ -72,12 +78,24 @@ class AdapterAdamW:
             raise UserError.from_faults("trained tensors must be bf16 or fp32", wrong)
         self.parameters = dict(parameters)
         self.kind = kind
-        self.betas, self.eps, self.weight_decay = betas, eps, weight_decay
+        self.betas, self.eps = betas, eps
         self.steps = dict.fromkeys(self.parameters, 0)
         self.half_applied = False  # an update was begun and did not end: the values are of no step
         self.notes: list[str] = []
+        self._state_kind = StateKind(self.paged, kind.endswith("_8bit"))
+        self._groups = make_groups(
+            self.parameters, self._state_kind, weight_decay=weight_decay, group_bytes=group_bytes
+        )
+        self._alone = {
+            name: one for group in self._groups for one in group.apart() for name in one.parameters
+        }
         self._maps: dict[str, Tensor] = {}
-        self._states = {name: self._new_state(p) for name, p in self.parameters.items()}
+        quantized = [p for p in self.parameters.values() if self._state_kind.quantizes(p)]
+        if quantized:
+            self._maps = {
+                "first": bnb.create_dynamic_map(signed=True).to(quantized[0].device),
+                "second": bnb.create_dynamic_map(signed=False).to(quantized[0].device),
+            }
         if self.paged and any(p.device.type == "cpu" for p in self.parameters.values()):
             self.notes.append(
                 f"train.optimizer = {kind}: a CPU has nothing to page; the same states are held "
@@ -89,35 +107,6 @@ class AdapterAdamW:
         """The kind asks for paged states."""
         return self.kind.startswith("paged_")
 
-    def _eight_bit(self, p: Tensor) -> bool:
-        return self.kind.endswith("_8bit") and p.numel() >= EIGHT_BIT_MIN_ELEMENTS
-
-    def _pageable(self, p: Tensor) -> bool:
-        return self.paged and p.numel() >= PAGED_MIN_ELEMENTS
-
-    def _new_state(self, p: Tensor) -> dict[str, Tensor]:
-        dtype = torch.uint8 if self._eight_bit(p) else torch.float32
-        state = {"first": self._buffer(p, dtype), "second": self._buffer(p, dtype)}
-        if dtype == torch.uint8:
-            if not self._maps:
-                self._maps = {
-                    "first": bnb.create_dynamic_map(signed=True).to(p.device),
-                    "second": bnb.create_dynamic_map(signed=False).to(p.device),
-                }
-            blocks = -(-p.numel() // _BLOCK)
-            for name in ("absmax_first", "absmax_second"):
-                state[name] = torch.zeros(blocks, dtype=torch.float32, device=p.device)
-        if p.dtype == torch.bfloat16:
-            state["remainder"] = torch.zeros_like(p, dtype=torch.int16, requires_grad=False)
-        return state
-
-    def _buffer(self, p: Tensor, dtype: torch.dtype) -> Tensor:
-        if self._pageable(p) and p.device.type == "cuda":
-            buffer: Tensor = bnb.get_paged(*p.shape, dtype=dtype, device=p.device)
-            bnb.fill(buffer, 0)
-            return buffer
-        return torch.zeros(p.shape, dtype=dtype, device=p.device)
-
     @torch.no_grad()
     def step(self, learning_rate: float, gradient_factor: Tensor | None = None) -> None:
         """Update every parameter that has a gradient, and free each gradient as it goes.
@@ -128,33 +117,46 @@ class AdapterAdamW:
         """
         self.half_applied = True  # until all have moved
         paged_device: torch.device | None = None
-        for name, p in self.parameters.items():
-            if p.grad is None:
-                continue
-            gradient = p.grad.to(torch.float32, memory_format=torch.contiguous_format)
-            p.grad = None
-            if gradient_factor is not None:
-                gradient.mul_(gradient_factor)
-            state = self._states[name]
-            self.steps[name] += 1
-            for tensor in (state["first"], state["second"]):
-                if getattr(tensor, "is_paged", False):
-                    bnb.prefetch_tensor(tensor)
-                    paged_device = p.device
-            remainder = state.get("remainder")
-            value = p.data if remainder is None else join_bf16(p.data, remainder)
-            self._update(value, gradient, state, self.steps[name], learning_rate)
-            if remainder is not None:
-                split_bf16(value, p.data, remainder)
+        for group in self._groups:
+            for moving in self._moving(group):
+                for tensor in (moving.state["first"], moving.state["second"]):
+                    if getattr(tensor, "is_paged", False):
+                        bnb.prefetch_tensor(tensor)
+                        paged_device = next(iter(moving.parameters.values())).device
+                self._move(moving, learning_rate, gradient_factor)
         if paged_device is not None:
             torch.cuda.synchronize(paged_device)  # paged memory is written asynchronously
         self.half_applied = False
 
-    def _update(
-        self, value: Tensor, gradient: Tensor, state: dict[str, Tensor], step: int, lr: float
-    ) -> None:
+    def _moving(self, group: Group) -> Iterator[Group]:
+        """The group; each for itself where some have no gradient, now or in steps before."""
+        reached = [name for name, p in group.parameters.items() if p.grad is not None]
+        if len(reached) == len(group.parameters) and len({self.steps[n] for n in reached}) == 1:
+            yield group
+        else:
+            yield from (self._alone[name] for name in reached)
+
+    def _move(self, group: Group, lr: float, gradient_factor: Tensor | None) -> None:
+        gradient, _ = in_fp32([p.grad for p in group.parameters.values() if p.grad is not None])
+        for name, p in group.parameters.items():
+            p.grad = None
+            self.steps[name] += 1
+        if gradient_factor is not None:
+            gradient.mul_(gradient_factor)
+        held = [p.data for p in group.parameters.values()]
+        value, pieces = in_fp32(held)
+        remainder = group.state.get("remainder")
+        if remainder is not None:
+            join_bf16(value, remainder)
+        self._update(value, gradient, group, self.steps[name], lr)
+        if remainder is not None:
+            split_bf16(value, remainder)
+        if value is not held[0]:
+            torch._foreach_copy_(held, pieces)
+
+    def _update(self, value: Tensor, gradient: Tensor, group: Group, step: int, lr: float) -> None:
         beta1, beta2 = self.betas
-        decay = self.weight_decay if value.ndim > 1 else 0.0
+        state, decay = group.state, group.decay
         first, second = state["first"], state["second"]
         if first.dtype == torch.uint8:
             torch.ops.bitsandbytes.optimizer_update_8bit_blockwise(
@@ -177,9 +179,9 @@ class AdapterAdamW:
 
     def state_tensors(self) -> Iterator[tuple[str, Tensor, bool]]:
         """Every tensor held, as (name, tensor, lives in paged memory on CUDA)."""
-        for name, state in self._states.items():
-            pageable = self._pageable(self.parameters[name])
-            for part, tensor in state.items():
+        for name, p in self.parameters.items():
+            pageable = self._state_kind.pages(p)
+            for part, tensor in self._alone[name].state.items():
                 yield f"{name}|{part}", tensor, pageable and part in ("first", "second")
         for part, tensor in self._maps.items():
             yield f"|map_{part}", tensor, False
@@ -225,36 +227,3 @@ class AdapterAdamW:
         for name, tensor in held.items():
             tensor.copy_(tensors[name])
         self.steps = {name: int(values["steps"][name]) for name in self.parameters}
-
-
-def plain_adamw(
-    value: Tensor,
-    gradient: Tensor,
-    first: Tensor,
-    second: Tensor,
-    step: int,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-) -> None:
-    """One AdamW update in plain PyTorch, in place; what every kernel is held against."""
-    first.lerp_(gradient, 1.0 - betas[0])
-    second.mul_(betas[1]).addcmul_(gradient, gradient, value=1.0 - betas[1])
-    value.mul_(1.0 - lr * weight_decay)
-    scale = (second / (1.0 - betas[1] ** step)).sqrt_().add_(eps)
-    value.addcdiv_(first, scale, value=-lr / (1.0 - betas[0] ** step))
-
-
-def join_bf16(high: Tensor, remainder: Tensor) -> Tensor:
-    """The fp32 value made of a bf16 value and the signed 16 bits below it."""
-    bits = high.view(torch.int16).to(torch.int32).bitwise_left_shift_(16)
-    return bits.add_(remainder).view(torch.float32)
-
-
-def split_bf16(value: Tensor, high: Tensor, remainder: Tensor) -> None:
-    """Write an fp32 value as its nearest bf16 and the signed remainder of bits; exact."""
-    bits = value.view(torch.int32)
-    top = bits.add(0x8000).bitwise_right_shift_(16)
-    high.view(torch.int16).copy_(top)
-    remainder.copy_(bits - top.bitwise_left_shift_(16))

@@ -15,7 +15,7 @@ from qlora_trainer.training.loop import run_training
 from qlora_trainer.training.plan import TrainingPlan
 from qlora_trainer.training.scaler import LossScaler
 from qlora_trainer.training.windows import Windows
-from tests.training.tiny import adapted_llama, batch, make_run, trained_values
+from tests.training.tiny import adapted_llama, batch, make_run, optimizer_for, trained_values
 
 
 class SmallMemory(nn.Module):
@@ -148,7 +148,8 @@ def test_out_of_memory_in_the_update_is_not_tried_again_and_its_half_is_not_save
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lines: list[str] = []
-    run = make_run(tmp_path, adapted_llama(), total_steps=4, lines=lines)
+    run = make_run(tmp_path, model := adapted_llama(), total_steps=4, lines=lines)
+    run = replace(run, optimizer=optimizer_for(model, group_bytes=0))  # one update a parameter
     update, left = run.optimizer._update, len(run.optimizer.parameters) + 3
 
     def fail_in_the_second_step(*args: Any) -> None:
