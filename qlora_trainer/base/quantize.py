@@ -17,6 +17,8 @@ import bitsandbytes.functional as bnb
 import torch
 from torch import Tensor
 
+from qlora_trainer.base import bitsandbytes_cpu
+
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 SCALE_BLOCK_SIZE = 256  # block scales per second-level scale, fixed by bitsandbytes' format
 QUANTIZABLE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -98,16 +100,23 @@ def dequantize_absmax(tensors: NF4Tensors) -> Tensor:
     """The fp32 scale of every block. -> (blocks,)."""
     if tensors.absmax_scale is None:
         return tensors.absmax
-    absmax = torch.ops.bitsandbytes.dequantize_blockwise.default(
-        tensors.absmax, tensors.absmax_scale, tensors.absmax_code, SCALE_BLOCK_SIZE, torch.float32
-    )
-    return absmax.add_(tensors.absmax_offset)
+    offset = tensors.absmax_offset
+    assert tensors.absmax_code is not None
+    assert offset is not None
+    parts = (tensors.absmax, tensors.absmax_scale, tensors.absmax_code, SCALE_BLOCK_SIZE)
+    called = bitsandbytes_cpu.dequantize_blockwise(*parts)
+    if called is not None:
+        return called.add_(offset)
+    absmax: Tensor = torch.ops.bitsandbytes.dequantize_blockwise.default(*parts, torch.float32)
+    return absmax.add_(offset)
 
 
 def dequantize_nf4(
     tensors: NF4Tensors, shape: tuple[int, ...], block_size: int, dtype: torch.dtype
 ) -> Tensor:
     """The weight its codes stand for, by bitsandbytes' kernel. -> `shape` in `dtype`."""
+    if dtype not in QUANTIZABLE_DTYPES:  # the kernel hands out memory it has not written
+        return dequantize_nf4(tensors, shape, block_size, torch.float32).to(dtype)
     absmax = dequantize_absmax(tensors)
     elements = math.prod(shape)
     # Blocks run over the flat order, and so we ask for the flat order. bitsandbytes' CPU kernel
@@ -115,6 +124,11 @@ def dequantize_nf4(
     # back with wrong scales. One block a row keeps it right and lets it use all threads.
     if elements % block_size == 0:
         read_shape = (elements // block_size, block_size)
+        called = bitsandbytes_cpu.dequantize_nf4_blocks(
+            tensors.codes, absmax, block_size, read_shape[0], dtype
+        )
+        if called is not None:
+            return called.view(shape)
     else:
         read_shape = (1, elements + elements % 2)  # an odd one ends in a spare half byte
     dense: Tensor = torch.ops.bitsandbytes.dequantize_4bit.default(

@@ -210,9 +210,10 @@ class AllocationTracker(TorchDispatchMode):
         self.log.events.append((FREE, index))
 
     def _guess_component(self, operator: str, code: CodeType | None) -> str:
-        if operator.startswith("dequantize"):
+        file = "" if code is None else code.co_filename
+        if operator.startswith("dequantize") or file.endswith("base/bitsandbytes_cpu.py"):
             return "dequantized weights"
-        if code is not None and code.co_filename.endswith(_LOSS_FILES):
+        if file.endswith(_LOSS_FILES):
             return "logits and loss"
         if self._phase == "backward":
             return "recomputed layer" if torch.is_grad_enabled() else "backward temporaries"
