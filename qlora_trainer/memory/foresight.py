@@ -262,7 +262,7 @@ def simulate_run(
         model.set_attn_implementation(attention_for(card, in_tiles=tiles))
     accounts = Accounts()
     trace = simulate(
-        Program(model, shape, accounts, batch),
+        Program(model, shape, accounts, batch, on_cpu=gpu is None),
         gpu.card if gpu is not None else None,
         answers=ANSWERS,
     )

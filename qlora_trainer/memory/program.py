@@ -125,9 +125,16 @@ class Program:
     """Load, adapt, resume, two steps, one evaluation, a save: what the tracker watches."""
 
     def __init__(
-        self, model: Any, shape: RunShape, accounts: Accounts, batch: Batch | None = None
+        self,
+        model: Any,
+        shape: RunShape,
+        accounts: Accounts,
+        batch: Batch | None = None,
+        *,
+        on_cpu: bool = False,
     ) -> None:
         self.model, self.shape, self.accounts, self.batch = model, shape, accounts, batch
+        self.on_cpu = on_cpu
 
     def __call__(self, tracker: AllocationTracker) -> None:
         """Run under the tracker."""
@@ -165,6 +172,7 @@ class Program:
                 shape.task_settings,
                 chunk_tokens=shape.loss_chunk_tokens,
                 regularized=shape.regularized,
+                on_cpu=self.on_cpu,
             )
         )
         with tracker.component("optimizer states"):

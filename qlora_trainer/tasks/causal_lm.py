@@ -35,6 +35,7 @@ from qlora_trainer.tasks.loss_path import (
     full_cross_entropy,
     hold_against_model,
     no_linear_head,
+    slice_for,
     token_sums,
     with_head_weight,
 )
@@ -77,6 +78,7 @@ class CausalLM:
         chunk_tokens: Tokens whose logits exist at one time; None chooses by vocabulary.
         packs_by_lengths: The model's attention takes packed rows by their examples' lengths.
         regularized: Label smoothing and z-loss, of training alone.
+        slice_elements: Logits widened at one time; None: those of a chunk.
     """
 
     loss_path: LossPath
@@ -84,6 +86,7 @@ class CausalLM:
     chunk_tokens: int | None = None
     packs_by_lengths: bool = False
     regularized: Regularized = PLAIN
+    slice_elements: int | None = None
 
     @classmethod
     def for_model(
@@ -92,12 +95,19 @@ class CausalLM:
         *,
         chunk_tokens: int | None = None,
         regularized: Regularized = PLAIN,
+        on_cpu: bool | None = None,
     ) -> "CausalLM":
-        """Look at the model once: its loss path and what its decoder takes."""
+        """Look at the model once: its loss path and what its decoder takes.
+
+        `on_cpu` says whether a CPU will compute it; None: as the model lies.
+        """
         decoder = getattr(model, "base_model", model)
         takes = "position_ids" in inspect.signature(decoder.forward).parameters
         by_lengths = takes and takes_example_lengths(model)
-        return cls(choose_loss_path(model), takes, chunk_tokens, by_lengths, regularized)
+        return cls(
+            choose_loss_path(model), takes, chunk_tokens, by_lengths, regularized,
+            slice_for(model, on_cpu),
+        )  # fmt: skip
 
     @property
     def metrics(self) -> Mapping[str, bool]:
@@ -161,6 +171,7 @@ class CausalLM:
                 logit_scale=path.logit_scale,
                 softcap=path.softcap,
                 regularized=self.regularized,
+                slice_elements=self.slice_elements,
             ),
         )
 
@@ -200,7 +211,10 @@ def _encoder(inputs: EncoderInputs) -> Encoder:
 
 def _task(inputs: TaskInputs) -> CausalLM:
     return CausalLM.for_model(
-        inputs.model, chunk_tokens=inputs.chunk_tokens, regularized=inputs.regularized
+        inputs.model,
+        chunk_tokens=inputs.chunk_tokens,
+        regularized=inputs.regularized,
+        on_cpu=inputs.on_cpu,
     )
 
 

@@ -32,6 +32,7 @@ from qlora_trainer.tasks.loss_path import (
     full_cross_entropy,
     hold_against_model,
     no_linear_head,
+    slice_for,
     token_sums,
     with_head_weight,
 )
@@ -119,12 +120,14 @@ class EncoderDecoderLoss:
         shift: The model's own method; None where only its forward can.
         chunk_tokens: Tokens whose logits exist at one time; None chooses by vocabulary.
         regularized: Label smoothing and z-loss, of training alone.
+        slice_elements: Logits widened at one time; None: those of a chunk.
     """
 
     loss_path: LossPath
     shift: Shift | None
     chunk_tokens: int | None = None
     regularized: Regularized = PLAIN
+    slice_elements: int | None = None
 
     @classmethod
     def for_model(
@@ -133,9 +136,13 @@ class EncoderDecoderLoss:
         *,
         chunk_tokens: int | None = None,
         regularized: Regularized = PLAIN,
+        on_cpu: bool | None = None,
     ) -> "EncoderDecoderLoss":
-        """Look at the model once: its loss path and how it shifts."""
-        return cls(choose_loss_path(model), own_shift(model), chunk_tokens, regularized)
+        """Look at the model once: its loss path and how it shifts (`on_cpu` as in `CausalLM`)."""
+        return cls(
+            choose_loss_path(model), own_shift(model), chunk_tokens, regularized,
+            slice_for(model, on_cpu),
+        )  # fmt: skip
 
     def prepare(self, batch: Batch) -> dict[str, Tensor]:
         """Find trained positions, make the decoder's inputs, drop a mask that says nothing.
@@ -178,6 +185,7 @@ class EncoderDecoderLoss:
                 logit_scale=self.loss_path.logit_scale,
                 softcap=self.loss_path.softcap,
                 regularized=self.regularized,
+                slice_elements=self.slice_elements,
             ),
         )
 

@@ -5,10 +5,14 @@ tokens whose label is trained reach the head, a chunk at a time; the gradient wi
 hidden states is computed in the forward while the chunk's probabilities are at hand (Cut
 Cross-Entropy, Wijmans et al. 2024, arXiv:2411.09009 and Liger Kernel do the same), written into
 one buffer the size of the decoder's output, and merely scaled in the backward. A head in 8 or 4
-bits is dequantized tile by tile for each chunk, once each way. Given up: double backward, and a
-second backward through the same graph.
+bits is dequantized tile by tile for each chunk, once each way. A chunk's logits stay in the head's
+dtype and become their own gradient, a slice of tokens at a time: fp32 is one slice, on a GPU the
+whole chunk (half of it where soft-capping needs a second such tensor), and on a CPU so few tokens
+that the slice's eight passes find it in the cache. Given up: double backward, and a second backward
+through the same graph.
 
-M tokens of the batch, N trained tokens, C tokens of a chunk, D hidden size, V vocabulary.
+M tokens of the batch, N trained tokens, C tokens of a chunk, S tokens of a slice, D hidden size,
+V vocabulary.
 """
 
 from dataclasses import dataclass
@@ -40,6 +44,7 @@ class Regularized:
 
 PLAIN = Regularized()
 CHUNK_ELEMENTS = 2**24  # logits of one chunk: 64 MiB in fp32
+CACHE_ELEMENTS = 2**21  # logits of one slice on a CPU: 8 MiB in fp32
 
 
 def default_chunk_tokens(vocabulary_size: int) -> int:
@@ -57,18 +62,22 @@ def chunk_logits(
     bias: Tensor | None,
     logit_scale: float,
     softcap: float | None,
-    room: Tensor | None = None,
 ) -> Tensor:
-    """Logits of a few tokens in fp32 (fp64 for fp64 inputs), scaled and soft-capped: (C, V).
+    """Logits of a few tokens in fp32 (fp64 for fp64 inputs), scaled and soft-capped: (C, V)."""
+    raw = _head_product(hidden, weight, bias)
+    return _finished(raw.to(_wide(raw.dtype)), logit_scale, softcap)
 
-    `room`, of that shape and dtype, is where they are put; without, where they come to be.
-    """
+
+def _head_product(hidden: Tensor, weight: HeadWeight, bias: Tensor | None) -> Tensor:
+    """What the head itself gives, in its dtype: (C, V)."""
     rows = hidden.to(weight.dtype)
     if isinstance(weight, QuantizedHead):
-        logits = weight.product(rows, bias)
-    else:
-        logits = torch.nn.functional.linear(rows, weight, bias)
-    logits = logits.to(_wide(logits.dtype)) if room is None else room.copy_(logits)
+        return weight.product(rows, bias)
+    return torch.nn.functional.linear(rows, weight, bias)
+
+
+def _finished(logits: Tensor, logit_scale: float, softcap: float | None) -> Tensor:
+    """Scaled and soft-capped in place."""
     if logit_scale != 1.0:
         logits.mul_(logit_scale)
     if softcap is not None:
@@ -133,6 +142,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         logit_scale: float,
         softcap: float | None,
         regularized: Regularized,
+        slice_elements: int | None,
         wanted: tuple[bool, bool, bool],
     ) -> Tensor:
         accumulator = _wide(hidden.dtype)
@@ -145,28 +155,39 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if wanted[2] and bias is not None:
             grad_bias = torch.zeros_like(bias, dtype=accumulator)
         chunk_tokens = _even_chunk(positions.shape[0], chunk_tokens)
-        # One place for every chunk's widened logits: so large a piece of a CPU's memory is taken
-        # back and handed out zeroed each time.
+        slice_tokens = chunk_tokens
+        if slice_elements is not None:
+            slice_tokens = _even_chunk(chunk_tokens, max(1, slice_elements // weight.shape[0]))
+        elif softcap is not None:  # needs another tensor like the slice
+            slice_tokens = -(-chunk_tokens // 2)
+        # One place for every slice's widened logits, and before anything smaller: so large a piece
+        # of a CPU's memory is taken back and handed out zeroed each time, and a GPU's allocator
+        # would cut the free block it fits into.
         wide, room = _wide(weight.dtype), None
         if wide != weight.dtype:
-            room = hidden.new_empty(chunk_tokens, weight.shape[0], dtype=wide)
+            room = hidden.new_empty(slice_tokens, weight.shape[0], dtype=wide)
         for rows, labels in zip(
             positions.split(chunk_tokens), targets.split(chunk_tokens), strict=True
         ):
             inputs = hidden.index_select(0, rows)  # (C, D)
-            place = None if room is None else room[: rows.shape[0]]
-            loss, exact = _chunk_gradient(
-                chunk_logits(inputs, weight, bias, logit_scale, softcap, place),  # (C, V)
-                labels,
-                logit_scale,
-                softcap,
-                regularized,
-            )
-            total += loss
-            if grad_bias is not None:
-                grad_bias += exact.sum(0)
-            gradient = exact.to(weight.dtype)
-            del exact  # one chunk of logits at a time, not the last one beside the next
+            gradient = _head_product(inputs, weight, bias)  # (C, V): logits until they are turned
+            for part, of_part in zip(
+                gradient.split(slice_tokens), labels.split(slice_tokens), strict=True
+            ):
+                place = part.to(wide) if room is None else room[: part.shape[0]].copy_(part)
+                loss, exact = _chunk_gradient(
+                    _finished(place, logit_scale, softcap),
+                    of_part,
+                    logit_scale,
+                    softcap,
+                    regularized,
+                )
+                total += loss
+                if grad_bias is not None:
+                    grad_bias += exact.sum(0)
+                if exact.dtype != part.dtype:
+                    part.copy_(exact)
+                del exact, place, part  # a view would keep the chunk beside the next one
             if grad_hidden is not None:
                 below = _input_gradient(gradient, weight)  # (C, D)
                 grad_hidden.index_copy_(0, rows, below.to(hidden.dtype))
@@ -189,7 +210,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for gradient in gradients:
             if gradient is not None:
                 _scale_rows(gradient, grad_output)
-        return (*gradients, None, None, None, None, None, None, None)
+        return (*gradients, None, None, None, None, None, None, None, None)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -233,6 +254,7 @@ def linear_cross_entropy(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     regularized: Regularized = PLAIN,
+    slice_elements: int | None = None,
 ) -> Tensor:
     """Cross-entropy of a linear head, summed over the trained tokens.
 
@@ -246,6 +268,8 @@ def linear_cross_entropy(
         logit_scale: The head's output is multiplied by it (Cohere; Granite divides).
         softcap: Logits pass through ``softcap * tanh(logits / softcap)`` (Gemma 2).
         regularized: Label smoothing and z-loss.
+        slice_elements: Logits that are widened at one time; None: those of a chunk, or of half a
+            chunk where they are soft-capped.
 
     Returns:
         The sum, a scalar in fp32 (fp64 for fp64 inputs).
@@ -266,6 +290,7 @@ def linear_cross_entropy(
         logit_scale,
         softcap,
         regularized,
+        slice_elements,
         wanted,
     )
     return loss

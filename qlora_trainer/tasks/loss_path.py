@@ -15,8 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from qlora_trainer.base.head import QuantizedHead
+from qlora_trainer.base.host_embedding import compute_device
 from qlora_trainer.base.host_head import HostHead
 from qlora_trainer.tasks.linear_cross_entropy import (
+    CACHE_ELEMENTS,
     HeadWeight,
     Regularized,
     chunk_logits,
@@ -48,6 +50,18 @@ class LossPath:
     reason: str
     logit_scale: float = 1.0
     softcap: float | None = None
+
+
+def slice_for(model: nn.Module, on_cpu: bool | None) -> int | None:
+    """Logits the loss widens at one time: what a CPU's cache holds, elsewhere a whole chunk.
+
+    Args:
+        model: Whose device answers where nobody says.
+        on_cpu: Whether a CPU will compute it.
+    """
+    if on_cpu is None:
+        on_cpu = compute_device(model).type == "cpu"
+    return CACHE_ELEMENTS if on_cpu else None
 
 
 def no_linear_head(head: Any) -> LossPath | None:

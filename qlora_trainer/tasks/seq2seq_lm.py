@@ -129,7 +129,10 @@ def _encoder(inputs: EncoderInputs) -> PairEncoder:
 def _task(inputs: TaskInputs) -> Seq2SeqLM:
     return Seq2SeqLM(
         EncoderDecoderLoss.for_model(
-            inputs.model, chunk_tokens=inputs.chunk_tokens, regularized=inputs.regularized
+            inputs.model,
+            chunk_tokens=inputs.chunk_tokens,
+            regularized=inputs.regularized,
+            on_cpu=inputs.on_cpu,
         ),
         getattr(inputs.encoder, "tokenizer", None),
         num_beams=inputs.settings["num_beams"],

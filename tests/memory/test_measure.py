@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from qlora_trainer.memory.measure import predict_cpu
+from qlora_trainer.memory.foresight import simulate_run
+from qlora_trainer.memory.measure import predict_cpu, without_evaluation
 from qlora_trainer.training.techniques import Techniques
 from tests.memory.models import loaded_steps, real_steps, run_shape, tiny_config
 
@@ -55,6 +56,21 @@ def test_a_base_with_attention_dropout_takes_the_kernel_that_builds_every_score(
     config.attention_dropout = 0.1
     predicted, real = predict_cpu(config, shape), real_steps(config, shape)
     assert predicted.peak_bytes == pytest.approx(real.allocated_bytes, rel=0.005)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])  # gemma2 caps its logits
+def test_a_large_vocabulary_is_foreseen_a_slice_at_a_time(name):
+    config, shape = tiny_config(name), run_shape("none", seq_len=100)
+    config.vocab_size, tokens = 40_000, 2 * 99
+    run = simulate_run(config, shape, None)
+    predicted, real = without_evaluation(run.trace).live(), real_steps(config, shape)
+    assert predicted.peak_bytes == pytest.approx(real.allocated_bytes, rel=0.005)
+    # The chunk in bf16 and a slice of a quarter of its tokens in fp32, which are 8 MB; all 32 MB
+    # of the chunk in fp32 would be far from the 0.5 %. Soft-capping needs a second slice.
+    quarter = tokens * config.vocab_size
+    slices = 2 if name == "gemma2" else 1
+    found = [peak.by_component["logits and loss"] for peak in (predicted, real)]
+    assert found == pytest.approx([(2 + slices) * quarter] * 2, rel=0.05)
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ from qlora_trainer.errors import UserError
 from qlora_trainer.lora.inject import adapter_parameters, inject_adapter
 from qlora_trainer.lora.spec import AdapterSpec
 from qlora_trainer.tasks.kind import EncoderInputs, TaskInputs
+from qlora_trainer.tasks.linear_cross_entropy import CACHE_ELEMENTS
 from qlora_trainer.tasks.seq2seq_lm import KIND, weightless_batch
 from qlora_trainer.tasks.task import ScoredTask
 from qlora_trainer.training.optimizer import AdapterAdamW
@@ -67,6 +68,9 @@ def test_an_adapter_learns_to_translate_and_every_metric_shows_it(tmp_path):
     task = make_task(model, encoder)
     assert isinstance(task, ScoredTask)
     assert task.loss.loss_path.chunked
+    assert task.loss.slice_elements == CACHE_ELEMENTS
+    elsewhere = KIND.make_task(TaskInputs(model, SETTINGS, encoder, on_cpu=False))
+    assert elsewhere.loss.slice_elements is None
     batch = task.prepare(encoder.collate(data, [0, 1, 2, 3]))
     references = [encoder.reference(data, index) for index in range(4)]
     model.train()
