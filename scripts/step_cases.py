@@ -22,7 +22,8 @@ from typing import Any
 
 PEERS = ("peft", "trainer", "trl")
 TECHNIQUES = (
-    "fused_linear", "fused_mlp", "tiled_norms", "chunked_loss", "tiled_attention", "freed_pages",
+    "fused_linear", "fused_mlp", "fused_qkv", "tiled_norms", "chunked_loss", "tiled_attention",
+    "freed_pages",
 )  # fmt: skip
 OURS: dict[str, Any] = {
     "kind": "ours", "techniques": TECHNIQUES, "adapter_dtype": "bfloat16",

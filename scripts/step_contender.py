@@ -54,6 +54,7 @@ def run_ours(job: dict[str, Any], gate: Gate) -> None:
         fused_mlp="fused_mlp" in on,
         tiled_norms="tiled_norms" in on,
         mlp_keeps_inner=job.get("mlp_keeps_inner", False),
+        fused_qkv="fused_qkv" in on,
     )
     apply_techniques(model, techniques)
     if "fused_linear" not in on:

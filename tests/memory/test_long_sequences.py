@@ -41,7 +41,7 @@ LONG = dataclasses.replace(
     PLAIN,
     base=BaseSpec("nf4", embeddings_on_host=True),
     activations="offload",
-    techniques=Techniques(fused_mlp=True, mlp_tile_tokens=4096, tiled_norms=True),
+    techniques=Techniques(fused_mlp=True, mlp_tile_tokens=4096, tiled_norms=True, fused_qkv=True),
 )
 
 
