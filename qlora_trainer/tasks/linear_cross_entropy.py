@@ -11,8 +11,7 @@ whole chunk (half of it where soft-capping needs a second such tensor), and on a
 that the slice's eight passes find it in the cache. Given up: double backward, and a second backward
 through the same graph.
 
-M tokens of the batch, N trained tokens, C tokens of a chunk, S tokens of a slice, D hidden size,
-V vocabulary.
+M tokens of the batch, N trained, C of a chunk, S of a slice; D hidden size, V vocabulary.
 """
 
 from dataclasses import dataclass
@@ -129,6 +128,24 @@ def _chunk_gradient(
     return loss, gradient
 
 
+def _turn_slice(
+    raw: Tensor, targets: Tensor, room: Tensor | None, grad_bias: Tensor | None,
+    logit_scale: float, softcap: float | None, regularized: Regularized,
+) -> Tensor:  # fmt: skip
+    """Overwrite what the head gave for a slice (S, V) with its gradient. -> loss sum.
+
+    Widened in `room` where there is one; adds to the bias's gradient.
+    """
+    wide = raw.to(_wide(raw.dtype)) if room is None else room[: raw.shape[0]].copy_(raw)
+    logits = _finished(wide, logit_scale, softcap)
+    loss, exact = _chunk_gradient(logits, targets, logit_scale, softcap, regularized)
+    if grad_bias is not None:
+        grad_bias += exact.sum(0)
+    if exact.dtype != raw.dtype:
+        raw.copy_(exact)
+    return loss
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -166,39 +183,26 @@ class _LinearCrossEntropy(torch.autograd.Function):
         wide, room = _wide(weight.dtype), None
         if wide != weight.dtype:
             room = hidden.new_empty(slice_tokens, weight.shape[0], dtype=wide)
-        for rows, labels in zip(
-            positions.split(chunk_tokens), targets.split(chunk_tokens), strict=True
-        ):
+        chunks = zip(positions.split(chunk_tokens), targets.split(chunk_tokens), strict=True)
+        for rows, labels in chunks:
             inputs = hidden.index_select(0, rows)  # (C, D)
             gradient = _head_product(inputs, weight, bias)  # (C, V): logits until they are turned
-            for part, of_part in zip(
-                gradient.split(slice_tokens), labels.split(slice_tokens), strict=True
-            ):
-                place = part.to(wide) if room is None else room[: part.shape[0]].copy_(part)
-                loss, exact = _chunk_gradient(
-                    _finished(place, logit_scale, softcap),
-                    of_part,
-                    logit_scale,
-                    softcap,
-                    regularized,
+            slices = zip(gradient.split(slice_tokens), labels.split(slice_tokens), strict=True)
+            for part, of_part in slices:
+                total += _turn_slice(
+                    part, of_part, room, grad_bias, logit_scale, softcap, regularized
                 )
-                total += loss
-                if grad_bias is not None:
-                    grad_bias += exact.sum(0)
-                if exact.dtype != part.dtype:
-                    part.copy_(exact)
-                del exact, place, part  # a view would keep the chunk beside the next one
+                del part  # a view would keep the chunk beside the next one
+            del slices
             if grad_hidden is not None:
                 below = _input_gradient(gradient, weight)  # (C, D)
                 grad_hidden.index_copy_(0, rows, below.to(hidden.dtype))
             if grad_weight is not None:
                 grad_weight += gradient.T @ inputs.to(weight.dtype)
             del gradient
-        ctx.gradients = (
-            grad_hidden,
-            None if grad_weight is None else grad_weight.to(weight.dtype),
-            None if grad_bias is None or bias is None else grad_bias.to(bias.dtype),
-        )
+        of_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
+        of_bias = None if grad_bias is None or bias is None else grad_bias.to(bias.dtype)
+        ctx.gradients = (grad_hidden, of_weight, of_bias)
         return total
 
     @staticmethod

@@ -80,7 +80,7 @@ def test_streaming_changes_no_bit_of_any_gradient(
     found = []
     for stream in (False, True):
         model = adapted(folder, stream=stream, dropout=dropout)
-        apply_techniques(model, Techniques(fused_mlp=fast, tiled_norms=fast))
+        apply_techniques(model, Techniques(fused_mlp=fast, tiled_norms=fast, fused_qkv=fast))
         plan_activations(model, decoder_layers(model), plan)
         found.append(gradients(model))
     whole, streamed = found
