@@ -96,7 +96,7 @@ def low_rank_gradients(
             assert u is not None
             grad_A = u.t() @ dropped
         if need_B:
-            grad_B = ((dropped @ a.t()).t() @ g).mul_(scale).t()  # g is read along its rows
+            grad_B = gradient_of_B(dropped @ a.t(), g, scale)
         del dropped
     if need_x:
         assert u is not None
@@ -106,6 +106,21 @@ def low_rank_gradients(
         else:
             grad_x.addcmul_(u @ a, mask)
     return grad_x, grad_A, grad_B
+
+
+def gradient_of_B(h: Tensor, g: Tensor, scale: float) -> Tensor:
+    """`scale g^T h` (out, r), made as its transpose: the wide operand is read along its rows."""
+    return (h.t() @ g).mul_(scale).t()
+
+
+def as_factors(
+    gradients: Sequence[Tensor | None], factors: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """Gradients in the dtypes of their factors; None where either is."""
+    return [
+        None if gradient is None or factor is None else gradient.to(factor.dtype)
+        for gradient, factor in zip(gradients, factors, strict=True)
+    ]
 
 
 class LowRankLinearFunction(torch.autograd.Function):
@@ -142,8 +157,7 @@ class LowRankLinearFunction(torch.autograd.Function):
         )  # fmt: skip
         return (
             None if grad_x is None else grad_x.view(x.shape),
-            None if grad_A is None else grad_A.to(lora_A.dtype),
-            None if grad_B is None else grad_B.to(lora_B.dtype),
+            *as_factors((grad_A, grad_B), (lora_A, lora_B)),
             None,
             None,
             None,

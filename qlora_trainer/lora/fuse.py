@@ -5,6 +5,7 @@ anything else keeps its own forward, and the caller is told which. The projectio
 under their names, so adapter files, the audit and the merge see the model they know.
 """
 
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -144,31 +145,39 @@ def fuse_mlps(
 
 def _why_not(module: nn.Module) -> str | None:
     """Why a module cannot be replaced; None where it can."""
-    kind = type(module).__name__
-    if kind not in LAYOUTS or not type(module).__module__.startswith("transformers.models."):
-        return f"{kind} is no layout we know"
-    names, holder = LAYOUTS[kind]
+    reason = why_not_layout(module, LAYOUTS)
+    if reason is not None:
+        return reason
+    names, holder = LAYOUTS[type(module).__name__]
     activation = type(getattr(module, holder)).__name__
     if activation not in _ACTIVATIONS:
         return f"its activation {activation} is none we know"
-    for name in names:
-        reason = why_not_projection(module, name)
-        if reason is not None:
-            return reason
+    reason = why_not_projections(module, names)
+    if reason is not None:
+        return reason
     first, last = getattr(module, names[0]), getattr(module, names[-1])
     if first.in_features != last.out_features:
         return "its output is not as wide as its input"
     return None
 
 
-def why_not_projection(module: nn.Module, name: str) -> str | None:
-    """Why a function of ours cannot compute a part of `module`; None where it can."""
-    part = getattr(module, name)
-    base = part.base if isinstance(part, LowRankLayer) else part
-    if isinstance(part, LowRankLayer) and not part.fused:
-        return f"{name} carries an adapter that is no plain linear map"
-    if kind_of(base) is None or not is_plain_linear(base):
-        return f"{name} is a {type(base).__name__}"
-    if any(parameter.requires_grad for parameter in base.parameters()):
-        return f"{name} is itself trained"
+def why_not_layout(module: nn.Module, layouts: Container[str]) -> str | None:
+    """Why a module is none of these classes of transformers; None where it is."""
+    kind = type(module).__name__
+    if kind not in layouts or not type(module).__module__.startswith("transformers.models."):
+        return f"{kind} is no layout we know"
+    return None
+
+
+def why_not_projections(module: nn.Module, names: Iterable[str]) -> str | None:
+    """Why a function of ours cannot compute these parts of `module`; None where it can."""
+    for name in names:
+        part = getattr(module, name)
+        base = part.base if isinstance(part, LowRankLayer) else part
+        if isinstance(part, LowRankLayer) and not part.fused:
+            return f"{name} carries an adapter that is no plain linear map"
+        if kind_of(base) is None or not is_plain_linear(base):
+            return f"{name} is a {type(base).__name__}"
+        if any(parameter.requires_grad for parameter in base.parameters()):
+            return f"{name} is itself trained"
     return None

@@ -18,11 +18,10 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from qlora_trainer.base.rotary import rotate
-from qlora_trainer.lora.fuse import Replaced, why_not_projection
+from qlora_trainer.lora.fuse import Replaced, why_not_layout, why_not_projections
 from qlora_trainer.lora.projections import Projection, project_together
 
 _NAMES = ("q_proj", "k_proj", "v_proj")
-_ATTENTIONS = ("Attention",)
 
 
 @dataclass(frozen=True)
@@ -55,27 +54,15 @@ def fuse_qkv(model: nn.Module) -> Replaced:
     fused: list[str] = []
     kept: dict[str, str] = {}
     for path, module in model.named_modules():
-        if not type(module).__name__.endswith(_ATTENTIONS):
+        if not type(module).__name__.endswith("Attention"):
             continue
-        reason = _why_not(module)
+        reason = why_not_layout(module, LAYOUTS) or why_not_projections(module, _NAMES)
         if reason is not None:
             kept[path] = reason
             continue
         module.forward = MethodType(_attend, module)  # on this instance
         fused.append(path)
     return Replaced(tuple(fused), kept)
-
-
-def _why_not(module: nn.Module) -> str | None:
-    """Why a module cannot be fused; None where it can."""
-    kind = type(module).__name__
-    if kind not in LAYOUTS or not type(module).__module__.startswith("transformers.models."):
-        return f"{kind} is no layout we know"
-    for name in _NAMES:
-        reason = why_not_projection(module, name)
-        if reason is not None:
-            return reason
-    return None
 
 
 def _attend(

@@ -18,9 +18,10 @@ those of its factors:
 Saved: `x` and the factors. `z` and `u` are computed again, tile by tile along the tokens: of the
 F-sized tensors only a tile's few are ever alive. Where memory is left they may be kept instead
 (`keeps_inner`): two F-sized tensors, of which plain modules keep four. Gradients of the factors are
-summed over tiles in fp32 (fp64 for fp64). A tile draws its dropout masks from seed + its number;
-one tile over all tokens computes bit for bit what the separate modules compute. Phi stores gate and
-up as one projection, whose two halves these are.
+summed over tiles in fp32 (fp64 for fp64). Gate and up are computed together (`projections.py`),
+with dropout one by one: a tile draws its masks from seed + its number, and one tile over all tokens
+then computes bit for bit what the separate modules compute. Phi stores gate and up as one
+projection, whose two halves these are.
 
 The function comes in two parts so that a checkpointed layer computes nothing in vain: `_Enter`
 saves and passes `x` on, `_Leave` computes y. Recomputation stops as soon as what the backward needs
@@ -40,6 +41,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from qlora_trainer.lora.function import as_factors
 from qlora_trainer.lora.projections import Projection, project, projection_gradients
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
@@ -207,11 +209,8 @@ def _gradients(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
     grad_rows, gradients = ctx.mlp.backward(
         grad_y.reshape(-1, width), x.reshape(-1, width), (need_x, *need_factors), kept
     )
-    typed = [
-        None if gradient is None or factor is None else gradient.to(factor.dtype)
-        for gradient, factor in zip(gradients, factors, strict=True)
-    ]
-    return None if grad_rows is None else grad_rows.view(x.shape), None, *typed
+    of_x = None if grad_rows is None else grad_rows.view(x.shape)
+    return of_x, None, *as_factors(gradients, factors)
 
 
 class _Leave(torch.autograd.Function):

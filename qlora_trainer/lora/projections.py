@@ -29,7 +29,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from qlora_trainer.lora.function import (
+    as_factors,
     draw_dropout_seed,
+    gradient_of_B,
     low_rank_gradients,
     low_rank_product,
 )
@@ -137,7 +139,8 @@ def projection_gradients(
         h = rows @ joined.t()
         for index, h_i in enumerate(_by_projection(h, projections, dim=1)):
             if need_factors[2 * index + 1]:
-                of_factors[2 * index + 1] = _of_B(h_i, gradients[index], projections[index].scale)
+                scale = projections[index].scale
+                of_factors[2 * index + 1] = gradient_of_B(h_i, gradients[index], scale)
         del h
     if need_x or any(need_factors[::2]):
         u = rows.new_empty(rows.shape[0], joined.shape[0])
@@ -158,11 +161,6 @@ def projection_gradients(
     for projection in projections[1:]:
         grad_rows.addmm_(gradients.pop(0), dense_weight(projection.base, rows.dtype))
     return grad_rows.addmm_(u, joined), of_factors
-
-
-def _of_B(h: Tensor, g: Tensor, scale: float) -> Tensor:
-    """`scale g^T h` (out, r), made as its transpose: the wide operand is read along its rows."""
-    return (h.t() @ g).mul_(scale).t()
 
 
 def _one_by_one(projections: Sequence[Projection]) -> bool:
@@ -224,11 +222,8 @@ class _Project(torch.autograd.Function):
         grad_rows, of_factors = projection_gradients(
             gradients, rows, ctx.projections, (need_x, *need_factors)
         )
-        typed = [
-            None if gradient is None or factor is None else gradient.to(factor.dtype)
-            for gradient, factor in zip(of_factors, factors, strict=True)
-        ]
-        return None if grad_rows is None else grad_rows.view(x.shape), None, *typed
+        of_x = None if grad_rows is None else grad_rows.view(x.shape)
+        return of_x, None, *as_factors(of_factors, factors)
 
 
 def project_together(x: Tensor, projections: Sequence[Projection]) -> tuple[Tensor, ...]:

@@ -14,11 +14,16 @@ from qlora_trainer.lora.inject import (
     adapter_parameters,
     adapters_disabled,
     inject_adapter,
-    reset_reached,
-    unreached_layers,
 )
 from qlora_trainer.lora.spec import AdapterSpec
-from tests.lora.test_gated_mlp import FAMILIES, SIZES, family, quantized, run
+from tests.lora.test_gated_mlp import (
+    FAMILIES,
+    SIZES,
+    assert_names_stay_and_adapters_are_reached,
+    family,
+    quantized,
+    run,
+)
 
 WINDOW = {**SIZES, "sliding_window": 4, "use_sliding_window": True, "max_window_layers": 0}
 KNOWN: dict[str, Any] = {
@@ -106,14 +111,7 @@ def test_evaluation_and_generation_run_the_modules_own_forward() -> None:
 
 
 def test_parameters_keep_their_names_and_the_adapters_are_reached() -> None:
-    model = adapted("llama")
-    before = list(adapter_parameters(model))
-    fuse_qkv(model)
-    fuse_qkv(model)
-    assert list(adapter_parameters(model)) == before
-    reset_reached(model)
-    run(model)
-    assert unreached_layers(model) == []
+    assert_names_stay_and_adapters_are_reached(fuse_qkv)
 
 
 def test_a_copied_model_runs_on_its_own_modules() -> None:

@@ -1,5 +1,6 @@
 """The fused MLP equals the modules it replaces, tiled or not, and computed only as needed."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -121,6 +122,15 @@ def test_every_known_architecture_computes_the_same_bits_in_one_tile(name: str) 
     assert all(torch.equal(plain[key], fused[key]) for key in plain)
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_known_architecture_computes_gate_and_up_together(name: str) -> None:
+    model = family(name)  # without dropout, which would have them computed one by one
+    plain = run(model)
+    assert not fuse_mlps(model).kept
+    for key, found in run(model).items():
+        torch.testing.assert_close(found, plain[key], rtol=1e-4, atol=1e-5, msg=key)
+
+
 @pytest.mark.parametrize("tile", [None, 4])
 def test_what_is_kept_changes_no_bit(tile: int | None) -> None:
     model = quantized(family("llama", dtype=torch.bfloat16, dropout=0.2), torch.bfloat16)
@@ -156,14 +166,19 @@ def test_evaluation_goes_through_the_modules_own_forward() -> None:
             torch.testing.assert_close(model(input_ids=ids).logits, base)
 
 
-def test_parameters_keep_their_names_and_the_adapters_are_reached() -> None:
+def assert_names_stay_and_adapters_are_reached(fuse: Callable[[nn.Module], Any]) -> None:
     model = family("llama")
     before = list(adapter_parameters(model))
-    fuse_mlps(model)
+    fuse(model)
+    fuse(model)
     assert list(adapter_parameters(model)) == before
     reset_reached(model)
     run(model)
     assert unreached_layers(model) == []
+
+
+def test_parameters_keep_their_names_and_the_adapters_are_reached() -> None:
+    assert_names_stay_and_adapters_are_reached(fuse_mlps)
 
 
 def test_only_the_input_and_the_factors_are_saved() -> None:
