@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 _SUFFIXES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
-_FEWEST_WEIGHTS_OF_OTHERS = 2048  # from this block size on the operator takes another way
+_FALLBACK_BLOCK_SIZE = 2048  # from here on the operator takes another way
 _Kernel = Callable[..., None]
 
 
@@ -57,7 +57,7 @@ def dequantize_nf4_blocks(
         blocks: Whole ones.
         dtype: Of the result.
     """
-    if block_size >= _FEWEST_WEIGHTS_OF_OTHERS or block_size % 2 or not _direct(codes, absmax):
+    if block_size >= _FALLBACK_BLOCK_SIZE or block_size % 2 or not _direct(codes, absmax):
         return None
     kernel = _checked("nf4", dtype)
     if kernel is None or 2 * codes.numel() != blocks * block_size or absmax.numel() < blocks:
@@ -94,9 +94,7 @@ def _checked(kind: str, dtype: torch.dtype) -> _Kernel | None:
     # A prototype of our own: the function object of bitsandbytes' library is left as it is.
     addresses, counts = (3, 3) if kind == "nf4" else (4, 2)
     takes: list[Any] = [ctypes.c_void_p] * addresses + [ctypes.c_longlong] * counts
-    kernel: _Kernel = ctypes.CFUNCTYPE(None, *takes)(
-        ctypes.cast(function, ctypes.c_void_p).value  # type: ignore[arg-type]
-    )
+    kernel: _Kernel = ctypes.cast(function, ctypes.CFUNCTYPE(None, *takes))
     example = _nf4_example if kind == "nf4" else _blockwise_example
     with torch.device("cpu"):  # whatever device new tensors are on by default
         return kernel if example(kernel, dtype) else None

@@ -138,9 +138,10 @@ class AdapterAdamW:
 
     def _move(self, group: Group, lr: float, gradient_factor: Tensor | None) -> None:
         gradient, _ = in_fp32([p.grad for p in group.parameters.values() if p.grad is not None])
+        step = 1 + self.steps[next(iter(group.parameters))]  # the same of all
         for name, p in group.parameters.items():
             p.grad = None
-            self.steps[name] += 1
+            self.steps[name] = step
         if gradient_factor is not None:
             gradient.mul_(gradient_factor)
         held = [p.data for p in group.parameters.values()]
@@ -148,7 +149,7 @@ class AdapterAdamW:
         remainder = group.state.get("remainder")
         if remainder is not None:
             join_bf16(value, remainder)
-        self._update(value, gradient, group, self.steps[name], lr)
+        self._update(value, gradient, group, step, lr)
         if remainder is not None:
             split_bf16(value, remainder)
         if value is not held[0]:

@@ -152,8 +152,9 @@ def in_fp32(tensors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
     if len(tensors) == 1:
         alone = tensors[0].to(torch.float32, memory_format=torch.contiguous_format)
         return alone, [alone]
-    length = sum(tensor.numel() for tensor in tensors)
-    flat = torch.empty(length, dtype=torch.float32, device=tensors[0].device)
-    pieces = list(torch._utils._unflatten_dense_tensors(flat, tensors))
+    lengths = [tensor.numel() for tensor in tensors]
+    flat = torch.empty(sum(lengths), dtype=torch.float32, device=tensors[0].device)
+    parts = zip(flat.split(lengths), tensors, strict=True)
+    pieces = [part.view(tensor.shape) for part, tensor in parts]
     torch._foreach_copy_(pieces, list(tensors))
     return flat, pieces

@@ -44,7 +44,7 @@ def test_every_optimizer_is_foreseen(optimizer):
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "qwen3"])
 def test_the_techniques_of_the_step_are_foreseen_as_they_run(name):
-    techniques = Techniques(True, 48, True, fused_qkv=True)
+    techniques = Techniques(fused_mlp=True, mlp_tile_tokens=48, tiled_norms=True, fused_qkv=True)
     shape = run_shape(activations="offload", techniques=techniques)
     config = tiny_config(name)
     predicted, real = predict_cpu(config, shape), real_steps(config, shape)
