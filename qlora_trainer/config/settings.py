@@ -180,7 +180,7 @@ class TrainSettings(Settings):
     )
     fused_qkv: bool = Field(
         False,
-        description="an attention's q, k and v as one function, and rotary embedding in one pass",
+        description="an attention's q, k and v as one function, rotary embedding as another",
     )
     tiled_norms: bool = Field(
         False, description="RMSNorms in tiles, without fp32 copies of the residual stream"
