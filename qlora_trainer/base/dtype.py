@@ -1,11 +1,14 @@
 """What to compute in, decided by what the device does natively.
 
-bf16 where the hardware multiplies it (compute capability 8.0 and up, every CPU and other
-accelerator); fp16 on older CUDA cards. `torch.cuda.is_bf16_supported()` is not asked: it says yes
-on a T4, where bf16 is emulated at a fraction of the speed. fp16 ends at 65504, and some families
-are known to pass that in their residual stream: they are refused in fp16 by name rather than
-trained into NaN.
+bf16 where the hardware multiplies it (compute capability 8.0 and up, CPUs with AVX-512 and the
+like, other accelerators); fp16 on older CUDA cards; fp32 on other CPUs, most laptops' among them,
+where a 16-bit product takes several times as long as one in fp32.
+`torch.cuda.is_bf16_supported()` is not asked: it says yes on a T4, where bf16 is emulated at a
+fraction of the speed. fp16 ends at 65504, and some families are known to pass that in their
+residual stream: they are refused in fp16 by name rather than trained into NaN.
 """
+
+import functools
 
 import torch
 
@@ -21,11 +24,26 @@ _GEMMA_PREFIXES = ("gemma", "t5gemma", "recurrent_gemma", "paligemma", "shieldge
 def choose_compute_dtype(requested: str, device: torch.device, model_type: str) -> torch.dtype:
     """The dtype for this machine's device; see `compute_dtype_for`."""
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
-    return compute_dtype_for(requested, device.type, model_type, capability)
+    return compute_dtype_for(requested, device.type, model_type, capability, cpu_multiplies_bf16())
+
+
+@functools.cache
+def cpu_multiplies_bf16() -> bool:
+    """Whether torch has a fast bf16 matrix product for this machine's CPU.
+
+    Asks what torch itself asks before it hands such a product to oneDNN (mkldnn_bf16_device_check,
+    aten/src/ATen/native/mkldnn/Utils.h); without oneDNN there is none.
+    """
+    ask = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    return torch.backends.mkldnn.is_available() and ask is not None and bool(ask())
 
 
 def compute_dtype_for(
-    requested: str, device_type: str, model_type: str, capability: tuple[int, int] | None
+    requested: str,
+    device_type: str,
+    model_type: str,
+    capability: tuple[int, int] | None,
+    cpu_bf16: bool,
 ) -> torch.dtype:
     """The dtype for a device given by its properties, so that it need not be there.
 
@@ -34,6 +52,7 @@ def compute_dtype_for(
         device_type: "cpu", "cuda", ...
         model_type: transformers' name of the family, such as "llama".
         capability: CUDA compute capability, or None where there is no such thing.
+        cpu_bf16: Whether the CPU, if that is the device, multiplies bf16 natively.
 
     Raises:
         UserError: No such dtype; bf16 asked where it is emulated; fp16 (asked or the only fast
@@ -51,7 +70,10 @@ def compute_dtype_for(
             f"model.compute_dtype = bf16: this GPU (compute capability {capability_text}) only "
             "emulates bf16, slowly; set model.compute_dtype = fp16 or auto"
         )
-    chosen = requested if requested != "auto" else "fp16" if emulated else "bf16"
+    chosen = requested
+    if requested == "auto":
+        slow_cpu = device_type == "cpu" and not cpu_bf16
+        chosen = "fp16" if emulated else "fp32" if slow_cpu else "bf16"
     if chosen == "fp16" and overflows_in_fp16(model_type):
         why = (
             "model.compute_dtype = fp16"

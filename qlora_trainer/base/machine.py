@@ -15,7 +15,7 @@ import bitsandbytes
 import psutil
 import torch
 
-from qlora_trainer.base.dtype import NATIVE_BF16_CAPABILITY
+from qlora_trainer.base.dtype import NATIVE_BF16_CAPABILITY, cpu_multiplies_bf16
 from qlora_trainer.units import format_bytes
 
 _PACKAGES = ("torch", "transformers", "bitsandbytes", "accelerate", "safetensors", "datasets")
@@ -84,7 +84,7 @@ def diagnose(folder: Path) -> list[Finding]:
     Args:
         folder: Where runs are going to be written.
     """
-    findings = [_python(), *_gpus(), _nf4_works(), *_host(folder)]
+    findings = [_python(), *_gpus(), _cpu(), _nf4_works(), *_host(folder)]
     for name, version in versions().items():
         if name in _PACKAGES:
             findings.append(Finding(name, version, "good"))
@@ -126,6 +126,14 @@ def _gpu(index: int) -> Finding:
     ]
     said = "; ".join(filter(None, advice))
     return Finding(f"gpu {index}", state, "note" if said else "good", said)
+
+
+def _cpu() -> Finding:
+    cores = f"{psutil.cpu_count(logical=False) or psutil.cpu_count()} cores"
+    if cpu_multiplies_bf16():
+        return Finding("cpu", f"{cores}, bf16", "good")
+    advice = "torch multiplies 16-bit numbers slowly on this CPU, so runs on it compute in fp32"
+    return Finding("cpu", f"{cores}, fp32", "good", advice)
 
 
 def _nf4_works() -> Finding:

@@ -75,7 +75,7 @@ class AdapterSettings(Settings):
     rank_pattern: dict[Ending, Rank] = Field({}, description="rank by module name or expression")
     alpha_pattern: dict[Ending, Alpha] = Field({}, description="alpha by module name or expression")
     dtype: Literal["auto", "bf16", "fp32"] = Field(
-        "auto", description="auto: bf16 with fp32 master values; fp32 where compute is fp16"
+        "auto", description="auto: bf16 with fp32 master values; fp32 where compute is not bf16"
     )
 
     def layer_numbers(self, count: int) -> tuple[int, ...] | None:

@@ -40,7 +40,9 @@ class ModelSettings(Settings):
     double_quant: bool = Field(True, description="quantize NF4's scales too: 0.37 bits a weight")
     block_size: Literal[64, 128, 256, 512] = Field(64, description="weights that share one scale")
     compute_dtype: Literal["auto", "bf16", "fp16", "fp32"] = Field(
-        "auto", description="auto: bf16 where the device has it natively, otherwise fp16"
+        "auto",
+        description="auto: bf16 where the device has it natively, otherwise fp16 on a GPU and fp32 "
+        "on a CPU",
     )
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = Field(
         "auto",

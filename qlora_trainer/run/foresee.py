@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from qlora_trainer.base.dtype import compute_dtype_for
+from qlora_trainer.base.dtype import compute_dtype_for, cpu_multiplies_bf16
 from qlora_trainer.base.hub import resolve_model
 from qlora_trainer.base.load import load_config
 from qlora_trainer.base.picture_size import processed_size
@@ -193,6 +193,7 @@ def run_shape(run: RunConfig, config: Any, gpu: GpuProfile | None, processes: in
         "cpu" if gpu is None else "cuda",
         config.model_type,
         None if gpu is None else gpu.compute_capability,
+        cpu_multiplies_bf16(),
     )
     text = config.get_text_config()
     count: int = getattr(text, "num_hidden_layers", 0)

@@ -25,6 +25,19 @@ def at_the_same_commit(run: RunConfig, earlier: dict[str, Any]) -> RunConfig:
     return run.model_copy(update={"model": pinned})
 
 
+def with_the_same_dtype(run: RunConfig, begun: dict[str, Any] | None) -> RunConfig:
+    """Go on in the dtype that the run began to compute in, whatever is native where it goes on.
+
+    Args:
+        run: As it is asked for now.
+        begun: The environment of the run's beginning, as `environment.json` holds it.
+    """
+    if begun is None or "compute_dtype" not in begun or run.model.compute_dtype != "auto":
+        return run
+    model = run.model.model_copy(update={"compute_dtype": begun["compute_dtype"]})
+    return run.model_copy(update={"model": model})
+
+
 def with_the_same_chunk(run: RunConfig, earlier: dict[str, Any]) -> RunConfig:
     """Go on with the loss's chunk that the run began with, whatever memory leaves room for now."""
     began = (earlier.get("train") or {}).get("loss_chunk_tokens")

@@ -29,6 +29,7 @@ from qlora_trainer.run.resolve import (
     at_the_same_commit,
     resolved_settings,
     with_the_same_chunk,
+    with_the_same_dtype,
     with_todays_defaults,
 )
 from qlora_trainer.tasks.task import ScoredTask
@@ -98,11 +99,15 @@ def _train(run: RunConfig, told: Reporter, processes: Processes, *, restart: boo
     path = Path(run.output.folder).expanduser()
     with RunFolder(path, restart=restart, writes=processes.is_main) as folder:
         earlier = with_todays_defaults(processes.from_main(folder.earlier_settings))
+        asked = run
         if earlier is not None:
             run = with_the_same_chunk(at_the_same_commit(run, earlier), earlier)
+            begun = processes.from_main(folder.read_json("environment.json"))
+            run = with_the_same_dtype(run, begun)
         with processes.main_first():
             source = setup.open_model(run, processes)
         settings = resolved_settings(run, source.resolved.revision)
+        settings["model"]["compute_dtype"] = asked.model.compute_dtype
         base = base_fingerprint(source.resolved.folder)
         environment = describe_environment(
             source.device,

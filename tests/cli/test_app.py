@@ -162,7 +162,7 @@ def test_generate_says_on_a_terminal_what_it_waits_for(tmp_path: Path) -> None:
 def test_doctor_finds_this_machine_good(tmp_path: Path) -> None:
     done = qlora("doctor", cwd=tmp_path)
     assert done.returncode == 0
-    for topic in ("python", "gpu", "nf4", "ram", "disk", "bitsandbytes"):
+    for topic in ("python", "gpu", "cpu", "nf4", "ram", "disk", "bitsandbytes"):
         assert topic in done.stdout
 
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from qlora_trainer import UserError, generate, held_out_metrics, load_run, load_trained, train
+from qlora_trainer.base.dtype import choose_compute_dtype
 from qlora_trainer.config.settings import RunConfig
 from qlora_trainer.lora.inject import adapter_parameters
 from tests.run.conftest import Lines
@@ -343,6 +344,24 @@ def test_resuming_elsewhere_is_said_and_recorded(make_run: Make) -> None:
     resumed = recorded.pop("resumed")
     assert recorded == begun
     assert [entry["versions"]["torch"] for entry in resumed] == [torch.__version__]
+
+
+def test_a_run_goes_on_in_the_dtype_it_began_in(make_run: Make) -> None:
+    """`auto` found another dtype where the run began than it finds here."""
+    here = choose_compute_dtype("auto", torch.device("cpu"), "llama")
+    there = "fp32" if here == torch.bfloat16 else "bf16"
+    folder = train(make_run(train={"max_steps": 2}, model={"compute_dtype": there})).folder
+    unfinish(folder)
+    settings = yaml.safe_load((folder / "run.yaml").read_text())
+    settings["model"]["compute_dtype"] = "auto"  # as that machine recorded it
+    (folder / "run.yaml").write_text(yaml.safe_dump(settings))
+    listener = Lines()
+    result = train(make_run(train={"max_steps": 4}), reporter=listener)
+    assert result.outcome.step == 4
+    assert not [line for line in listener.lines if "began elsewhere" in line]
+    recorded = json.loads((folder / "environment.json").read_text())
+    assert recorded["resumed"][0]["compute_dtype"] == recorded["compute_dtype"] == there
+    assert yaml.safe_load((folder / "run.yaml").read_text())["model"]["compute_dtype"] == "auto"
 
 
 def test_a_template_of_the_users_own_goes_with_the_adapter(make_run: Make, tmp_path: Path) -> None:
