@@ -1,7 +1,7 @@
 """Our training step beside the others', on this machine, in one run: speed, memory, loss.
 
     python scripts/benchmark_step.py --model FOLDER [--json FILE] [--peers peft,trainer,trl]
-                                     [--tokens 512] [--rows 1] [--rounds 10]
+                                     [--tokens 512] [--rows 1] [--rounds 10] [--dtype bf16]
     python scripts/benchmark_step.py --part NAME --model FOLDER --json FILE [--data FILE.jsonl]
 
 Without `--part`: ours with all techniques, without the fused MLP and the tiled norms
@@ -12,8 +12,9 @@ All contenders are loaded at once, each in a process of its own, and take turns 
 (`step_rounds.py`): a round is one step of everybody, begun by another each time, after a first
 round that warms up. A ratio is the median over rounds of ours and the peer's step of the same
 round; least, most and quartiles stand beside it. All start from the same adapter and see the same
-tokens. A share of the ceiling is the time of the step's matrix products alone, at the bf16 rate
-measured just before and after the step (the mean of both), over the time of the step.
+tokens. A share of the ceiling is the time of the step's matrix products alone, in the dtype of the
+comparison at the rate measured just before and after the step (the mean of both), over the time of
+the step.
 """
 
 from __future__ import annotations
@@ -31,13 +32,14 @@ from pathlib import Path
 from typing import Any
 
 from figures_file import record
-from step_cases import CONTENDERS, PARTS, PEERS
+from step_cases import CONTENDERS, PARTS, PEERS, in_dtype
 from step_ceiling import ProductRate, flops_per_token
 from step_figures import summarize
 from step_rounds import WARM_UP, SideBySide
 from steps import Stop, say, stop_with_message
 
 RANK = 16
+DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 LONG = ("turns", "losses")  # in the file, not on the screen
 PACKAGES = ("torch", "transformers", "bitsandbytes", "peft", "trl", "accelerate")
 
@@ -60,6 +62,20 @@ def make_adapter(model: Path, folder: Path) -> None:
         if name.endswith("lora_B"):
             torch.nn.init.normal_(parameter, std=1e-3, generator=generator)
     save_adapter(net, spec, folder, base_source=str(model), task_type="CAUSAL_LM")
+
+
+def native_dtype() -> str:
+    """What a run computes in on this CPU unless told otherwise."""
+    from qlora_trainer.base.dtype import cpu_multiplies_bf16
+
+    return "bf16" if cpu_multiplies_bf16() else "fp32"
+
+
+def instructions() -> str:
+    """The widest instructions of this CPU that torch uses, such as AVX2."""
+    import torch
+
+    return torch.backends.cpu.get_cpu_capability()
 
 
 def installed(contenders: Sequence[str]) -> list[str]:
@@ -86,6 +102,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--activations", choices=("keep", "recompute"), default="recompute")
     for name, value in (("tokens", 512), ("rows", 1), ("rounds", 10)):
         parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument(
+        "--dtype", choices=("auto", *DTYPES), default="auto",
+        help="what all compute in; auto: what this CPU multiplies fastest, as `qlora train` does",
+    )  # fmt: skip
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     given = parser.parse_args(arguments)
     peers = [name for name in given.peers.split(",") if name]
@@ -142,8 +162,10 @@ def _compare(
         "rows": given.rows, "steps": WARM_UP + given.rounds, "threads": given.threads,
         "activations": given.activations, "data": str(given.data) if real else None,
     }  # fmt: skip
-    jobs = {name: {**job, **CONTENDERS[name], "contender": name} for name in contenders}
-    rate = ProductRate(given.model, given.tokens * given.rows, given.threads)
+    dtype = native_dtype() if given.dtype == "auto" else given.dtype
+    cases = {name: in_dtype(CONTENDERS[name], DTYPES[dtype]) for name in contenders}
+    jobs = {name: {**job, **case, "contender": name} for name, case in cases.items()}
+    rate = ProductRate(given.model, given.tokens * given.rows, given.threads, DTYPES[dtype])
     rounds = []
     with SideBySide(jobs) as everybody:
         for number in range(job["steps"]):
@@ -153,9 +175,10 @@ def _compare(
     found = summarize(rounds[:WARM_UP], rounds[WARM_UP:], flops_per_token(given.model))
     settings = {name: value for name, value in job.items() if name not in ("adapter", "model")}
     settings |= {"model": given.model.name, "data": given.data.parent.name if real else None}
+    settings |= {"dtype": dtype, "cpu": instructions()}
     return {
         **found, "settings": settings | {"rank": RANK, "rounds": given.rounds},
-        "contenders": {name: CONTENDERS[name] for name in contenders},
+        "contenders": cases,
         "versions": {name: version(name) for name in PACKAGES if find_spec(name)},
         "turns": rounds[WARM_UP:],
     }  # fmt: skip

@@ -3,8 +3,8 @@
 `ours*` are the package's own step; what a contender leaves out of `TECHNIQUES` is what an ablation
 switches off. `activations` is given here where it is the contender's own choice; else every
 contender of a part has the same. Peers use scaled-dot-product attention, which was faster here than
-their eager one, and all threads. Adapters are bf16 for all but where a peer's own default (fp32)
-is the point.
+their eager one, and all threads. Where no dtype is named all compute, and hold their adapters, in
+the one dtype of the comparison (`in_dtype`), that which the machine multiplies fastest.
 
     equal-*     same recomputation, same batch, no packing; `ours-own` keeps all
     ablation    ours, and without one technique each
@@ -26,20 +26,30 @@ TECHNIQUES = (
     "freed_pages",
 )  # fmt: skip
 OURS: dict[str, Any] = {
-    "kind": "ours", "techniques": TECHNIQUES, "adapter_dtype": "bfloat16",
-    "compute_dtype": "bfloat16", "loss_chunk_tokens": 256,
+    "kind": "ours", "techniques": TECHNIQUES, "loss_chunk_tokens": 256,
 }  # fmt: skip
 # what `train.compile` leaves to itself: plain norms and MLPs
 PLAIN: dict[str, Any] = {
     "techniques": tuple(t for t in TECHNIQUES if t not in ("fused_mlp", "tiled_norms"))
 }
 OWN_CHOICE = {"activations": "keep", "mlp_keeps_inner": True}  # nothing computed again
-PEER: dict[str, Any] = {
-    "adapter_dtype": "bfloat16", "compute_dtype": "bfloat16", "attention": "sdpa",
+PEER: dict[str, Any] = {"attention": "sdpa"}
+FP32_ADAPTER = {
+    "adapter_dtype": "float32", "compute_dtype": "bfloat16", "activations": "keep",
 }  # fmt: skip
-FP32_ADAPTER = {"adapter_dtype": "float32", "activations": "keep"}
-BF16 = {"bf16": True, "weight_decay": 0.0}
+NO_DECAY = {"weight_decay": 0.0}
 SAME_ROWS = {"train_sampling_strategy": "sequential"}  # Trainer's own order is a random one
+
+
+def in_dtype(contender: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """A contender that computes in "bfloat16" or "float32" where it does not name its dtype.
+
+    Trainer and TRL are told of bf16, in which they compute under autocast.
+    """
+    whole = {"compute_dtype": dtype, "adapter_dtype": dtype} | contender
+    if contender.get("arguments") and whole["compute_dtype"] == "bfloat16":
+        whole["arguments"] = {"bf16": True} | contender["arguments"]
+    return whole
 
 
 def without(technique: str) -> dict[str, Any]:
@@ -55,7 +65,7 @@ def trl_packed(tokens: int, order: dict[str, Any]) -> dict[str, Any]:
     """
     packing = {"packing": True, "max_length": tokens, "per_device_train_batch_size": 1}
     return PEER | {
-        "kind": "trl", "activations": "keep", "arguments": BF16 | order | packing,
+        "kind": "trl", "activations": "keep", "arguments": NO_DECAY | order | packing,
     }  # fmt: skip
 
 
@@ -72,8 +82,8 @@ CONTENDERS: dict[str, dict[str, Any]] = {
     "ours-all-fp32": OURS | FP32_ADAPTER | {"compute_dtype": "float32"},
     "peft-fp32": PEER | FP32_ADAPTER | {"kind": "peft"},
     "peft-all-fp32": PEER | FP32_ADAPTER | {"kind": "peft", "compute_dtype": "float32"},
-    "trainer": PEER | {"kind": "trainer", "arguments": BF16 | SAME_ROWS},
-    "trl": PEER | {"kind": "trl", "arguments": BF16 | SAME_ROWS},
+    "trainer": PEER | {"kind": "trainer", "arguments": NO_DECAY | SAME_ROWS},
+    "trl": PEER | {"kind": "trl", "arguments": NO_DECAY | SAME_ROWS},
     # as they come: batches of 8, padded; PEFT's fp32 adapters; nothing computed again
     "trainer-defaults": PEER | {
         "kind": "trainer", "adapter_dtype": "float32", "activations": "keep", "arguments": {},

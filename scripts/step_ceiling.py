@@ -22,21 +22,23 @@ def flops_per_token(model: Path) -> float:
 
 
 class ProductRate:
-    """Measures bf16 products in the model's own MLP shape.
+    """Measures products in the model's own MLP shape.
 
     Args:
         model: Folder with its `config.json`.
         tokens: Rows of the product.
         threads: Of the product.
+        dtype: Of the product: "bfloat16" or "float32".
     """
 
-    def __init__(self, model: Path, tokens: int, threads: int) -> None:
+    def __init__(self, model: Path, tokens: int, threads: int, dtype: str) -> None:
         import torch
 
         c = _text_config(model)
         torch.set_num_threads(threads)
-        self._x = torch.randn(tokens, c.hidden_size).bfloat16()
-        self._weight = torch.randn(c.intermediate_size, c.hidden_size).bfloat16()
+        wide = {"dtype": getattr(torch, dtype)}
+        self._x = torch.randn(tokens, c.hidden_size).to(**wide)
+        self._weight = torch.randn(c.intermediate_size, c.hidden_size).to(**wide)
         self._flops = 2.0 * tokens * c.hidden_size * c.intermediate_size
 
     def __call__(self) -> float:

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from benchmark_step import main
-from step_cases import CONTENDERS, PARTS, TECHNIQUES
+from step_cases import CONTENDERS, PARTS, TECHNIQUES, in_dtype
 from step_ceiling import flops_per_token
 from step_contender import activation_plan
 from step_figures import ratios_of, summarize
@@ -65,6 +65,17 @@ def test_parts_name_known_contenders_and_begin_with_ours() -> None:
     assert len(left_out) == len(TECHNIQUES)
     for name in left_out:
         assert len(CONTENDERS[name]["techniques"]) == len(TECHNIQUES) - 1
+
+
+def test_all_compute_in_the_comparisons_dtype_where_none_is_named() -> None:
+    trainer = in_dtype(CONTENDERS["trainer"], "bfloat16")
+    assert trainer["compute_dtype"] == trainer["adapter_dtype"] == "bfloat16"
+    assert trainer["arguments"]["bf16"] is True
+    plain = in_dtype(CONTENDERS["trainer"], "float32")
+    assert plain["compute_dtype"] == plain["adapter_dtype"] == "float32"
+    assert "bf16" not in plain["arguments"]
+    named = in_dtype(CONTENDERS["peft-fp32"], "float32")
+    assert (named["compute_dtype"], named["adapter_dtype"]) == ("bfloat16", "float32")
 
 
 def test_the_tables_show_every_contender_and_the_load(tmp_path, monkeypatch) -> None:
@@ -140,7 +151,9 @@ def test_a_contender_that_fails_is_named_with_its_own_last_words(tmp_path) -> No
     missing = str(tmp_path / "missing")
     job = {"model": missing, "adapter": missing, "threads": 1, "steps": 1}
     with pytest.raises(Stop, match=r"(?s)^ours failed with exit code 1:.*missing"):
-        SideBySide({"ours": {**job, **CONTENDERS["ours"], "contender": "ours"}}).__enter__()
+        SideBySide(
+            {"ours": {**job, **in_dtype(CONTENDERS["ours"], "bfloat16"), "contender": "ours"}}
+        ).__enter__()
 
 
 def test_every_contender_trains_a_tiny_model_to_the_same_losses(tmp_path, capsys) -> None:
