@@ -1,7 +1,7 @@
-"""Causal attention on this CPU in bf16: our tiles of queries beside torch's own kernel.
+"""Causal attention on this CPU: our tiles of queries beside torch's own kernel.
 
     python scripts/benchmark_attention.py [--json scripts/results/attention.json]
-                                          [--repeats 15] [--threads 2]
+                                          [--repeats 15] [--threads 2] [--dtype bf16]
 
 Random queries, keys and values in the shapes of real layers (`SHAPES`), laid as models lay them.
 Both take turns call by call in one process, so a slow moment of the machine meets both; the ratio
@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qlora_trainer.base.dtype import choose_compute_dtype, dtype_name
 from qlora_trainer.base.tiled_attention import tiled_attention
 
 # rows, query heads, key heads, tokens, head size
@@ -46,15 +47,15 @@ def torch_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return attended.transpose(1, 2)
 
 
-def made_up(shape: Sequence[int]) -> tuple[list[Tensor], Tensor]:
+def made_up(shape: Sequence[int], dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
     """Queries, keys and values of a shape, and the gradient of the output."""
     rows, heads, groups, tokens, size = shape
     generator = torch.Generator().manual_seed(7)
     tensors = []
     for count in (heads, groups, groups):
-        x = torch.randn(rows, tokens, count, size, generator=generator).bfloat16()
+        x = torch.randn(rows, tokens, count, size, generator=generator).to(dtype)
         tensors.append(x.transpose(1, 2).requires_grad_())
-    return tensors, torch.randn(rows, tokens, heads, size, generator=generator).bfloat16()
+    return tensors, torch.randn(rows, tokens, heads, size, generator=generator).to(dtype)
 
 
 def results(attend: Attend, tensors: Sequence[Tensor], slope: Tensor) -> list[Tensor]:
@@ -70,9 +71,9 @@ def seconds(attend: Attend, tensors: Sequence[Tensor], slope: Tensor) -> float:
     return time.perf_counter() - began
 
 
-def measure(shape: Sequence[int], repeats: int) -> dict[str, Any]:
+def measure(shape: Sequence[int], repeats: int, dtype: torch.dtype) -> dict[str, Any]:
     """Turns of both, and how far both are from fp64."""
-    tensors, slope = made_up(shape)
+    tensors, slope = made_up(shape, dtype)
     turns = []
     for number in range(repeats + 1):
         turn = [seconds(attend, tensors, slope) for attend in (tiled_attention, torch_attention)]
@@ -107,15 +108,20 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--dtype", choices=("auto", "bf16", "fp32"), default="auto")
     given = parser.parse_args()
+    dtype = choose_compute_dtype(given.dtype, torch.device("cpu"), "llama")
     torch.set_num_threads(given.threads)
     found: dict[str, Any] = {}
     for name, shape in SHAPES.items():
-        found[name] = measure(shape, given.repeats)
+        found[name] = measure(shape, given.repeats, dtype)
         low, high = found[name]["spread"]
         print(f"{name}: {found[name]['times_faster']:.2f} ({low:.2f} to {high:.2f}) times as fast")
     if given.json is not None:
-        content = {"threads": given.threads, "repeats": given.repeats, "shapes": found}
+        content = {
+            "dtype": dtype_name(dtype), "threads": given.threads, "repeats": given.repeats,
+            "shapes": found,
+        }  # fmt: skip
         given.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 

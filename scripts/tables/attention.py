@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from tables.common import markdown, result
 
 
 def attention() -> str:
-    """A row per shape of a real layer."""
-    found = result("attention")
+    """A row per shape of a real layer, in bf16."""
+    return _attention(result("attention"))
+
+
+def attention_fp32() -> str:
+    """The same on a CPU without bf16 products."""
+    return _attention(result("attention-fp32"))
+
+
+def _attention(found: dict[str, Any]) -> str:
     rows = []
     for shape, figures in found["shapes"].items():
         low, high = figures["spread"]
@@ -20,7 +30,8 @@ def attention() -> str:
         )
     head = ["rows x tokens of a layer", "ours", "torch's", "ours over torch's"]
     return (
-        f"{markdown(head, rows)}\n\nForward and backward, bf16, {found['threads']} threads: "
+        f"{markdown(head, rows)}\n\nForward and backward, {found['dtype']}, "
+        f"{found['threads']} threads: "
         f"medians of {found['repeats']} calls of both in turn; beside them, in brackets, the "
         "largest distance of output or a gradient from fp64. Beside the ratio: the least and the "
         "most."

@@ -32,8 +32,16 @@ _OWN = ("ours-own", "ours-packed")  # with our own choice of what to keep
 
 
 def step() -> str:
-    """A row per contender of each comparison that was measured."""
-    parts = result("step")
+    """A row per contender of each comparison that was measured, in bf16."""
+    return _step(result("step"))
+
+
+def step_fp32() -> str:
+    """The same on a CPU without bf16 products, where all compute in fp32."""
+    return _step(result("step-fp32"))
+
+
+def _step(parts: dict[str, Any]) -> str:
     rows = [row for name in _SETTINGS if name in parts for row in _rows(name, parts[name])]
     head = [
         "", "tokens/s", "ours over it, equal settings", "ours keeping all over it",
@@ -72,9 +80,12 @@ def _times(turns: Sequence[Any], one: str, other: str) -> str:
 
 
 def _said(parts: dict[str, Any]) -> str:
-    threads = next(parts[name] for name in _SETTINGS if name in parts)["settings"]["threads"]
+    settings = next(parts[name] for name in _SETTINGS if name in parts)["settings"]
+    cores = f"{settings['threads']} cores"
+    if "cpu" in settings:
+        cores += f" ({settings['cpu']}, all in {settings['dtype']})"
     said = (
-        f"On {threads} cores, medians of rounds in which everybody takes a step in turn; in "
+        f"On {cores}, medians of rounds in which everybody takes a step in turn; in "
         "brackets the quartiles of the rounds' ratios. The ceiling is the time of the base's "
         "matrix products alone (forward, and the gradient of the input), at the rate measured "
         "beside each step; recomputing does half as many again."
