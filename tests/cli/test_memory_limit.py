@@ -1,5 +1,6 @@
 """A real run that gets no more memory from the system ends with a message, and then goes on."""
 
+import json
 import os
 import subprocess
 import sys
@@ -22,10 +23,15 @@ def test_a_run_without_memory_says_so_and_keeps_its_states(
 ) -> None:
     import resource
 
+    data = tmp_path / "long.jsonl"
+    told = " ".join(map(str, range(100, 129)))
+    data.write_text("".join(json.dumps({"text": f"{n} {told}"}) + "\n" for n in range(32)))
     run = tiny_run(
         tiny_model,
         tmp_path,
-        train={"max_steps": 4000, "micro_batch_size": 2},
+        data={"train": str(data)},
+        # logits of more than 32 MiB, which the C library asks of the system every time
+        train={"max_steps": 4000, "micro_batch_size": 8, "loss_chunk_tokens": 1024},
         output={"folder": str(tmp_path / "run"), "save_every_steps": 1},
     )
     file, folder = tmp_path / "run.yaml", Path(run.output.folder)
