@@ -16,14 +16,14 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from tables.attention import attention
+from tables.attention import attention, attention_fp32
 from tables.export import export_proof, export_speed
 from tables.fits import fits
 from tables.lengths import lengths
 from tables.memory import memory, profile_cost
 from tables.quickstart import quickstart
 from tables.settings import settings
-from tables.step import load, step, step_ablation
+from tables.step import load, step, step_ablation, step_fp32
 from tables.tasks import tasks
 from tables.trust import trust
 
@@ -37,9 +37,11 @@ TABLES: dict[str, Callable[[], str]] = {
     "memory": memory,
     "profile-cost": profile_cost,
     "step": step,
+    "step-fp32": step_fp32,
     "step-ablation": step_ablation,
     "load": load,
     "attention": attention,
+    "attention-fp32": attention_fp32,
     "tasks": tasks,
     "trust": trust,
     "export-proof": export_proof,

@@ -1,13 +1,12 @@
 r"""Causal attention on a CPU in tiles of queries, by matrix products.
 
 torch's own kernel for a CPU (`_scaled_dot_product_flash_attention_for_cpu`), without AMX,
-multiplies 16-bit numbers without the processor's 16-bit instructions; oneDNN's batched products use
-them. And in either dtype it repeats keys for the query heads that share them
-(`scripts/benchmark_attention.py` says what that comes to). So queries go in tiles of n tokens, each
-tile against the keys up to its own end, with s the scale:
+multiplies 16-bit numbers without the processor's 16-bit instructions. oneDNN's batched products use
+them (`scripts/benchmark_step.py --part ablation-1x512` says what it is worth). So queries go in
+tiles of n tokens, each tile against the keys up to its own end, with s the scale:
 
     S = s Q K^T                   (n, t)    fp32, -inf above the tile's diagonal
-    P = softmax(S)                (n, t)    fp32, then the dtype of Q
+    P = softmax(S)                (n, t)    fp32, then 16 bit
     O = P V                       (n, D)
 
 Backward, with g = dL/dO; P is computed again:
@@ -39,19 +38,19 @@ NAME = "tiled"
 TILE_TOKENS = 64
 TILE_ELEMENTS = 2**22  # scores of one tile over all heads: 16 MiB in fp32
 _FEWEST_TOKENS = 8
-_DTYPES = (torch.bfloat16, torch.float32)
+_DTYPE = torch.bfloat16
 # what a layer may hand on besides: added to scores, bending them, or keys that come from elsewhere
 _BEYOND = ("position_bias", "softcap", "cache", "s_aux")
 
 
 def chooses_tiles(attention: str | None, compute_dtype: torch.dtype) -> bool:
-    """Whether a base on a CPU attends in tiles: nobody chose otherwise, in bf16 or fp32.
+    """Whether a base on a CPU attends in tiles: nobody chose otherwise, and in bf16.
 
     Args:
         attention: transformers' name of what the user chose; None for our choice.
         compute_dtype: Of the base.
     """
-    return attention is None and compute_dtype in _DTYPES
+    return attention is None and compute_dtype == _DTYPE
 
 
 def use_tiled_attention(model: Any) -> bool:
@@ -100,7 +99,7 @@ def takes_tiles(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> bool:
-    """Whether attention is plain and causal: whole sequences, no mask, no dropout, bf16 or fp32.
+    """Whether attention is plain and causal: whole sequences, no mask, no dropout, bf16.
 
     Takes what an attention takes; nothing that changes scores (`_BEYOND`) may be among it.
     """
@@ -110,7 +109,7 @@ def takes_tiles(
         and attention_mask is None
         and not dropout
         and all(kwargs.get(name) is None for name in _BEYOND)
-        and query.dtype in _DTYPES
+        and query.dtype == _DTYPE
         and query.shape[2] == key.shape[2] > 1
         and query.shape[1] % key.shape[1] == 0
         and query.shape[-1] == value.shape[-1]

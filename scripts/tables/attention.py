@@ -22,7 +22,7 @@ def _attention(found: dict[str, Any]) -> str:
     for shape, figures in found["shapes"].items():
         low, high = figures["spread"]
         ours, torch = (
-            f"{figures['seconds'][who] * 1e3:.1f} ms ({figures['error'][who]:.2%})"
+            f"{figures['seconds'][who] * 1e3:.1f} ms ({_share(figures['error'][who])})"
             for who in ("ours", "torch")
         )
         rows.append(
@@ -36,3 +36,12 @@ def _attention(found: dict[str, Any]) -> str:
         "largest distance of output or a gradient from fp64. Beside the ratio: the least and the "
         "most."
     )
+
+
+def _share(error: float) -> str:
+    """In percent, or as a power of ten where that would show nothing.
+
+    >>> _share(0.0037), _share(3.6e-7)
+    ('0.37%', '4e-07')
+    """
+    return f"{error:.2%}" if error >= 1e-4 else f"{error:.0e}"

@@ -222,7 +222,7 @@ def test_resuming_with_another_run_file_says_what_differs(make_run: Make, tmp_pa
 
 
 def test_generation_answers_in_order_and_the_adapter_can_be_off(make_run: Make) -> None:
-    trained = load_trained(train(make_run(train={"max_steps": 12})).folder)
+    trained = load_trained(train(make_run(train={"max_steps": 40})).folder)
     prompts = ["What is 3 plus 3?", "A much longer question, to be padded: what is 5 plus 5?"]
     both = generate(trained, prompts, max_new_tokens=8)
     assert both == [generate(trained, [prompt], max_new_tokens=8)[0] for prompt in prompts]

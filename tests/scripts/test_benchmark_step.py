@@ -137,6 +137,9 @@ def test_the_tables_show_every_contender_and_the_load(tmp_path, monkeypatch) -> 
     assert "computed in fp32, no step's loss is more than 0.0010% from PEFT's" in table
     assert "In bf16 ours are at most 0.50% from PEFT's, in the mean 0.30%;" in table
     assert "moves ours by +0.05% in the mean, PEFT's by +0.25%." in table
+    told = {**part, "settings": {**settings, "dtype": "fp32", "cpu": "AVX2"}}
+    (tmp_path / "step-fp32.json").write_text(json.dumps({"equal-1x512": told}))
+    assert "On 2 cores (AVX2, all in fp32), medians of rounds" in step.step_fp32()
     left_out = step.step_ablation()
     assert "| without fused mlp | 5 | 1.60 (1.47 to 1.80) | 3 MiB |" in left_out
     assert "| without tiled norms | 8 | 1.00 (0.90 to 1.07), within the noise |" in left_out
