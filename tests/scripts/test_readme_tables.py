@@ -127,7 +127,7 @@ def test_the_table_of_attention_shows_speed_spread_and_the_distance_from_fp64(
         "seconds": {"ours": 0.0125, "torch": 0.02}, "times_faster": 1.6, "spread": [1.5, 1.7],
         "error": {"ours": 0.004, "torch": 0.007},
     }  # fmt: skip
-    found = {"threads": 2, "repeats": 15, "shapes": {"tiny, 1 x 8": figures}}
+    found = {"dtype": "bf16", "threads": 2, "repeats": 15, "shapes": {"tiny, 1 x 8": figures}}
     (tmp_path / "attention.json").write_text(json.dumps(found))
     monkeypatch.setattr(common, "RESULTS", tmp_path)
     table = attention.attention()
