@@ -88,6 +88,16 @@ def compute_dtype_for(
     return _NAMES[chosen]
 
 
+def slow_compute_notes(dtype: torch.dtype, device: torch.device) -> list[str]:
+    """What to say of a run that computes in what its CPU multiplies slowly; nothing of others."""
+    if device.type != "cpu" or dtype.itemsize > 2 or cpu_multiplies_bf16():
+        return []
+    return [
+        f"computing in {dtype_name(dtype)}: this CPU multiplies 16-bit numbers many times slower "
+        "than fp32's; a new run with model.compute_dtype = auto computes in fp32"
+    ]
+
+
 def overflows_in_fp16(model_type: str) -> bool:
     """Whether a family is known to pass fp16's largest number.
 

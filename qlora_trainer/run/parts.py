@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qlora_trainer.base.audit import BaseAudit, audit_base
+from qlora_trainer.base.dtype import slow_compute_notes
 from qlora_trainer.config.settings import RunConfig
 from qlora_trainer.data.gate import GateReport
 from qlora_trainer.lora.spec import AdapterSpec
@@ -108,6 +109,7 @@ def prepare(
     task = setup.make_task(run, model, source, data)
     optimizer = setup.make_optimizer(run, model)
     for line in (
+        *slow_compute_notes(source.base_spec.compute_dtype, source.device),
         *idle_notes(run, processes),
         *plain,
         *setup.packing_notes(run, model),

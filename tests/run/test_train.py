@@ -358,6 +358,8 @@ def test_a_run_goes_on_in_the_dtype_it_began_in(make_run: Make) -> None:
     listener = Lines()
     result = train(make_run(train={"max_steps": 4}), reporter=listener)
     assert result.outcome.step == 4
+    told_slow = [line for line in listener.lines if line.startswith("computing in bf16: this CPU")]
+    assert bool(told_slow) == (there == "bf16")
     assert not [line for line in listener.lines if "began elsewhere" in line]
     recorded = json.loads((folder / "environment.json").read_text())
     assert recorded["resumed"][0]["compute_dtype"] == recorded["compute_dtype"] == there
