@@ -39,7 +39,6 @@ from step_rounds import WARM_UP, SideBySide
 from steps import Stop, say, stop_with_message
 
 RANK = 16
-DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 LONG = ("turns", "losses")  # in the file, not on the screen
 PACKAGES = ("torch", "transformers", "bitsandbytes", "peft", "trl", "accelerate")
 
@@ -62,20 +61,6 @@ def make_adapter(model: Path, folder: Path) -> None:
         if name.endswith("lora_B"):
             torch.nn.init.normal_(parameter, std=1e-3, generator=generator)
     save_adapter(net, spec, folder, base_source=str(model), task_type="CAUSAL_LM")
-
-
-def native_dtype() -> str:
-    """What a run computes in on this CPU unless told otherwise."""
-    from qlora_trainer.base.dtype import cpu_multiplies_bf16
-
-    return "bf16" if cpu_multiplies_bf16() else "fp32"
-
-
-def instructions() -> str:
-    """The widest instructions of this CPU that torch uses, such as AVX2."""
-    import torch
-
-    return torch.backends.cpu.get_cpu_capability()
 
 
 def installed(contenders: Sequence[str]) -> list[str]:
@@ -103,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, value in (("tokens", 512), ("rows", 1), ("rounds", 10)):
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument(
-        "--dtype", choices=("auto", *DTYPES), default="auto",
+        "--dtype", choices=("auto", "bf16", "fp32"), default="auto",
         help="what all compute in; auto: what this CPU multiplies fastest, as `qlora train` does",
     )  # fmt: skip
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
@@ -156,16 +141,21 @@ def plot(content: Mapping[str, Any], path: Path) -> None:
 def _compare(
     given: argparse.Namespace, contenders: Sequence[str], scratch: Path, real: bool
 ) -> dict[str, Any]:
+    import torch
+
+    from qlora_trainer.base.dtype import choose_compute_dtype, dtype_name
+
     make_adapter(given.model, scratch)
     job = {
         "model": str(given.model), "adapter": str(scratch), "tokens": given.tokens,
         "rows": given.rows, "steps": WARM_UP + given.rounds, "threads": given.threads,
         "activations": given.activations, "data": str(given.data) if real else None,
     }  # fmt: skip
-    dtype = native_dtype() if given.dtype == "auto" else given.dtype
-    cases = {name: in_dtype(CONTENDERS[name], DTYPES[dtype]) for name in contenders}
+    dtype = choose_compute_dtype(given.dtype, torch.device("cpu"), "llama")
+    long_name = str(dtype).removeprefix("torch.")
+    cases = {name: in_dtype(CONTENDERS[name], long_name) for name in contenders}
     jobs = {name: {**job, **case, "contender": name} for name, case in cases.items()}
-    rate = ProductRate(given.model, given.tokens * given.rows, given.threads, DTYPES[dtype])
+    rate = ProductRate(given.model, given.tokens * given.rows, given.threads, long_name)
     rounds = []
     with SideBySide(jobs) as everybody:
         for number in range(job["steps"]):
@@ -175,7 +165,7 @@ def _compare(
     found = summarize(rounds[:WARM_UP], rounds[WARM_UP:], flops_per_token(given.model))
     settings = {name: value for name, value in job.items() if name not in ("adapter", "model")}
     settings |= {"model": given.model.name, "data": given.data.parent.name if real else None}
-    settings |= {"dtype": dtype, "cpu": instructions()}
+    settings |= {"dtype": dtype_name(dtype), "cpu": torch.backends.cpu.get_cpu_capability()}
     return {
         **found, "settings": settings | {"rank": RANK, "rounds": given.rounds},
         "contenders": cases,

@@ -10,6 +10,7 @@ the one dtype of the comparison (`in_dtype`), that which the machine multiplies 
     ablation    ours, and without one technique each
     pages       ours keeping all, and the same giving freed pages back around every step
     compile     ours with plain norms and MLPs, and the same with these compiled
+    dtype       ours in fp32 and in bf16, fp32 adapters both
     same-losses ours beside PEFT's plain path, fp32 adapters, on packed instructions; compared step
                 by step all in fp32, which shows the algorithm, and in bf16, whose rounding alone
                 moves the losses of both by about a percent
@@ -109,6 +110,7 @@ PARTS: dict[str, dict[str, Any]] = {
     ),
     "pages-1x512": part(512, 1, ["ours-own", "ours-own-without-freed-pages"]),
     "compile-1x512": part(512, 1, ["ours-plain", "ours-compiled"]),
+    "dtype-1x512": part(512, 1, ["ours-all-fp32", "ours-fp32"]),
     "same-losses": part(
         512, 1, ["ours-fp32", "peft-fp32", "ours-all-fp32", "peft-all-fp32"], real=True
     ),

@@ -99,7 +99,11 @@ def _said(parts: dict[str, Any]) -> str:
     ]
     said += f" Other programs kept {min(loads):.1f} to {max(loads):.1f} of the cores busy."
     turns = [len(part["turns"]) for name, part in parts.items() if name in _SETTINGS]
-    said += f" Rounds of a comparison: {min(turns)} to {max(turns)}."
+    rounds = " to ".join(str(count) for count in sorted({min(turns), max(turns)}))
+    said += f" Rounds of a comparison: {rounds}."
+    if "dtype-1x512" in parts:
+        times = _times(parts["dtype-1x512"]["turns"], "ours-all-fp32", "ours-fp32")
+        said += f" Ours that keeps all is {times} times as fast in fp32 as in bf16."
     if "real" in parts:
         tokens = parts["real"]["settings"]["tokens"]
         said += (

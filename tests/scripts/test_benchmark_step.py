@@ -130,7 +130,7 @@ def test_the_tables_show_every_contender_and_the_load(tmp_path, monkeypatch) -> 
     assert "Trainer as it comes | 3 | - | 2.50 (2.25 to 2.75) | 0 MiB |" in table
     assert "packed to 1,024 tokens where not said and padded in batches of 8" in table
     assert "0.0 to 0.2 of the cores busy" in table
-    assert "Rounds of a comparison: 2 to 2." in table
+    assert "Rounds of a comparison: 2." in table
     assert "norms and MLPs is 0.75 (0.75 to 0.75) times as fast" in table
     assert "that keeps all 1.50 (1.50 to 1.50) times as fast" in table
     assert "2 steps from one fp32 adapter on the instructions, packed to 1,024 tokens" in table
@@ -138,8 +138,18 @@ def test_the_tables_show_every_contender_and_the_load(tmp_path, monkeypatch) -> 
     assert "In bf16 ours are at most 0.50% from PEFT's, in the mean 0.30%;" in table
     assert "moves ours by +0.05% in the mean, PEFT's by +0.25%." in table
     told = {**part, "settings": {**settings, "dtype": "fp32", "cpu": "AVX2"}}
-    (tmp_path / "step-fp32.json").write_text(json.dumps({"equal-1x512": told}))
-    assert "On 2 cores (AVX2, all in fp32), medians of rounds" in step.step_fp32()
+    dtypes = {
+        "turns": [
+            {"ours-all-fp32": {"tokens_per_second": 12}, "ours-fp32": {"tokens_per_second": 3}}
+        ]
+    }
+    fewer = told | {"turns": turns[:1]}
+    parts = {"equal-1x512": told, "equal-4x512": fewer, "dtype-1x512": dtypes}
+    (tmp_path / "step-fp32.json").write_text(json.dumps(parts))
+    table = step.step_fp32()
+    assert "On 2 cores (AVX2, all in fp32), medians of rounds" in table
+    assert "Rounds of a comparison: 1 to 2." in table
+    assert "keeps all is 4.00 (4.00 to 4.00) times as fast in fp32 as in bf16." in table
     left_out = step.step_ablation()
     assert "| without fused mlp | 5 | 1.60 (1.47 to 1.80) | 3 MiB |" in left_out
     assert "| without tiled norms | 8 | 1.00 (0.90 to 1.07), within the noise |" in left_out
