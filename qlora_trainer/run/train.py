@@ -99,10 +99,10 @@ def _train(run: RunConfig, told: Reporter, processes: Processes, *, restart: boo
     path = Path(run.output.folder).expanduser()
     with RunFolder(path, restart=restart, writes=processes.is_main) as folder:
         earlier = with_todays_defaults(processes.from_main(folder.earlier_settings))
-        asked = run
+        asked, begun = run, None
         if earlier is not None:
-            run = with_the_same_chunk(at_the_same_commit(run, earlier), earlier)
             begun = processes.from_main(folder.read_json("environment.json"))
+            run = with_the_same_chunk(at_the_same_commit(run, earlier), earlier)
             run = with_the_same_dtype(run, begun)
         with processes.main_first():
             source = setup.open_model(run, processes)
@@ -121,7 +121,7 @@ def _train(run: RunConfig, told: Reporter, processes: Processes, *, restart: boo
             "attention": run.model.attention,
         }
         if earlier is not None:
-            environment = _resumed(folder, earlier, settings, environment, told)
+            environment = _resumed(folder, earlier, settings, begun, environment, told)
         parts = prepare(run, source, base, told, processes, begins=earlier is None)
         settings["train"]["loss_chunk_tokens"] = parts.run.train.loss_chunk_tokens
         old_rows = open_earlier(run, told, processes)
@@ -160,6 +160,7 @@ def _resumed(
     folder: RunFolder,
     earlier: dict[str, Any],
     settings: dict[str, Any],
+    begun: dict[str, Any] | None,
     environment: dict[str, Any],
     told: Reporter,
 ) -> dict[str, Any]:
@@ -175,7 +176,6 @@ def _resumed(
     require_same_run(changes)
     for line in changes.allowed:
         told.say(f"this run differs from the saved one: {line}")
-    begun = folder.read_json("environment.json")
     if begun is None:
         return environment
     require_same_things(begun, environment, where=str(folder.path))
