@@ -45,11 +45,13 @@ SAME_ROWS = {"train_sampling_strategy": "sequential"}  # Trainer's own order is 
 def in_dtype(contender: dict[str, Any], dtype: str) -> dict[str, Any]:
     """A contender that computes in "bfloat16" or "float32" where it does not name its dtype.
 
-    Trainer and TRL are told of bf16, in which they compute under autocast.
+    Trainer and TRL are told whether it is bf16, in which they compute under autocast and TRL does
+    by itself; one without arguments is left as it comes.
     """
     whole = {"compute_dtype": dtype, "adapter_dtype": dtype} | contender
-    if contender.get("arguments") and whole["compute_dtype"] == "bfloat16":
-        whole["arguments"] = {"bf16": True} | contender["arguments"]
+    if contender.get("arguments"):
+        in_bf16 = whole["compute_dtype"] == "bfloat16"
+        whole["arguments"] = {"bf16": in_bf16} | contender["arguments"]
     return whole
 
 

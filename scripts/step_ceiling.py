@@ -36,9 +36,9 @@ class ProductRate:
 
         c = _text_config(model)
         torch.set_num_threads(threads)
-        wide = {"dtype": getattr(torch, dtype)}
-        self._x = torch.randn(tokens, c.hidden_size).to(**wide)
-        self._weight = torch.randn(c.intermediate_size, c.hidden_size).to(**wide)
+        computed = getattr(torch, dtype)
+        self._x = torch.randn(tokens, c.hidden_size).to(computed)
+        self._weight = torch.randn(c.intermediate_size, c.hidden_size).to(computed)
         self._flops = 2.0 * tokens * c.hidden_size * c.intermediate_size
 
     def __call__(self) -> float:

@@ -71,9 +71,11 @@ def test_all_compute_in_the_comparisons_dtype_where_none_is_named() -> None:
     trainer = in_dtype(CONTENDERS["trainer"], "bfloat16")
     assert trainer["compute_dtype"] == trainer["adapter_dtype"] == "bfloat16"
     assert trainer["arguments"]["bf16"] is True
-    plain = in_dtype(CONTENDERS["trainer"], "float32")
-    assert plain["compute_dtype"] == plain["adapter_dtype"] == "float32"
-    assert "bf16" not in plain["arguments"]
+    for name in ("trainer", "trl", "trl-packed"):
+        plain = in_dtype(CONTENDERS[name], "float32")
+        assert plain["compute_dtype"] == plain["adapter_dtype"] == "float32"
+        assert plain["arguments"]["bf16"] is False  # which is not TRL's default
+    assert in_dtype(CONTENDERS["trainer-defaults"], "float32")["arguments"] == {}
     named = in_dtype(CONTENDERS["peft-fp32"], "float32")
     assert (named["compute_dtype"], named["adapter_dtype"]) == ("bfloat16", "float32")
 
