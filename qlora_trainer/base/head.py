@@ -12,7 +12,6 @@ need the 16-bit table whole.
 N rows of hidden states, D hidden size, V vocabulary.
 """
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_trainer.base.nf4 import NF4Linear
-from qlora_trainer.base.quantize import SCALE_BLOCK_SIZE, NF4Tensors, dequantize_nf4
+from qlora_trainer.base.weight_parts import dense_rows, row_unit
 from qlora_trainer.errors import UserError
 
 TILE_ELEMENTS = 2**24  # dense weights of one tile: 32 MiB in 16 bit
@@ -86,26 +85,11 @@ class NF4Rows(nn.Module):
     def __init__(self, layer: NF4Linear) -> None:
         super().__init__()
         self.layer = layer
-        whole = layer.block_size * (SCALE_BLOCK_SIZE if layer.double_quant else 1)
-        self.unit = whole // math.gcd(whole, layer.in_features)
+        self.unit = row_unit(layer)
 
     def rows(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
         """Dense rows; `first` a multiple of `unit`. -> (last - first, D)."""
-        layer, held = self.layer, self.layer.tensors
-        begin, end = first * layer.in_features, last * layer.in_features
-
-        def part(tensor: Tensor, elements: int) -> Tensor:
-            return tensor[begin // elements : -(-end // elements)]
-
-        of_scales = layer.block_size * SCALE_BLOCK_SIZE
-        tensors = NF4Tensors(
-            part(held.codes, 2),
-            part(held.absmax, layer.block_size),
-            None if held.absmax_scale is None else part(held.absmax_scale, of_scales),
-            held.absmax_code,
-            held.absmax_offset,
-        )
-        return dequantize_nf4(tensors, (last - first, layer.in_features), layer.block_size, dtype)
+        return dense_rows(self.layer, first, last, dtype)
 
 
 class QuantizedHead(nn.Module):

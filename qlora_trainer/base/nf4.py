@@ -15,7 +15,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 from qlora_trainer.base.quantize import (
     NF4Tensors,
@@ -23,6 +22,7 @@ from qlora_trainer.base.quantize import (
     empty_nf4,
     quantize_nf4,
 )
+from qlora_trainer.base.weight_parts import frozen_input_gradient, frozen_product
 
 # Rows up to which bitsandbytes' fused 4-bit kernel beats rebuilding the dense weight on CUDA
 # (decoding one token for a few sequences); it refuses larger ones by itself.
@@ -231,7 +231,8 @@ class NF4Linear(nn.Module):
         few = 0 < x.numel() <= _FEW_ROWS * self.in_features
         if few and x.device.type == "cuda" and self.in_features % self.block_size == 0:
             return self._fused_product(x)
-        return linear(x, self.dense_weight(x.dtype), self.bias)
+        y = frozen_product(self, x.reshape(-1, self.in_features))
+        return y.view(*x.shape[:-1], self.out_features)
 
     def _fused_product(self, x: Tensor) -> Tensor:
         scales = (
@@ -282,7 +283,7 @@ class _FrozenProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: NF4Linear) -> Tensor:
-        ctx.layer = layer
+        ctx.layer, ctx.shape = layer, x.shape
         return layer.product(x)
 
     @staticmethod
@@ -290,4 +291,5 @@ class _FrozenProduct(torch.autograd.Function):
         (grad_y,) = grads
         if not ctx.needs_input_grad[0]:
             return None, None
-        return grad_y @ ctx.layer.dense_weight(grad_y.dtype), None
+        g = grad_y.reshape(-1, grad_y.shape[-1])
+        return frozen_input_gradient(ctx.layer, g).view(ctx.shape), None

@@ -1,12 +1,12 @@
 r"""Causal attention on a CPU in tiles of queries, by matrix products.
 
 torch's own kernel for a CPU (`_scaled_dot_product_flash_attention_for_cpu`), without AMX,
-multiplies 16-bit numbers without the processor's 16-bit instructions. oneDNN's batched products use
-them (`scripts/benchmark_step.py --part ablation-1x512` says what it is worth). So queries go in
-tiles of n tokens, each tile against the keys up to its own end, with s the scale:
+multiplies 16-bit numbers without the processor's 16-bit instructions, and in fp32 is slow over some
+lengths (`scripts/benchmark_attention.py` says what that comes to). Batched products are faster. So
+queries go in tiles of n tokens, each tile against the keys up to its own end, with s the scale:
 
     S = s Q K^T                   (n, t)    fp32, -inf above the tile's diagonal
-    P = softmax(S)                (n, t)    fp32, then 16 bit
+    P = softmax(S)                (n, t)    fp32, then the dtype of Q
     O = P V                       (n, D)
 
 Backward, with g = dL/dO; P is computed again:
@@ -24,6 +24,7 @@ dropout and windows (the model's `sdpa` takes those), and gradients of gradients
     B rows, H query heads, G key heads, R = H / G, T tokens, D head size
 """
 
+import sys
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -38,19 +39,21 @@ NAME = "tiled"
 TILE_TOKENS = 64
 TILE_ELEMENTS = 2**22  # scores of one tile over all heads: 16 MiB in fp32
 _FEWEST_TOKENS = 8
-_DTYPE = torch.bfloat16
+# Tokens for which tiles win, by what is computed in. Below 768 torch's kernel takes 64 queries at a
+# time in fp32, too, and by its own loops; from 1,024 on it is level.
+_TOKENS = {torch.bfloat16: range(2, sys.maxsize), torch.float32: range(256, 1024)}
 # what a layer may hand on besides: added to scores, bending them, or keys that come from elsewhere
 _BEYOND = ("position_bias", "softcap", "cache", "s_aux")
 
 
 def chooses_tiles(attention: str | None, compute_dtype: torch.dtype) -> bool:
-    """Whether a base on a CPU attends in tiles: nobody chose otherwise, and in bf16.
+    """Whether a base on a CPU may attend in tiles: nobody chose otherwise, in bf16 or fp32.
 
     Args:
         attention: transformers' name of what the user chose; None for our choice.
         compute_dtype: Of the base.
     """
-    return attention is None and compute_dtype == _DTYPE
+    return attention is None and compute_dtype in _TOKENS
 
 
 def use_tiled_attention(model: Any) -> bool:
@@ -99,7 +102,7 @@ def takes_tiles(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> bool:
-    """Whether attention is plain and causal: whole sequences, no mask, no dropout, bf16.
+    """Whether attention is plain and causal: whole sequences, no mask, no dropout; and faster so.
 
     Takes what an attention takes; nothing that changes scores (`_BEYOND`) may be among it.
     """
@@ -109,8 +112,8 @@ def takes_tiles(
         and attention_mask is None
         and not dropout
         and all(kwargs.get(name) is None for name in _BEYOND)
-        and query.dtype == _DTYPE
-        and query.shape[2] == key.shape[2] > 1
+        and query.shape[2] in _TOKENS.get(query.dtype, ())
+        and query.shape[2] == key.shape[2]
         and query.shape[1] % key.shape[1] == 0
         and query.shape[-1] == value.shape[-1]
     )

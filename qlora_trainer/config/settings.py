@@ -46,8 +46,8 @@ class ModelSettings(Settings):
     )
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = Field(
         "auto",
-        description="attention kernel; auto: the model's best without extra packages, on a CPU in "
-        "bf16 causal attention in tiles of queries",
+        description="attention kernel; auto: the model's best without extra packages, on a CPU "
+        "causal attention in tiles of queries where they win",
     )
     chat_template: Text | None = Field(
         None,

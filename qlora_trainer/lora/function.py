@@ -23,12 +23,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
-from qlora_trainer.lora.kind import dense_bias, dense_weight
+from qlora_trainer.base.weight_parts import frozen_input_gradient, frozen_product
 
 
 def draw_dropout_seed() -> int:
@@ -60,7 +59,7 @@ def low_rank_product(
     seed: int,
 ) -> Tensor:
     """`base(rows)`, plus the low-rank product where there are factors: (N, in) -> (N, out)."""
-    y = F.linear(rows, dense_weight(base, rows.dtype), dense_bias(base, rows.dtype))  # (N, out)
+    y = frozen_product(base, rows)  # (N, out)
     if lora_A is not None and lora_B is not None:
         dropped = rows * dropout_mask(rows, dropout, seed) if dropout else rows
         h = dropped @ lora_A.to(rows.dtype).t()  # (N, r)
@@ -85,7 +84,7 @@ def low_rank_gradients(
     """
     need_x, need_A, need_B = needed
     if lora_A is None or lora_B is None:
-        return (g @ dense_weight(base, rows.dtype) if need_x else None), None, None
+        return (frozen_input_gradient(base, g) if need_x else None), None, None
     a, b = lora_A.to(rows.dtype), lora_B.to(rows.dtype)
     mask = dropout_mask(rows, dropout, seed) if dropout else None
     grad_x = grad_A = grad_B = None
@@ -100,7 +99,7 @@ def low_rank_gradients(
         del dropped
     if need_x:
         assert u is not None
-        grad_x = g @ dense_weight(base, rows.dtype)  # (N, in)
+        grad_x = frozen_input_gradient(base, g)  # (N, in)
         if mask is None:
             grad_x.addmm_(u, a)
         else:

@@ -109,19 +109,6 @@ def kind_of(module: nn.Module) -> Kind | None:
     return EMBEDDING if isinstance(module, nn.Embedding) else None
 
 
-def dense_weight(base: Any, dtype: torch.dtype) -> Tensor:
-    """Weight (out, in) of a linear-like base in `dtype`; made anew where it is held in 4 bits."""
-    if hasattr(base, "dense_weight"):
-        return base.dense_weight(dtype)
-    weight = base.weight.detach().to(dtype)
-    return weight.t() if isinstance(base, Conv1D) else weight
-
-
-def dense_bias(base: Any, dtype: torch.dtype) -> Tensor | None:
-    """Bias (out) of a linear-like base in `dtype`, or None."""
-    return None if base.bias is None else base.bias.detach().to(dtype)
-
-
 def is_plain_linear(base: nn.Module) -> bool:
     """Whether `x W^T + bias` is all the base does, so that the fused function may do it instead."""
     if hasattr(base, "dense_weight"):

@@ -24,10 +24,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from qlora_trainer.base.weight_parts import frozen_input_gradient, frozen_product
 from qlora_trainer.lora.function import (
     as_factors,
     draw_dropout_seed,
@@ -35,7 +35,6 @@ from qlora_trainer.lora.function import (
     low_rank_gradients,
     low_rank_product,
 )
-from qlora_trainer.lora.kind import dense_bias, dense_weight
 from qlora_trainer.lora.layer import LowRankLayer
 
 
@@ -105,8 +104,7 @@ def project(rows: Tensor, projections: Sequence[Projection], tile: int = 0) -> l
     h = rows @ _joined_A(projections, rows.dtype).t()  # (N, R)
     projected = []
     for projection, h_i in zip(projections, _by_projection(h, projections, dim=1), strict=True):
-        base = projection.base
-        y = F.linear(rows, dense_weight(base, rows.dtype), dense_bias(base, rows.dtype))
+        y = frozen_product(projection.base, rows)
         if projection.lora_B is not None:
             y.addmm_(h_i, projection.lora_B.to(rows.dtype).t(), alpha=projection.scale)
         projected.append(y)
@@ -157,9 +155,9 @@ def projection_gradients(
     if not need_x:
         return None, of_factors
     assert u is not None
-    grad_rows = gradients.pop(0) @ dense_weight(projections[0].base, rows.dtype)
+    grad_rows = frozen_input_gradient(projections[0].base, gradients.pop(0))
     for projection in projections[1:]:
-        grad_rows.addmm_(gradients.pop(0), dense_weight(projection.base, rows.dtype))
+        frozen_input_gradient(projection.base, gradients.pop(0), grad_rows)
     return grad_rows.addmm_(u, joined), of_factors
 
 

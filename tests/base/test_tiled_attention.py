@@ -70,15 +70,16 @@ def distance(found: Tensor, exact: Tensor) -> float:
     return float((found.detach().double() - exact.detach()).norm() / exact.detach().norm())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_in_16_bit_it_errs_about_as_little_as_the_kernel_it_replaces(shape):
-    tensors = inputs(shape, torch.bfloat16)
+def test_it_errs_about_as_little_as_the_kernel_it_replaces(shape, dtype):
+    tensors = inputs(shape, dtype)
     exact = outcomes(torch_attention, [t.detach().double().requires_grad_() for t in tensors])
     found = zip(
         outcomes(tiled_attention, tensors), outcomes(torch_attention, tensors), exact, strict=True
     )
     for ours, theirs, truth in found:
-        assert ours.dtype == theirs.dtype == torch.bfloat16
+        assert ours.dtype == theirs.dtype == dtype
         assert distance(ours, truth) <= 1.35 * distance(theirs, truth)
 
 
@@ -113,7 +114,14 @@ def test_what_is_not_plain_and_causal_is_left_to_torch():
     assert not taken(is_causal=False)
     assert not taken(softcap=30.0)
     assert not taken(query[:, :, -1:], key, value)  # one token, a cache
-    assert not taken(query.float(), key.float(), value.float())
+    assert not taken(query.half(), key.half(), value.half())
+
+
+@pytest.mark.parametrize(("tokens", "wins"), [(255, False), (256, True), (1023, True), (1024, False)])
+def test_in_fp32_tiles_take_the_lengths_they_win(tokens, wins):
+    one = torch.zeros(1, 1, tokens, 8)
+    assert takes_tiles(torch.nn.Module(), one, one, one, None) is wins
+    assert takes_tiles(torch.nn.Module(), *[one.bfloat16()] * 3, None)
 
 
 def test_a_bias_of_positions_is_not_forgotten():
@@ -175,7 +183,8 @@ def test_a_model_may_leave_it_again(model):
 
 def test_another_dtype_or_attention_stays(model):
     assert chooses_tiles(None, torch.bfloat16)
-    assert not chooses_tiles(None, torch.float32)
+    assert chooses_tiles(None, torch.float32)
+    assert not chooses_tiles(None, torch.float16)
     assert not chooses_tiles("sdpa", torch.bfloat16)
     chosen = copy.deepcopy(model)
     chosen.set_attn_implementation("eager")

@@ -9,7 +9,7 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbed
 from transformers.pytorch_utils import Conv1D
 
 from qlora_trainer.base.nf4 import NF4Linear
-from qlora_trainer.lora.kind import dense_weight
+from qlora_trainer.base.weight_parts import dense_weight
 from qlora_trainer.lora.layer import LowRankLayer
 from qlora_trainer.lora.merge import low_rank_delta, merged_weight
 
