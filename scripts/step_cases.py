@@ -8,7 +8,7 @@ the one dtype of the comparison (`in_dtype`), that which the machine multiplies 
 
     equal-*     same recomputation, same batch, no packing; `ours-own` keeps all
     ablation    ours, and without one technique each
-    pages       ours keeping all, and the same giving freed pages back around every step
+    pages       ours keeping all, and the same giving freed pages back before every step
     compile     ours with plain norms and MLPs, and the same with these compiled
     dtype       ours in fp32 and in bf16, fp32 adapters both
     same-losses ours beside PEFT's plain path, fp32 adapters, on packed instructions; compared step

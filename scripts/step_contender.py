@@ -77,7 +77,7 @@ def run_ours(job: dict[str, Any], gate: Gate) -> None:
         nonlocal done
         if "freed_pages" not in on:
             freed.give_back()
-        freed.before_step([batch])
+        freed.before_step()
         result = train_step(
             model, [task.prepare(batch)], task=task, optimizer=optimizer, learning_rate=1e-4,
             device=CPU, step=done,

@@ -148,7 +148,7 @@ class _Loop:
         start = time.perf_counter()
         with run.log.timed("step"):
             window = run.windows.window(step)
-            self._freed.before_step(window)
+            self._freed.before_step()
             with self._watched(window):
                 result, loss, norm = self._steps.run(
                     window, step=step, learning_rate=plan.learning_rate * share, verify=verify
