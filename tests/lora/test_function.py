@@ -11,8 +11,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from qlora_trainer.base.nf4 import NF4Linear
-from qlora_trainer.lora.function import LowRankLinearFunction, dropout_mask
 from qlora_trainer.base.weight_parts import dense_weight
+from qlora_trainer.lora.function import LowRankLinearFunction, dropout_mask
 from qlora_trainer.lora.layer import LowRankLayer
 
 CPU = torch.device("cpu")
