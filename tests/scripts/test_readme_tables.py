@@ -110,8 +110,8 @@ def test_the_table_of_faults_says_what_was_left_out_and_what_did_not_pass(
     assert "of their adapters' 3,000 bits 0 differ from runs left alone." in table
     assert "Left out: disk-full, needs the right to mount." in table
     assert (
-        "over 240 steps of batches of 7 lengths the trainer's resident memory in the last quarter "
-        "was 710 MB, +0.21% on the second quarter's; -0.3 kB a step over the 50 whose" in table
+        "over 240 steps of batches of 7 lengths the trainer's resident memory, what stays for the "
+        "next step in it, was 710 MB in the last quarter, +0.21% on the second quarter's; -0.3 kB a step over the 50 whose" in table
     )
     assert "2 test files DO NOT pass (no wheel)" in table
     assert "Fuzzing" not in table
