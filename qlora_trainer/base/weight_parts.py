@@ -6,8 +6,9 @@ With `x` (N, in), `W` (out, in), dL/dy = `g` (N, out), and rows R of W one part 
 
 A weight in 4 bits is rebuilt for each product. Where it takes more than 32 MiB (in fp32, of a model
 of a billion weights) glibc asks the system for its memory anew each time, which hands it out zeroed
-page by page (`base/host_memory.py`): a sixth of such a product's time. A part of `PART_BYTES` is
-memory that the last one left, and no whole weight is ever held. 16-bit weights come whole: a sum
+page by page (`base/host_memory.py`): a sixth of such a product's time. A part of `PART_BYTES` finds
+memory that was left, and no whole weight is ever held; parts of 24 MiB are as fast, but leave holes
+that make a step of that model take half as much again and more. 16-bit weights come whole: a sum
 over parts would be rounded once a part. So do those on other devices, whose allocators keep memory.
 """
 
@@ -25,7 +26,7 @@ from qlora_trainer.base.quantize import SCALE_BLOCK_SIZE, NF4Tensors, dequantize
 if TYPE_CHECKING:
     from qlora_trainer.base.nf4 import NF4Linear
 
-PART_BYTES = 24 * 2**20
+PART_BYTES = 8 * 2**20
 
 
 def dense_weight(base: Any, dtype: torch.dtype) -> Tensor:

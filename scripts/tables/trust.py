@@ -66,9 +66,9 @@ def _memory() -> str | None:
     grown, known = found["after_warm_up"], found["at_known_lengths"]
     return (
         f"**Memory** (`scripts/soak_memory.py`): over {grown['steps']} steps of batches of "
-        f"{found['lengths']} lengths the trainer's resident memory, what stays for the next step in "
-        f"it, was {grown['last_quarter_bytes'] / 1e6:,.0f} MB in the last quarter, {grown['growth']:+.2%} on the second "
-        f"quarter's; {known['bytes_per_step'] / 1e3:+.1f} kB a step over the {known['steps']} "
+        f"{found['lengths']} lengths the trainer's resident memory, what stays for the next step "
+        f"in it, was {grown['last_quarter_bytes'] / 1e6:,.0f} MB in the last quarter, "
+        f"{grown['growth']:+.2%} on the second quarter's; {known['bytes_per_step'] / 1e3:+.1f} kB a step over the {known['steps']} "
         "whose batch was as long as an earlier one."
     )
 

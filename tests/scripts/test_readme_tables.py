@@ -111,7 +111,8 @@ def test_the_table_of_faults_says_what_was_left_out_and_what_did_not_pass(
     assert "Left out: disk-full, needs the right to mount." in table
     assert (
         "over 240 steps of batches of 7 lengths the trainer's resident memory, what stays for the "
-        "next step in it, was 710 MB in the last quarter, +0.21% on the second quarter's; -0.3 kB a step over the 50 whose" in table
+        "next step in it, was 710 MB in the last quarter, +0.21% on the second quarter's; -0.3 kB "
+        "a step over the 50 whose" in table
     )
     assert "2 test files DO NOT pass (no wheel)" in table
     assert "Fuzzing" not in table
