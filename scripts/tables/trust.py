@@ -68,7 +68,8 @@ def _memory() -> str | None:
         f"**Memory** (`scripts/soak_memory.py`): over {grown['steps']} steps of batches of "
         f"{found['lengths']} lengths the trainer's resident memory, what stays for the next step "
         f"in it, was {grown['last_quarter_bytes'] / 1e6:,.0f} MB in the last quarter, "
-        f"{grown['growth']:+.2%} on the second quarter's; {known['bytes_per_step'] / 1e3:+.1f} kB a step over the {known['steps']} "
+        f"{grown['growth']:+.2%} on the second quarter's; "
+        f"{known['bytes_per_step'] / 1e3:+.1f} kB a step over the {known['steps']} "
         "whose batch was as long as an earlier one."
     )
 
