@@ -1,16 +1,15 @@
 """When memory that was freed goes back to the system, where the C library keeps it.
 
 glibc keeps what a process frees for later use. Batches of another length every step leave holes
-that the next step does not fit into, and the resident memory of a training on the CPU grows to
-several times what its tensors need (the quickstart: 2.8 GiB after eight steps instead of 0.9).
-`malloc_trim` gives whole free pages back (glibc, man 3 malloc_trim); it moves nothing and changes
+that the next step does not fit into, and the resident memory of a training on the CPU grows beyond
+what its tensors need (`scripts/soak_memory.py` says whether it does). `malloc_trim` gives whole free pages back (glibc, man 3 malloc_trim); it moves nothing and changes
 no value. Other C libraries (macOS, Windows, musl) have no such call and need none.
 
 A page that went back costs time when it is wanted again: the system hands it out zeroed. Steps want
 about the same pages, so between steps they stay (`keep_freed_pages` for what glibc would give back
 by itself in the middle of a step) for as long as the holes they leave cost little: until the
 process holds an eighth more than the largest step took of those that began without any
-(`FreedPages`). In fp32 the quickstart's steps are a fifth faster for it, in 4 % more memory.
+(`FreedPages`).
 
 And oneDNN, which multiplies matrices on a CPU, keeps what it compiled for each shape, up to 1,024
 matrices' worth in two caches (its own and torch's over it): of a model of 135M 17 MiB for each new
