@@ -6,10 +6,10 @@ With `x` (N, in), `W` (out, in), dL/dy = `g` (N, out), and rows R of W one part 
 
 A weight in 4 bits is rebuilt for each product. Where it takes more than 32 MiB (in fp32, of a model
 of a billion weights) glibc asks the system for its memory anew each time, which hands it out zeroed
-page by page (`base/host_memory.py`). A part of `PART_BYTES` finds memory that was left, and no whole
-weight is ever held; larger parts leave holes (`scripts/benchmark_step.py --part 1b-equal-1x512`
-weighs such a step). 16-bit weights come whole: a sum over parts would be rounded once a part. So do
-those on other devices, whose allocators keep memory.
+page by page (`base/host_memory.py`). A part of `PART_BYTES` finds memory that was left, and no
+whole weight is ever held; larger parts leave holes (`scripts/benchmark_step.py --part
+1b-equal-1x512` weighs such a step). 16-bit weights come whole: a sum over parts would be rounded
+once a part. So do those on other devices, whose allocators keep memory.
 """
 
 import math
