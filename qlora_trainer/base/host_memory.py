@@ -2,8 +2,8 @@
 
 glibc keeps what a process frees for later use. Batches of another length every step leave holes
 that the next step does not fit into, and the resident memory of a training on the CPU grows beyond
-what its tensors need (`scripts/soak_memory.py` says whether it does). `malloc_trim` gives whole free
-pages back (glibc, man 3 malloc_trim); it moves nothing and changes no value. Other C libraries
+what its tensors need (`scripts/soak_memory.py` says whether it does). `malloc_trim` gives whole
+free pages back (glibc, man 3 malloc_trim); it moves nothing and changes no value. Other C libraries
 (macOS, Windows, musl) have no such call and need none.
 
 A page that went back costs time when it is wanted again: the system hands it out zeroed. Steps want
