@@ -1,16 +1,13 @@
 """Weights to NF4 codes: bit for bit what bitsandbytes computes, in cache-sized pieces on a CPU.
 
 NF4 (QLoRA, https://arxiv.org/abs/2305.14314, section 3) scales every block of `block_size` weights
-by its largest magnitude and keeps the number of the nearest of 16 fixed values. bitsandbytes'
-CPU kernel searches the 15 midpoints for each weight by bisection, over whole-tensor fp32 copies;
-here the tensor goes through in pieces that stay in cache, each code being the count of midpoints
-below the scaled weight: the same comparisons, vectorised, several times as fast. On any other
-device, and for the double quantization of the block scales, bitsandbytes' own kernels do the work.
+by its largest magnitude and keeps the number of the nearest of 16 fixed values. On a CPU
+`quantize_pieces.py` does it; on any other device, and for the double quantization of the block
+scales, bitsandbytes' own kernels do the work.
 """
 
 import math
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import bitsandbytes.functional as bnb
@@ -18,17 +15,11 @@ import torch
 from torch import Tensor
 
 from qlora_trainer.base import bitsandbytes_cpu
+from qlora_trainer.base.quantize_pieces import quantize_pieces
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 SCALE_BLOCK_SIZE = 256  # block scales per second-level scale, fixed by bitsandbytes' format
 QUANTIZABLE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# Weights a thread handles at a time: a multiple of any block size, small enough for its cache, and
-# below the 32768 from which torch would split every single operation among threads and wait for
-# all of them (many times slower where other programs use the cores too).
-_PIECE = 7 * 4096
-_MAX_WORKERS = 8
-# Added to a small whole number, it leaves that number in the low bits of the fp32 pattern.
-_LOW_BITS = 2.0**23
 
 
 @dataclass(frozen=True)
@@ -67,7 +58,7 @@ def quantize_nf4(weight: Tensor, *, block_size: int = 64, double_quant: bool = T
         raise ValueError(f"block_size = {block_size}: must be one of {BLOCK_SIZES}")
     with torch.no_grad():
         codes, absmax = _quantize_blocks(weight, block_size)
-        if absmax.device.type != "meta" and not bool(torch.isfinite(absmax).all()):
+        if absmax.device.type != "meta" and not bool(torch.isfinite(absmax.amax())):
             raise ValueError("holds values that are not finite (NaN or infinity)")
         if not double_quant:
             return NF4Tensors(codes, absmax)
@@ -170,24 +161,9 @@ def _quantize_blocks(weight: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
         return _bitsandbytes_blocks(flat, block_size)
     codes = torch.empty(-(-flat.numel() // 2), dtype=torch.uint8)
     absmax = torch.empty(-(-flat.numel() // block_size), dtype=torch.float32)
-    midpoints = _nf4_midpoints()
-    workers = max(1, min(torch.get_num_threads(), _MAX_WORKERS, whole // (4 * _PIECE)))
-    span = -(-whole // (workers * _PIECE)) * _PIECE
-
-    def quantize_span(start: int) -> None:
-        scratch = torch.empty(3, _PIECE)
-        for first in range(start, min(start + span, whole), _PIECE):
-            last = min(first + _PIECE, whole)
-            _quantize_piece(
-                flat[first:last], midpoints, scratch[:, : last - first],
-                codes[first // 2 : last // 2], absmax[first // block_size : last // block_size],
-            )  # fmt: skip
-
-    if workers == 1:
-        quantize_span(0)
-    else:
-        with ThreadPoolExecutor(workers) as pool:
-            list(pool.map(quantize_span, range(0, whole, span)))
+    quantize_pieces(
+        flat[:whole], block_size, codes[: whole // 2], absmax[: whole // block_size], _midpoints()
+    )
     if whole < flat.numel():  # the last, shorter block: bitsandbytes rounds it in its own way
         codes[whole // 2 :], absmax[whole // block_size :] = _bitsandbytes_blocks(
             flat[whole:], block_size
@@ -202,38 +178,9 @@ def _bitsandbytes_blocks(flat: Tensor, block_size: int) -> tuple[Tensor, Tensor]
     return codes.view(-1), absmax
 
 
-def _quantize_piece(
-    piece: Tensor, midpoints: list[float], scratch: Tensor, codes: Tensor, absmax: Tensor
-) -> None:
-    """Quantize whole blocks of a flat CPU tensor.
-
-    Args:
-        piece: (weights,).
-        midpoints: Between neighbouring NF4 values, ascending.
-        scratch: fp32 (3, weights), overwritten.
-        codes: uint8 (weights / 2,), the result.
-        absmax: fp32 (blocks,), the result.
-    """
-    scaled, count, above = scratch
-    scaled.copy_(piece)
-    blocks = scaled.view(absmax.numel(), -1)
-    torch.abs(scaled, out=above)
-    torch.amax(above.view_as(blocks), dim=-1, out=absmax)
-    # bitsandbytes multiplies by the reciprocal; dividing would round differently. It also clamps
-    # to [-1, 1], which no comparison below can see.
-    blocks.mul_((1.0 / absmax.clamp(min=1e-38)).view(-1, 1))
-    # Comparing into fp32 and adding there is vectorised in torch; into bool it is not.
-    count.fill_(_LOW_BITS)
-    for midpoint in midpoints:
-        count.add_(torch.gt(scaled, midpoint, out=above))
-    code = count.view(torch.int32).to(torch.uint8)
-    pairs = code.view(torch.int16)  # second code of each pair in the high byte
-    codes.copy_((pairs << 4) | (pairs >> 8))
-
-
-def _nf4_midpoints() -> list[float]:
+def _midpoints() -> Tensor:
     values = bnb.get_4bit_type("nf4", "cpu")
-    midpoints: list[float] = ((values[:-1] + values[1:]) / 2).tolist()
+    midpoints: Tensor = (values[:-1] + values[1:]) / 2
     return midpoints
 
 

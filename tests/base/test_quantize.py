@@ -125,8 +125,9 @@ def test_every_block_size_equals_bitsandbytes(block_size: int) -> None:
     assert torch.equal(ours.absmax, state.absmax)
 
 
-def test_codes_do_not_depend_on_the_number_of_threads() -> None:
-    weight = random_weight((1000, 1001), torch.bfloat16)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_codes_do_not_depend_on_the_number_of_threads(dtype: torch.dtype) -> None:
+    weight = random_weight((1000, 1001), dtype)
     before = torch.get_num_threads()
     results = []
     try:
