@@ -6,14 +6,15 @@
 Each load is a process of its own that has imported everything before its clock starts. `quantize`
 reads the 16-bit weights and quantizes them; `bitsandbytes` is the same by transformers and
 bitsandbytes alone; `first` quantizes and keeps the quantized copy (`model.quantized_cache`);
-`second` reads that copy, whose checksums it verifies. Rounds alternate; the medians count. Without
-`--model`: a Llama of 1.1 billion random weights, made in a folder that is removed. Files may come
-from the page cache, for all three alike.
+`second` reads that copy, whose checksums it verifies. Rounds alternate; the medians count; all four
+must hold the same codes. Without `--model`: a Llama of 1.1 billion random weights, made in a folder
+that is removed. Files may come from the page cache, for all four alike.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import statistics
@@ -21,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +53,18 @@ def load_once(way: str, model: Path, cache: Path, threads: int) -> dict[str, Any
     seconds = time.perf_counter() - began
     layers = [layer for layer in held.modules() if isinstance(layer, NF4Linear)]
     weights = sum(layer.in_features * layer.out_features for layer in layers)
-    return {"seconds": seconds, "quantized_weights": weights}
+    return {
+        "seconds": seconds, "quantized_weights": weights,
+        "codes": _digest(layer.codes for layer in layers),
+    }  # fmt: skip
+
+
+def _digest(codes: Iterable[Any]) -> str:
+    """Of all layers' codes, in the model's order."""
+    whole = hashlib.sha256()
+    for tensor in codes:
+        whole.update(tensor.contiguous().view(-1).numpy().data)
+    return whole.hexdigest()
 
 
 def _load_by_others(model: Path) -> dict[str, Any]:
@@ -72,7 +85,10 @@ def _load_by_others(model: Path) -> dict[str, Any]:
     seconds = time.perf_counter() - began
     layers = [layer for layer in held.modules() if isinstance(layer, Linear4bit)]
     weights = sum(layer.in_features * layer.out_features for layer in layers)
-    return {"seconds": seconds, "quantized_weights": weights}
+    return {
+        "seconds": seconds, "quantized_weights": weights,
+        "codes": _digest(layer.weight.data for layer in layers),
+    }  # fmt: skip
 
 
 def in_a_process(*words: str, threads: int) -> str:
@@ -99,6 +115,8 @@ def measure(model: Path, scratch: Path, rounds: int, threads: int) -> dict[str, 
                                 threads=threads)  # fmt: skip
             found[way].append(json.loads(line))
             say(f"round {number + 1}, {way}: {found[way][-1]['seconds']:.1f} s")
+    if len({one["codes"] for ones in found.values() for one in ones}) != 1:
+        raise Stop("the ways do not lead to the same codes")
     return {
         "threads": threads,
         "quantized_weights": found["quantize"][0]["quantized_weights"],

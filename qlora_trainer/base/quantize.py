@@ -7,7 +7,6 @@ scales, bitsandbytes' own kernels do the work.
 """
 
 import math
-import sys
 from dataclasses import dataclass
 
 import bitsandbytes.functional as bnb
@@ -155,9 +154,8 @@ def quant_state(
 def _quantize_blocks(weight: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     """Codes and fp32 scales: our pieces on a CPU, bitsandbytes' kernel elsewhere."""
     flat = weight.detach().reshape(-1)
-    # In pieces the packing below reads pairs of bytes as one number, low byte first.
     whole = flat.numel() - flat.numel() % block_size
-    if weight.device.type != "cpu" or sys.byteorder != "little" or whole == 0:
+    if weight.device.type != "cpu" or whole == 0:
         return _bitsandbytes_blocks(flat, block_size)
     codes = torch.empty(-(-flat.numel() // 2), dtype=torch.uint8)
     absmax = torch.empty(-(-flat.numel() // block_size), dtype=torch.float32)
