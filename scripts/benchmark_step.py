@@ -76,13 +76,21 @@ def installed(contenders: Sequence[str]) -> list[str]:
     return found
 
 
+def of_part(part: str, peers: Sequence[str]) -> list[str]:
+    """Who takes part: ours, and of the part's others those of `peers`."""
+    everybody = PARTS[part]["contenders"]
+    return [name for name in everybody if CONTENDERS[name]["kind"] in ("ours", *peers)]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run everybody in rounds and print or write the figures."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", type=Path, required=True, help="folder of a base model")
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--part", choices=list(PARTS), help="one part of the whole comparison")
-    parser.add_argument("--peers", default=",".join(PEERS), help="of peft, trainer, trl")
+    parser.add_argument(
+        "--peers", default=",".join(PEERS), help="of peft, trainer, trl; of a part: only these"
+    )
     parser.add_argument("--data", type=Path, help="instructions, for the parts on real data")
     parser.add_argument("--activations", choices=("keep", "recompute"), default="recompute")
     for name, value in (("tokens", 512), ("rows", 1), ("rounds", 10)):
@@ -100,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.part:
         part = PARTS[given.part]
         given.tokens, given.rows = part["tokens"], part["rows"]
-        contenders = part["contenders"]
+        contenders = of_part(given.part, peers)
         if part["real"] and given.data is None:
             parser.error(f"--part {given.part}: needs --data")
     real = bool(given.part and PARTS[given.part]["real"])

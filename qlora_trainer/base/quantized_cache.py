@@ -4,9 +4,10 @@ The folder holds what transformers saves of a 4-bit model: `config.json` with it
 `quantization_config`, each NF4 weight's codes beside its scales and `quant_state`, everything else
 as the source has it. transformers reads it too, and `load_base` finds the bits it would have made.
 
-The folder's name is a digest of all that decides those bits: the source's fingerprint
-(`base/fingerprint.py`), the way of quantizing and the kind of device it was done on. `cache.json`
-holds the SHA-256 of every file. A folder that is not what it says is told and made anew.
+The folder's name is a digest of all that decides those bits: the source's configuration and the
+checksums of its shards, the way of quantizing and the kind of device it was done on. `cache.json`
+holds the SHA-256 of every file. A folder that is not what it says is told and made anew. The
+source's checksums are remembered beside the copies (`base/checksums.py`).
 
 Given up: checkpoints with Python of their own, and heads that the source lacks.
 """
@@ -14,8 +15,6 @@ Given up: checkpoints with Python of their own, and heads that the source lacks.
 import hashlib
 import json
 import logging
-import os
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +23,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from qlora_trainer.base.checkpoint import INDEX_FILE, read_config_file
+from qlora_trainer.base.checkpoint import INDEX_FILE, open_checkpoint, read_config_file
+from qlora_trainer.base.checksums import remembered_checksums, sha256_of_files
 from qlora_trainer.base.files import replace_folder
-from qlora_trainer.base.fingerprint import base_fingerprint
 from qlora_trainer.base.load import map_base
 from qlora_trainer.base.nf4 import NF4Linear
 from qlora_trainer.base.prequantized import quantization_settings, select_prequantized
@@ -38,8 +37,8 @@ from qlora_trainer.base.spec import BaseSpec
 logger = logging.getLogger(__name__)
 _FORMAT = 1  # to be raised with any change of what is written
 _RECORD = "cache.json"
+_SOURCES = "sources.json"  # checksums of sources, beside the copies
 _SHARD_BYTES = 2**30
-_BLOCK_BYTES = 2**22
 
 
 def cached_base(
@@ -67,7 +66,7 @@ def cached_base(
     Raises:
         UserError: The source is not whole, or does not fit the class.
     """
-    copy = cache / _key(folder, model_class, spec, device)[:32]
+    copy = cache / _key(folder, cache, model_class, spec, device)[:32]
     faults = damages(copy) if copy.exists() else ["is not there yet"]
     if not faults:
         return copy
@@ -110,22 +109,17 @@ def damages(copy: Path) -> list[str]:
 
 def _digests(copy: Path) -> dict[str, str]:
     files = sorted(file for file in copy.iterdir() if file.name != _RECORD)
-
-    def digest(file: Path) -> str:
-        whole = hashlib.sha256()
-        with file.open("rb") as content:
-            while block := content.read(_BLOCK_BYTES):
-                whole.update(block)
-        return whole.hexdigest()
-
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:  # hashing lets go of the GIL
-        return dict(zip((file.name for file in files), pool.map(digest, files), strict=True))
+    return {file.name: digest for file, digest in sha256_of_files(files).items()}
 
 
-def _key(folder: Path, model_class: Any, spec: BaseSpec, device: torch.device) -> str:
+def _key(folder: Path, cache: Path, model_class: Any, spec: BaseSpec, device: torch.device) -> str:
+    checkpoint = open_checkpoint(folder)
+    shards = {folder / header.file for header in checkpoint.tensors.values()}
+    checksums = remembered_checksums(shards, cache / _SOURCES)
     about = {
         "format": _FORMAT,
-        "source": base_fingerprint(folder),
+        "config": checkpoint.config,
+        "source": {str(shard.relative_to(folder)): digest for shard, digest in checksums.items()},
         "class": model_class.__name__,
         "double_quant": spec.double_quant,
         "block_size": spec.block_size,

@@ -43,11 +43,14 @@ def contradictions(config: RunConfig) -> Iterator[Contradiction]:
 
 def _mlp(config: RunConfig) -> Iterator[Contradiction]:
     train = config.train
-    if train.mlp_keeps_inner and not train.fused_mlp:
-        yield Contradiction(
-            (("train", "mlp_keeps_inner"), ("train", "fused_mlp")),
-            "train.mlp_keeps_inner = True: is a choice of the fused MLP; set train.fused_mlp: true",
-        )
+    if train.fused_mlp:
+        return
+    for name in ("mlp_keeps_inner", "mlp_tile_tokens"):
+        if value := getattr(train, name):
+            yield Contradiction(
+                (("train", name), ("train", "fused_mlp")),
+                f"train.{name} = {value}: is a choice of the fused MLP; set train.fused_mlp: true",
+            )
 
 
 def _held_out_rows(config: RunConfig) -> Iterator[Contradiction]:

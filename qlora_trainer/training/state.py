@@ -7,7 +7,6 @@ forced to disk, renamed; older states go only after the new one stands. Random s
 order need no saving: both are pure functions of seed and step. No pickle.
 """
 
-import hashlib
 import json
 import re
 import shutil
@@ -21,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from qlora_trainer.base.checksums import sha256_of_file
 from qlora_trainer.base.files import replace_folder
 from qlora_trainer.errors import UserError
 from qlora_trainer.training.optimizer import AdapterAdamW
@@ -86,7 +86,7 @@ def save_state(
             save_file(on_host(tensors), folder / name)
         (folder / _FILES[2]).write_text(json.dumps(content, indent=1), encoding="utf-8")
         manifest = {
-            name: {"bytes": (folder / name).stat().st_size, "sha256": _sha256(folder / name)}
+            name: {"bytes": (folder / name).stat().st_size, "sha256": sha256_of_file(folder / name)}
             for name in _FILES
         }
         (folder / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
@@ -179,7 +179,7 @@ def _read(folder: Path, step: int) -> SavedState:
             raise ValueError(f"{name} is missing")
         if path.stat().st_size != expected["bytes"]:
             raise ValueError(f"{name} has {path.stat().st_size} bytes, not {expected['bytes']}")
-        if _sha256(path) != expected["sha256"]:
+        if sha256_of_file(path) != expected["sha256"]:
             raise ValueError(f"{name} is not what was written (SHA-256 differs)")
     trainer = json.loads((folder / _FILES[2]).read_text(encoding="utf-8"))
     if trainer["format_version"] > FORMAT_VERSION:
@@ -238,11 +238,3 @@ def start_alike(
     if found is not None:
         optimizer.steps = {name: int(found["optimizer"]["steps"][name]) for name in optimizer.steps}
     return found
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()

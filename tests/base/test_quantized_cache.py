@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from qlora_trainer.base.load import BaseSpec, load_base
@@ -73,6 +73,20 @@ def test_it_is_made_once_and_anew_for_other_weights_or_another_way(
     assert copy_of(folder, cache, replace(SPEC, block_size=128)) != first
     assert copy_of(folder, cache, replace(SPEC, keep_unquantized=("q_proj",))) != first
     assert copy_of(save_tiny("llama", AutoModelForCausalLM, seed=1), cache) != first
+
+
+def test_one_changed_value_of_the_source_makes_another_copy(
+    save_tiny: SaveTiny, tmp_path: Path
+) -> None:
+    folder, cache = save_tiny("llama", AutoModelForCausalLM), tmp_path / "cache"
+    first = copy_of(folder, cache)
+    shard = folder / "model.safetensors"
+    held = load_file(shard)
+    held["model.embed_tokens.weight"][-1, -1] = 5.0
+    save_file(held, shard, metadata={"format": "pt"})
+    second = copy_of(folder, cache)
+    assert second != first
+    assert tensors(second, SPEC)["model.embed_tokens.weight"][-1, -1] == 5.0
 
 
 def test_a_copy_needs_no_copy(save_tiny: SaveTiny, tmp_path: Path) -> None:

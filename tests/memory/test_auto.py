@@ -46,6 +46,24 @@ def test_the_fastest_plan_that_fits_is_chosen(needed, gpu, index: int) -> None:
     assert choose_activations(CONFIG, SHAPE, gpu, needed[index]) == plans(LAYERS)[last]
 
 
+def test_just_so_many_layers_are_offloaded_as_the_budget_asks_for(gpu) -> None:
+    layers = 6  # more than the two whose inputs are on their way
+    config = LlamaConfig(
+        vocab_size=512, hidden_size=1024, intermediate_size=1024, num_hidden_layers=layers,
+        num_attention_heads=8, num_key_value_heads=2,
+    )  # fmt: skip
+    shape = dataclasses.replace(SHAPE, seq_len=4096)
+
+    def needs(plan: tuple[str, ...]) -> int:
+        found = simulate_run(config, dataclasses.replace(shape, activations=plan), gpu).on(gpu)
+        return found.total_bytes
+
+    one, none = ("offload", *["recompute"] * (layers - 1)), ("recompute",) * layers
+    assert needs(one) < needs(none)
+    assert choose_activations(config, shape, gpu, needs(none)) == none
+    assert choose_activations(config, shape, gpu, needs(none) - 1) == one
+
+
 def test_where_nothing_fits_the_smallest_plan_is_named(gpu) -> None:
     assert choose_activations(CONFIG, SHAPE, gpu, gpu.context_bytes + 2**20) == plans(LAYERS)[0]
 

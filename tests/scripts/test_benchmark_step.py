@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
-from benchmark_step import main
-from step_cases import CONTENDERS, PARTS, TECHNIQUES, in_dtype
+from benchmark_step import main, of_part
+from step_cases import CONTENDERS, PARTS, PEERS, TECHNIQUES, in_dtype
 from step_ceiling import flops_per_token
 from step_contender import activation_plan
 from step_figures import ratios_of, summarize
@@ -160,6 +160,19 @@ def test_the_tables_show_every_contender_and_the_load(tmp_path, monkeypatch) -> 
 def test_some_layers_are_recomputed_and_the_others_kept() -> None:
     assert activation_plan("recompute:2", 3) == ["recompute", "recompute", "keep"]
     assert activation_plan("keep", 3) == "keep"
+
+
+@pytest.mark.parametrize(
+    ("part", "peers", "chosen"),
+    [
+        ("equal-1x512", [], ["ours", "ours-own"]),
+        ("equal-1x512", ["trainer"], ["ours", "ours-own", "trainer"]),
+        ("real", ["trl"], ["ours-packed", "trl-packed", "trl-packed-512"]),
+        ("real", list(PEERS), PARTS["real"]["contenders"]),
+    ],
+)
+def test_a_part_is_run_with_the_peers_that_were_chosen(part, peers, chosen) -> None:
+    assert of_part(part, peers) == chosen
 
 
 def test_a_contender_that_fails_is_named_with_its_own_last_words(tmp_path) -> None:
