@@ -23,7 +23,7 @@ from tables.lengths import lengths
 from tables.memory import memory, profile_cost
 from tables.quickstart import quickstart
 from tables.settings import settings
-from tables.step import load, step, step_ablation, step_fp32
+from tables.step import load, step, step_ablation, step_alone, step_fp32
 from tables.tasks import tasks
 from tables.trust import trust
 
@@ -39,6 +39,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "step": step,
     "step-fp32": step_fp32,
     "step-ablation": step_ablation,
+    "step-alone": step_alone,
     "load": load,
     "attention": attention,
     "attention-fp32": attention_fp32,

@@ -8,6 +8,7 @@ the one dtype of the comparison (`in_dtype`), that which the machine multiplies 
 
     equal-*     same recomputation, same batch, no packing; `ours-own` keeps all
     ablation    ours, and without one technique each
+    alone       the same step without any of them, and with one each
     pages       ours keeping all, and the same giving freed pages back before every step
     compile     ours with plain norms and MLPs, and the same with these compiled
     dtype       ours in fp32 and in bf16, fp32 adapters both
@@ -60,6 +61,11 @@ def without(technique: str) -> dict[str, Any]:
     return OURS | {"techniques": tuple(t for t in TECHNIQUES if t != technique)}
 
 
+def only(technique: str) -> dict[str, Any]:
+    """Ours without its techniques but one."""
+    return OURS | {"techniques": (technique,)}
+
+
 def trl_packed(tokens: int, order: dict[str, Any]) -> dict[str, Any]:
     """TRL's best: packed rows, its chunked loss (the default), nothing computed again.
 
@@ -80,6 +86,8 @@ CONTENDERS: dict[str, dict[str, Any]] = {
     "ours-packed": OURS | OWN_CHOICE,
     "ours-own-without-freed-pages": without("freed_pages") | OWN_CHOICE,
     **{f"ours-without-{t.replace('_', '-')}": without(t) for t in TECHNIQUES},
+    "ours-bare": OURS | {"techniques": ()},
+    **{f"ours-only-{t.replace('_', '-')}": only(t) for t in TECHNIQUES},
     "peft": PEER | {"kind": "peft"},
     "ours-fp32": OURS | FP32_ADAPTER,
     "ours-all-fp32": OURS | FP32_ADAPTER | {"compute_dtype": "float32"},
@@ -109,6 +117,9 @@ PARTS: dict[str, dict[str, Any]] = {
     "1b-keep-1x512": part(512, 1, ["ours-own"]),
     "ablation-1x512": part(
         512, 1, ["ours", *(f"ours-without-{t.replace('_', '-')}" for t in TECHNIQUES)]
+    ),
+    "alone-1x512": part(
+        512, 1, ["ours-bare", *(f"ours-only-{t.replace('_', '-')}" for t in TECHNIQUES)]
     ),
     "pages-1x512": part(512, 1, ["ours-own", "ours-own-without-freed-pages"]),
     "compile-1x512": part(512, 1, ["ours-plain", "ours-compiled"]),

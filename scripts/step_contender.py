@@ -34,9 +34,8 @@ def run_ours(job: dict[str, Any], gate: Gate) -> None:
     from qlora_trainer.base.load import BaseSpec, load_base
     from qlora_trainer.base.packed_attention import use_packed_attention
     from qlora_trainer.lora.files import load_adapter
-    from qlora_trainer.lora.inject import adapted_layers, adapter_parameters
+    from qlora_trainer.lora.inject import adapter_parameters
     from qlora_trainer.tasks.causal_lm import CausalLM
-    from qlora_trainer.tasks.loss_path import LossPath
     from qlora_trainer.training.activations import plan_activations
     from qlora_trainer.training.compiled import compile_modules
     from qlora_trainer.training.optimizer import AdapterAdamW
@@ -55,20 +54,18 @@ def run_ours(job: dict[str, Any], gate: Gate) -> None:
         tiled_norms="tiled_norms" in on,
         mlp_keeps_inner=job.get("mlp_keeps_inner", False),
         fused_qkv="fused_qkv" in on,
+        fused_linear="fused_linear" in on,
     )
     apply_techniques(model, techniques)
-    if "fused_linear" not in on:
-        for layer in adapted_layers(model).values():
-            layer.fused = False
     if job["data"]:
         use_packed_attention(model, job["tokens"])
     layers = decoder_layers(model)
     plan_activations(model, layers, activation_plan(job["activations"], len(layers)))
     if job.get("compile"):
         compile_modules(model)
-    task = CausalLM.for_model(model, chunk_tokens=job.get("loss_chunk_tokens"))
-    if "chunked_loss" not in on:
-        task = CausalLM(LossPath(False, "left out by the benchmark"), task.takes_positions)
+    task = CausalLM.for_model(
+        model, chunk_tokens=job.get("loss_chunk_tokens"), chunked="chunked_loss" in on
+    )
     optimizer = AdapterAdamW(adapter_parameters(model), kind="adamw", weight_decay=0.0)
     model.train()
     done, freed = 0, FreedPages(CPU)

@@ -38,6 +38,7 @@ def contradictions(config: RunConfig) -> Iterator[Contradiction]:
     yield from _quantized_cache(config)
     yield from _warm_up(config)
     yield from _mlp(config)
+    yield from _loss(config)
     yield from _task(config)
 
 
@@ -51,6 +52,16 @@ def _mlp(config: RunConfig) -> Iterator[Contradiction]:
                 (("train", name), ("train", "fused_mlp")),
                 f"train.{name} = {value}: is a choice of the fused MLP; set train.fused_mlp: true",
             )
+
+
+def _loss(config: RunConfig) -> Iterator[Contradiction]:
+    train = config.train
+    if train.loss_chunk_tokens is not None and not train.chunked_loss:
+        yield Contradiction(
+            (("train", "loss_chunk_tokens"), ("train", "chunked_loss")),
+            f"train.loss_chunk_tokens = {train.loss_chunk_tokens}: is a choice of the chunked "
+            "loss; set train.chunked_loss: true",
+        )
 
 
 def _held_out_rows(config: RunConfig) -> Iterator[Contradiction]:

@@ -169,6 +169,10 @@ class TrainSettings(Settings):
         description="of decoder layers; recompute: gradient checkpointing; offload: their inputs "
         "wait in host memory besides; auto: as little of both as memory asks for",
     )
+    fused_linear: bool = Field(
+        True,
+        description="an adapter and its linear base as one function; false: torch's own operators",
+    )
     fused_mlp: bool = Field(
         False, description="gate, up, activation and down as one function that keeps its input only"
     )
@@ -190,6 +194,9 @@ class TrainSettings(Settings):
     compile: bool = Field(
         False,
         description="norms and MLPs through torch.compile; no faster on a CPU, untried on a GPU",
+    )
+    chunked_loss: bool = Field(
+        True, description="logits of trained tokens only, a chunk at a time; false: all at once"
     )
     loss_chunk_tokens: Annotated[int, Field(ge=1)] | None = Field(
         None,

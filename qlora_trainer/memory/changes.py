@@ -42,7 +42,8 @@ def lossless_changes(shape: RunShape, *, on_cpu: bool, streaming: bool) -> list[
         streaming: The layers' weights may come over the bus in every pass, which is by far the
             dearest.
     """
-    found = [_recompute(shape), _smaller_batches(shape), _norms(shape), _mlp(shape)]
+    found = [_loss(shape), _recompute(shape), _smaller_batches(shape)]
+    found += [_norms(shape), _mlp(shape)]
     if not on_cpu:
         found += [_paged(shape), _embeddings(shape), _head_on_host(shape), _offload(shape)]
     if streaming:
@@ -97,6 +98,18 @@ def _batch(rows: int, accumulation: int) -> Option:
         return replace(run, micro_batch_size=rows, accumulation=accumulation, padded=padded)
 
     return Option(said, words, apply)
+
+
+def _loss(shape: RunShape) -> Change:
+    if shape.chunked_loss:
+        return ()
+    return (
+        Option(
+            {"train.chunked_loss": "true"},
+            "logits in chunks (same result)",
+            lambda run: replace(run, chunked_loss=True),
+        ),
+    )
 
 
 def _norms(shape: RunShape) -> Change:

@@ -51,6 +51,7 @@ class RunShape:
         activations: One choice for all layers, or one per layer.
         loss_chunk_tokens: As in the run file.
         regularized: Label smoothing and z-loss.
+        chunked_loss: As in the run file.
         padded: Batches carry an attention mask.
         task: What is learned.
         task_settings: As in the run file.
@@ -69,6 +70,7 @@ class RunShape:
     activations: Activation | tuple[Activation, ...] = "recompute"
     loss_chunk_tokens: int | None = None
     regularized: Regularized = PLAIN
+    chunked_loss: bool = True
     padded: bool = False
     task: str = "causal-lm"
     task_settings: Mapping[str, Any] = field(default_factory=dict)
@@ -172,6 +174,7 @@ class Program:
                 shape.task_settings,
                 chunk_tokens=shape.loss_chunk_tokens,
                 regularized=shape.regularized,
+                chunked_loss=shape.chunked_loss,
                 on_cpu=self.on_cpu,
             )
         )

@@ -209,6 +209,7 @@ def run_shape(run: RunConfig, config: Any, gpu: GpuProfile | None, processes: in
         activations="offload" if run.train.activations == "auto" else run.train.activations,
         loss_chunk_tokens=run.train.loss_chunk_tokens,
         regularized=setup.regularized(run),
+        chunked_loss=run.train.chunked_loss,
         techniques=setup.techniques(run),
         task=run.task,
         task_settings=_task_settings(run),

@@ -31,6 +31,7 @@ from qlora_trainer.tasks.linear_cross_entropy import (
 )
 from qlora_trainer.tasks.loss_path import (
     CHUNKED,
+    SWITCHED_OFF,
     LossPath,
     full_cross_entropy,
     hold_against_model,
@@ -95,19 +96,19 @@ class CausalLM:
         *,
         chunk_tokens: int | None = None,
         regularized: Regularized = PLAIN,
+        chunked: bool = True,
         on_cpu: bool | None = None,
     ) -> "CausalLM":
         """Look at the model once: its loss path and what its decoder takes.
 
-        `on_cpu` says whether a CPU will compute it; None: as the model lies.
+        `chunked` may be turned off; `on_cpu` says whether a CPU will compute it; None: as the
+        model lies.
         """
         decoder = getattr(model, "base_model", model)
         takes = "position_ids" in inspect.signature(decoder.forward).parameters
         by_lengths = takes and takes_example_lengths(model)
-        return cls(
-            choose_loss_path(model), takes, chunk_tokens, by_lengths, regularized,
-            slice_for(model, on_cpu),
-        )  # fmt: skip
+        path = choose_loss_path(model) if chunked else LossPath(False, SWITCHED_OFF)
+        return cls(path, takes, chunk_tokens, by_lengths, regularized, slice_for(model, on_cpu))
 
     @property
     def metrics(self) -> Mapping[str, bool]:
@@ -214,6 +215,7 @@ def _task(inputs: TaskInputs) -> CausalLM:
         inputs.model,
         chunk_tokens=inputs.chunk_tokens,
         regularized=inputs.regularized,
+        chunked=inputs.chunked_loss,
         on_cpu=inputs.on_cpu,
     )
 

@@ -28,6 +28,7 @@ from qlora_trainer.tasks.linear_cross_entropy import (
 )
 from qlora_trainer.tasks.loss_path import (
     CHUNKED,
+    SWITCHED_OFF,
     LossPath,
     full_cross_entropy,
     hold_against_model,
@@ -136,13 +137,12 @@ class EncoderDecoderLoss:
         *,
         chunk_tokens: int | None = None,
         regularized: Regularized = PLAIN,
+        chunked: bool = True,
         on_cpu: bool | None = None,
     ) -> "EncoderDecoderLoss":
-        """Look at the model once: its loss path and how it shifts (`on_cpu` as in `CausalLM`)."""
-        return cls(
-            choose_loss_path(model), own_shift(model), chunk_tokens, regularized,
-            slice_for(model, on_cpu),
-        )  # fmt: skip
+        """Look at the model once: its loss path and how it shifts (arguments as of `CausalLM`)."""
+        path = choose_loss_path(model) if chunked else LossPath(False, SWITCHED_OFF)
+        return cls(path, own_shift(model), chunk_tokens, regularized, slice_for(model, on_cpu))
 
     def prepare(self, batch: Batch) -> dict[str, Tensor]:
         """Find trained positions, make the decoder's inputs, drop a mask that says nothing.

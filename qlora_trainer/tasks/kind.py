@@ -62,6 +62,7 @@ class TaskInputs:
         train: The training examples; None where memory is foreseen or nothing is trained.
         chunk_tokens: As in the run file.
         regularized: Label smoothing and z-loss of the tasks that know them.
+        chunked_loss: As in the run file.
         on_cpu: Whether a CPU will compute it; None: as the model lies.
     """
 
@@ -71,6 +72,7 @@ class TaskInputs:
     train: EncodedDataset | None = None
     chunk_tokens: int | None = None
     regularized: Regularized = PLAIN
+    chunked_loss: bool = True
     on_cpu: bool | None = None
 
 

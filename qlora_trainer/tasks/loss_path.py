@@ -27,6 +27,7 @@ from qlora_trainer.tasks.linear_cross_entropy import (
 from qlora_trainer.tasks.task import Batch
 
 CHUNKED = "logits are made in chunks of trained tokens"
+SWITCHED_OFF = "train.chunked_loss is off: the logits of all tokens are made at once"
 Result = TypeVar("Result")
 _PROBE_TOKENS = 6
 _TOLERANCES = {torch.bfloat16: 3e-2, torch.float16: 5e-3}

@@ -132,6 +132,7 @@ def _task(inputs: TaskInputs) -> Seq2SeqLM:
             inputs.model,
             chunk_tokens=inputs.chunk_tokens,
             regularized=inputs.regularized,
+            chunked=inputs.chunked_loss,
             on_cpu=inputs.on_cpu,
         ),
         getattr(inputs.encoder, "tokenizer", None),

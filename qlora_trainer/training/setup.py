@@ -145,7 +145,7 @@ def techniques(run: RunConfig) -> Techniques:
     train = run.train
     return Techniques(
         train.fused_mlp, train.mlp_tile_tokens, train.tiled_norms, train.mlp_keeps_inner,
-        train.fused_qkv,
+        train.fused_qkv, train.fused_linear,
     )  # fmt: skip
 
 
@@ -199,16 +199,12 @@ def make_task(
         data: The run's rows; None where there are none of its own (class weights are theirs).
         encoder: Made the rows that stand in for them.
     """
-    return source.kind.make_task(
-        TaskInputs(
-            model,
-            run.task_settings.model_dump(),
-            encoder if data is None else data.encoder,
-            None if data is None else data.train,
-            run.train.loss_chunk_tokens,
-            regularized(run),
-        )
-    )
+    inputs = TaskInputs(
+        model, run.task_settings.model_dump(), encoder if data is None else data.encoder,
+        None if data is None else data.train, run.train.loss_chunk_tokens, regularized(run),
+        run.train.chunked_loss,
+    )  # fmt: skip
+    return source.kind.make_task(inputs)
 
 
 def make_optimizer(run: RunConfig, model: Any) -> AdapterAdamW:

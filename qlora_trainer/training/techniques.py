@@ -14,6 +14,7 @@ from torch import nn
 from qlora_trainer.base.norm import tile_norms
 from qlora_trainer.lora.fuse import fuse_mlps
 from qlora_trainer.lora.fuse_qkv import fuse_qkv
+from qlora_trainer.lora.inject import adapted_layers
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Techniques:
         mlp_keeps_inner: A fused MLP keeps what gate and up give, in layers that keep their
             activations (`plan_activations`).
         fused_qkv: q, k and v as one function, turned in one go.
+        fused_linear: An adapter and its linear base as one function; off: torch's own operators.
     """
 
     fused_mlp: bool = False
@@ -34,6 +36,7 @@ class Techniques:
     tiled_norms: bool = False
     mlp_keeps_inner: bool = False
     fused_qkv: bool = False
+    fused_linear: bool = True
 
 
 def apply_techniques(model: nn.Module, techniques: Techniques) -> list[str]:
@@ -52,6 +55,9 @@ def apply_techniques(model: nn.Module, techniques: Techniques) -> list[str]:
     if techniques.tiled_norms:
         replaced, kept = tile_norms(model)
         notes += _kept("train.tiled_norms", "norm", len(replaced), kept)
+    if not techniques.fused_linear:  # of what is left; q, k and v or an MLP in one have their own
+        for layer in adapted_layers(model).values():
+            layer.fused = False
     return notes
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from step_figures import apart, quartiles, ratios_of
@@ -160,25 +160,47 @@ def load() -> str:
 def step_ablation() -> str:
     """Ours, and what leaving one technique out changes."""
     part = result("step")["ablation-1x512"]
-    rows = []
-    for name, speed in part["tokens_per_second"].items():
-        left_out = name.removeprefix("ours-without-").replace("-", " ")
-        rows.append(
-            [
-                "all techniques" if name == "ours" else f"without {left_out}",
-                f"{speed:,.0f}",
-                "-" if name == "ours" else _worth(part["turns"], name),
-                f"{part['peak_step_bytes'][name] / MIB:,.0f} MiB",
-            ]
-        )
-    head = ["135M, 1 x 512, recomputing", "tokens/s", "all over it", "peak over the base"]
+    named = {n: n.removeprefix("ours-").replace("-", " ") for n in part["tokens_per_second"]}
+    table = _one_a_row(
+        part, named | {"ours": "all techniques"}, "all over it", lambda name: ("ours", name)
+    )
     return (
-        f"{markdown(head, rows)}\n\nMedians of {len(part['turns'])} rounds; in brackets the "
+        f"{table}\n\nMedians of {len(part['turns'])} rounds; in brackets the "
         "quartiles. Where 1 lies between them the technique's worth in speed is within the noise."
     )
 
 
-def _worth(turns: Sequence[Any], without: str) -> str:
-    low, high = quartiles(ratios_of(turns, "ours", without))
-    noise = ", within the noise" if low <= 1 <= high else ""
-    return f"{_times(turns, 'ours', without)}{noise}"
+def step_alone() -> str:
+    """The step without any technique, and what each brings by itself."""
+    part = (recorded("step-fp32") or {}).get("alone-1x512")
+    if part is None:
+        return "What each brings alone has not been measured yet (`--part alone-1x512`)."
+    named = {
+        n: f"{n.removeprefix('ours-only-').replace('-', ' ')} alone"
+        for n in part["tokens_per_second"]
+    }
+    table = _one_a_row(
+        part, named | {"ours-bare": "none"}, "over none", lambda name: (name, "ours-bare")
+    )
+    return f"{table}\n\nMedians of {len(part['turns'])} rounds, as above."
+
+
+def _one_a_row(
+    part: dict[str, Any],
+    named: Mapping[str, str],
+    ratio: str,
+    compared: Callable[[str], tuple[str, str]],
+) -> str:
+    """A contender a row, in words for each; but the first `compared`, the one to the other."""
+    rows = []
+    for index, (name, words) in enumerate(named.items()):
+        worth = "-"
+        if index:
+            one, other = compared(name)
+            low, high = quartiles(ratios_of(part["turns"], one, other))
+            noise = ", within the noise" if low <= 1 <= high else ""
+            worth = f"{_times(part['turns'], one, other)}{noise}"
+        peak = f"{part['peak_step_bytes'][name] / MIB:,.0f} MiB"
+        rows.append([words, f"{part['tokens_per_second'][name]:,.0f}", worth, peak])
+    head = ["135M, 1 x 512, recomputing", "tokens/s", ratio, "peak over the base"]
+    return markdown(head, rows)

@@ -51,6 +51,7 @@ BAD = {
     "warm-up longer than the run": (SMALLEST + "train:\n  max_steps: 5\n  warmup_steps: 9\n", "run.yaml:7: train.warmup_steps = 9: must be below train.max_steps = 5"),
     "a choice of the fused MLP without it": (SMALLEST + "train: {mlp_keeps_inner: true}\n", "set train.fused_mlp: true"),
     "tiles of the fused MLP without it": (SMALLEST + "train: {mlp_tile_tokens: 256}\n", "train.mlp_tile_tokens = 256: is a choice of the fused MLP"),
+    "chunks of a loss that makes none": (SMALLEST + "train: {loss_chunk_tokens: 64, chunked_loss: false}\n", "set train.chunked_loss: true"),
     "two kinds of warm-up": (SMALLEST + "train:\n  warmup_ratio: 0.1\n  warmup_steps: 9\n", "keep one of them"),
     "flash attention on a CPU": ("model:\n  source: m\n  device: cpu\n  attention: flash_attention_2\ndata:\n  train: d\n", "needs a GPU"),
     "bf16 adapters on fp16": ("model:\n  source: m\n  compute_dtype: fp16\nadapter:\n  dtype: bf16\ndata:\n  train: d\n", "held in fp32"),

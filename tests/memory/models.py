@@ -77,7 +77,9 @@ def steps_of(model, shape: RunShape) -> Measured:
     inject_adapter(model, shape.adapter, dtype=shape.adapter_dtype)
     apply_techniques(model, shape.techniques)
     plan_activations(model, decoder_layers(model), shape.activations)
-    task = CausalLM.for_model(model, chunk_tokens=shape.loss_chunk_tokens)
+    task = CausalLM.for_model(
+        model, chunk_tokens=shape.loss_chunk_tokens, chunked=shape.chunked_loss
+    )
     optimizer = AdapterAdamW(adapter_parameters(model), kind=shape.optimizer)
     batch = task.prepare(full_batch(shape))
     return measure_steps(

@@ -51,6 +51,14 @@ def test_the_techniques_of_the_step_are_foreseen_as_they_run(name):
     assert predicted.peak_bytes == pytest.approx(real.allocated_bytes, rel=0.01)
 
 
+def test_a_step_without_what_is_on_by_itself_is_foreseen_as_it_runs():
+    config = tiny_config("llama")
+    plain = run_shape(chunked_loss=False, techniques=Techniques(fused_linear=False))
+    predicted, real = predict_cpu(config, plain), real_steps(config, plain)
+    assert predicted.peak_bytes == pytest.approx(real.allocated_bytes, rel=0.01)
+    assert predicted.peak_bytes > 1.05 * predict_cpu(config, run_shape()).peak_bytes
+
+
 def test_a_base_with_attention_dropout_takes_the_kernel_that_builds_every_score():
     config, shape = tiny_config("llama"), run_shape("nf4", "keep", torch.bfloat16)
     config.attention_dropout = 0.1

@@ -54,6 +54,15 @@ def test_a_lossless_technique_is_taken_before_anything_is_lost(
     assert settings <= {"train.tiled_norms", "train.fused_mlp", "train.mlp_tile_tokens"}
 
 
+def test_a_loss_of_all_logits_at_once_is_offered_the_chunked_one(
+    config: LlamaConfig, shape: RunShape
+) -> None:
+    plain = replace(shape, chunked_loss=False)
+    found = fitter_between(config, plain, shape).smallest_change()
+    assert found is not None
+    assert found.overrides == ("train.chunked_loss=true",)
+
+
 def test_what_is_left_is_all_needed(config: LlamaConfig, shape: RunShape) -> None:
     """Without any one of the changes the run does not fit."""
     every = lossless_changes(shape, on_cpu=False, streaming=False)

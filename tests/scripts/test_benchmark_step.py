@@ -65,6 +65,9 @@ def test_parts_name_known_contenders_and_begin_with_ours() -> None:
     assert len(left_out) == len(TECHNIQUES)
     for name in left_out:
         assert len(CONTENDERS[name]["techniques"]) == len(TECHNIQUES) - 1
+    bare, *alone = (CONTENDERS[name]["techniques"] for name in PARTS["alone-1x512"]["contenders"])
+    assert bare == ()
+    assert sorted(alone) == sorted((technique,) for technique in TECHNIQUES)
 
 
 def test_all_compute_in_the_comparisons_dtype_where_none_is_named() -> None:
@@ -146,12 +149,20 @@ def test_the_tables_show_every_contender_and_the_load(tmp_path, monkeypatch) -> 
         ]
     }
     fewer = told | {"turns": turns[:1]}
-    parts = {"equal-1x512": told, "equal-4x512": fewer, "dtype-1x512": dtypes}
+    bare = {name.replace("without", "only"): step for name, step in rounds[0].items()}
+    by_itself = [{"ours-bare": bare.pop("ours") | {"tokens_per_second": 4}, **bare}]
+    alone = summarize([], by_itself, 0.25) | {"settings": settings, "turns": by_itself}
+    parts = {
+        "equal-1x512": told, "equal-4x512": fewer, "dtype-1x512": dtypes, "alone-1x512": alone,
+    }  # fmt: skip
     (tmp_path / "step-fp32.json").write_text(json.dumps(parts))
     table = step.step_fp32()
     assert "On 2 cores (AVX2, all in fp32), medians of rounds" in table
     assert "Rounds of a comparison: 1 to 2." in table
     assert "keeps all is 4.00 (4.00 to 4.00) times as fast in fp32 as in bf16." in table
+    brought = step.step_alone()
+    assert "| none | 4 | - | 3 MiB |" in brought
+    assert "| fused mlp alone | 6 | 1.50 (1.50 to 1.50) | 3 MiB |" in brought
     left_out = step.step_ablation()
     assert "| without fused mlp | 5 | 1.60 (1.47 to 1.80) | 3 MiB |" in left_out
     assert "| without tiled norms | 8 | 1.00 (0.90 to 1.07), within the noise |" in left_out

@@ -1,11 +1,14 @@
 """Techniques go on together, change no loss, and tell what they could not be put on."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from qlora_trainer.base.layers import decoder_layers
 from qlora_trainer.lora.fuse import FusedGatedMLP
+from qlora_trainer.lora.inject import adapted_layers
 from qlora_trainer.tasks.causal_lm import CausalLM
 from qlora_trainer.training.activations import plan_activations
 from qlora_trainer.training.step import train_step
@@ -15,8 +18,8 @@ from tests.training.tiny import CPU, adapted_llama, batch, optimizer_for
 ALL = Techniques(fused_mlp=True, mlp_tile_tokens=16, tiled_norms=True, fused_qkv=True)
 
 
-def losses(model: torch.nn.Module, steps: int = 8) -> list[float]:
-    task, optimizer = CausalLM.for_model(model), optimizer_for(model)
+def losses(model: torch.nn.Module, steps: int = 8, *, chunked: bool = True) -> list[float]:
+    task, optimizer = CausalLM.for_model(model, chunked=chunked), optimizer_for(model)
     model.train()
     found = []
     for step in range(steps):
@@ -37,6 +40,19 @@ def test_a_run_with_all_techniques_has_the_losses_of_the_plain_run() -> None:
     found = losses(model)
     assert found == pytest.approx(expected, rel=1e-4)
     assert expected[-1] < 0.9 * expected[0]
+
+
+@pytest.mark.parametrize("others", [Techniques(), ALL])
+def test_what_is_on_by_itself_can_be_turned_off(others: Techniques) -> None:
+    expected = losses(adapted_llama(layers=3), steps=3)
+    model = adapted_llama(layers=3)
+    apply_techniques(model, replace(others, fused_linear=False))
+    layers = adapted_layers(model).values()
+    assert layers
+    assert not any(layer.fused for layer in layers)
+    assert losses(model, steps=3, chunked=False) == pytest.approx(expected, rel=1e-4)
+    task = CausalLM.for_model(model, chunked=False)
+    assert task.loss_path.reason.startswith("train.chunked_loss is off")
 
 
 def test_only_layers_that_keep_their_activations_keep_what_gate_and_up_give() -> None:
