@@ -13,6 +13,7 @@ from typing import Any
 from qlora_trainer.base.host_memory import FreedPages
 from qlora_trainer.errors import UserError
 from qlora_trainer.tasks.task import Batch
+from qlora_trainer.training.ahead import WindowsAhead
 from qlora_trainer.training.attempt import StepRunner
 from qlora_trainer.training.checks import LearningChecks
 from qlora_trainer.training.evaluate import Evaluation, examine
@@ -77,7 +78,8 @@ class _Loop:
                 if course.step == 0 and course.first_evaluation is None:
                     found = self._measure()
                     course.first_evaluation = None if found is None else found.metrics
-                self._train(stop)
+                with WindowsAhead(run.windows.window, stop=self._plan.total_steps) as ahead:
+                    self._train(ahead, stop)
                 return self._finish()
             # Whatever it is (a disk, the card, a fault of ours), what is good is kept and the error
             # goes on. Leaving at once (a second Ctrl-C) is no Exception and saves nothing.
@@ -85,12 +87,13 @@ class _Loop:
                 self._saver.save_before_leaving(self._course)
                 raise
 
-    def _train(self, stop: StopRequest) -> None:
+    def _train(self, ahead: WindowsAhead, stop: StopRequest) -> None:
         """Steps until the end or a signal; what is due after a step comes first on resuming."""
         plan, course = self._plan, self._course
         verify = True  # the first step of a process, and the first after each evaluation
         while True:
             if self._due(plan.evaluate_every_steps) and course.last_evaluation_step != course.step:
+                ahead.rest()
                 self._evaluate()
                 verify = True
             overdue, self._stopped_by = self._agreed(stop)
@@ -99,7 +102,7 @@ class _Loop:
                 _, self._stopped_by = self._agreed(stop)  # that took a while
             if course.step >= plan.total_steps or course.stopped_early or self._stopped_by:
                 return
-            self._step(verify)
+            self._step(ahead, verify)
             verify = False
 
     def _agreed(self, stop: StopRequest) -> tuple[bool, str | None]:
@@ -137,7 +140,7 @@ class _Loop:
         self._saver.damaged = saved.passed_over
         return saved.trainer
 
-    def _step(self, verify: bool) -> None:
+    def _step(self, ahead: WindowsAhead, verify: bool) -> None:
         run, plan, step = self._run, self._plan, self._course.step
         share = learning_rate_factor(
             step,
@@ -147,7 +150,7 @@ class _Loop:
         )
         start = time.perf_counter()
         with run.log.timed("step"):
-            window = run.windows.window(step)
+            window = ahead.window(step)
             self._freed.before_step()
             with self._watched(window):
                 result, loss, norm = self._steps.run(

@@ -1,10 +1,12 @@
 """Layer inputs in host memory while nobody needs them, and back on the device ahead of need.
 
-A recomputed layer keeps its input alone. Here that input goes to (pinned) host memory while the
-layer computes, and its device block is free for reuse when the next layer begins. In the backward,
-asking for one layer's input starts the copy of the next one below: two buffers, one in use and one
-being filled. How copies are made, and why no block is reused under one, is `base/transfers.py`'s. A
-bf16 copy is exact: gradients are those of a kept layer, bit for bit.
+A recomputed layer keeps its inputs alone: the hidden states, and what else it is given by position
+(a decoder's states of the encoder). Here they go to (pinned) host memory while the layer computes,
+and their device blocks are free for reuse when the next layer begins. In the backward, asking for
+one layer's inputs starts the copies of the next one below: two sets of buffers, one in use and one
+being filled. What several layers share leaves once, comes back once and then stays until the last
+of them has had it. How copies are made, and why no block is reused under one, is
+`base/transfers.py`'s. A bf16 copy is exact: gradients are those of a kept layer, bit for bit.
 """
 
 import weakref
@@ -19,14 +21,27 @@ from qlora_trainer.base.transfers import Copy, Transfers
 
 
 class _Stored:
-    """A layer's input: kept on the device, or in host memory; knows the one stored before it."""
+    """An input of one or several layers: kept on the device, or in host memory.
 
-    def __init__(self, tensor: Tensor, before: "_Stored | None") -> None:
-        self.before = None if before is None else weakref.ref(before)
+    Attributes:
+        uses: How many layers are still to take it.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.source = weakref.ref(tensor.untyped_storage())
+        self.uses = 0
         self.kept: Tensor | None = None
         self.pieces: list[Tensor] = []
         self.shape, self.dtype = tensor.shape, tensor.dtype
         self.coming: tuple[Tensor, Copy] | None = None
+
+
+class _Layer:
+    """The inputs of one layer's run; knows the run before it."""
+
+    def __init__(self, before: "_Layer | None") -> None:
+        self.before = None if before is None else weakref.ref(before)
+        self.inputs: list[_Stored] = []
 
 
 class Offload:
@@ -38,19 +53,22 @@ class Offload:
 
     def __init__(self, transfers: Transfers) -> None:
         self.transfers = transfers
-        self._last: weakref.ref[_Stored] | None = None
+        self._last: weakref.ref[_Layer] | None = None
+        self._known: weakref.WeakValueDictionary[Any, _Stored] = weakref.WeakValueDictionary()
         self._leaving: list[Copy] = []
 
     def layer(self, *, to_host: bool) -> Callable[..., Any]:
-        """What runs one layer: as `torch.utils.checkpoint`, but for where its input waits.
+        """What runs one layer: as `torch.utils.checkpoint`, but for where its inputs wait.
 
         Args:
-            to_host: Otherwise its input stays, and only starts the next copy below.
+            to_host: Otherwise they stay, and only start the next copies below.
         """
 
         def run(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            layer = _Layer(None if self._last is None else self._last())
+
             def pack(tensor: Tensor) -> Any:
-                return self._pack(tensor, to_host=to_host)
+                return self._pack(layer, tensor, to_host=to_host)
 
             with saved_tensors_hooks(pack, self._unpack):
                 return checkpoint(
@@ -59,13 +77,26 @@ class Offload:
 
         return run
 
-    def _pack(self, tensor: Tensor, *, to_host: bool) -> Any:
+    def _pack(self, layer: _Layer, tensor: Tensor, *, to_host: bool) -> Any:
         if not tensor.is_floating_point():
             return tensor  # positions and the like: small
-        self._arrived()
-        before = None if self._last is None else self._last()
-        stored = _Stored(tensor, before)
-        self._last = weakref.ref(stored)
+        if not layer.inputs:
+            self._arrived()
+            self._last = weakref.ref(layer)
+        stored = self._store(tensor, to_host=to_host)
+        stored.uses += 1
+        layer.inputs.append(stored)
+        return layer, stored
+
+    def _store(self, tensor: Tensor, *, to_host: bool) -> _Stored:
+        """Keep a tensor or let it leave, unless an earlier layer did."""
+        storage = tensor.untyped_storage()
+        view = (tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype)
+        key = (storage._cdata, *view, tensor._version)
+        known = self._known.get(key)
+        if known is not None and known.source() is storage:  # not a later one at its address
+            return known
+        stored = self._known[key] = _Stored(tensor)
         if to_host and tensor.is_contiguous():
             stored.pieces, copy = self.transfers.to_host(tensor.detach())
             self._leaving.append(copy)
@@ -77,24 +108,38 @@ class Offload:
         while self._leaving:
             self._leaving.pop().wait()
 
-    def _unpack(self, stored: Any) -> Tensor:
-        if isinstance(stored, Tensor):
-            return stored
-        assert isinstance(stored, _Stored)
+    def _unpack(self, packed: Any) -> Tensor:
+        if isinstance(packed, Tensor):
+            return packed
+        layer, stored = packed
+        assert isinstance(layer, _Layer)
         self._arrived()
+        self._call_back(layer)
+        tensor = self._take(stored)
+        below = None if layer.before is None else layer.before()
+        if below is not None:
+            self._call_back(below)
+        return tensor
+
+    def _call_back(self, layer: _Layer) -> None:
+        """Begin to copy what a layer is still to take."""
+        for stored in layer.inputs:
+            if stored.uses > 0:
+                self._fetch(stored)
+
+    def _take(self, stored: _Stored) -> Tensor:
         if stored.kept is not None:
-            tensor = stored.kept
-        else:
-            self._fetch(stored)
-            assert stored.coming is not None
-            (tensor, copy), stored.coming = stored.coming, None
-            copy.wait()
-        below = None if stored.before is None else stored.before()
-        if below is not None and below.kept is None:
-            self._fetch(below)
+            return stored.kept
+        self._fetch(stored)  # in a second backward nothing comes ahead
+        assert stored.coming is not None
+        tensor, copy = stored.coming
+        stored.uses -= 1
+        if stored.uses <= 0:
+            stored.coming = None
+        copy.wait()
         return tensor
 
     def _fetch(self, stored: _Stored) -> None:
-        if stored.coming is None:
+        if stored.kept is None and stored.coming is None:
             transfers = self.transfers
             stored.coming = transfers.to_device(stored.pieces, stored.shape, stored.dtype)

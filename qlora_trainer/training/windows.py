@@ -2,9 +2,10 @@
 
 An epoch is a sequence of micro-batches in an order of its own; a window takes
 `gradient_accumulation_steps` of them, the last of an epoch what is left. Windows never cross
-epochs.
+epochs. While one thread collates a window, others may ask for places and positions.
 """
 
+import threading
 from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -60,6 +61,7 @@ class Windows:
         self._accumulation = accumulation
         self._ends: list[int] = []  # steps up to and including each epoch seen so far
         self._current: tuple[int, EpochBatches] | None = None
+        self._looking = threading.RLock()
 
     @classmethod
     def numbered(cls, count: int, make: Callable[[int], Batch], accumulation: int) -> "Windows":
@@ -74,34 +76,40 @@ class Windows:
 
     def steps_of(self, epochs: int) -> int:
         """Steps of the first `epochs` epochs."""
-        while len(self._ends) < epochs:
-            count = len(self._epoch(len(self._ends)))
-            if count == 0:
-                raise ValueError("an epoch without micro-batches")
-            before = self._ends[-1] if self._ends else 0
-            self._ends.append(before - (-count // self._accumulation))
-        return self._ends[epochs - 1]
+        with self._looking:
+            while len(self._ends) < epochs:
+                count = len(self._epoch(len(self._ends)))
+                if count == 0:
+                    raise ValueError("an epoch without micro-batches")
+                before = self._ends[-1] if self._ends else 0
+                self._ends.append(before - (-count // self._accumulation))
+            return self._ends[epochs - 1]
 
     def place(self, step: int) -> Place:
         """Find a step, counted from 0."""
-        while not self._ends or self._ends[-1] <= step:
-            self.steps_of(len(self._ends) + 1)
-        epoch = bisect_right(self._ends, step)
-        first = (step - (self._ends[epoch - 1] if epoch else 0)) * self._accumulation
-        return Place(epoch, first, min(first + self._accumulation, len(self._epoch(epoch))))
+        return self._find(step)[0]
 
     def position(self, steps: int) -> float:
         """Epochs passed after so many steps, for people."""
         if steps == 0:
             return 0.0
-        place = self.place(steps - 1)
-        return round(place.epoch + place.stop / len(self._epoch(place.epoch)), 4)
+        place, batches = self._find(steps - 1)
+        return round(place.epoch + place.stop / len(batches), 4)
 
     def window(self, step: int) -> list[Batch]:
         """Collate the micro-batches of a step."""
-        place = self.place(step)
-        batches = self._epoch(place.epoch)
+        place, batches = self._find(step)
         return [batches[index] for index in range(place.first, place.stop)]
+
+    def _find(self, step: int) -> tuple[Place, EpochBatches]:
+        """Where a step stands, and the micro-batches of its epoch."""
+        with self._looking:
+            while not self._ends or self._ends[-1] <= step:
+                self.steps_of(len(self._ends) + 1)
+            epoch = bisect_right(self._ends, step)
+            batches = self._epoch(epoch)
+            first = (step - (self._ends[epoch - 1] if epoch else 0)) * self._accumulation
+            return Place(epoch, first, min(first + self._accumulation, len(batches))), batches
 
     def _epoch(self, epoch: int) -> EpochBatches:
         if self._current is None or self._current[0] != epoch:

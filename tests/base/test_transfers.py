@@ -1,5 +1,6 @@
 """Copies to host memory and back: whole, in pieces that waste nothing, on the right device."""
 
+import weakref
 from typing import Any, cast
 
 import pytest
@@ -26,6 +27,22 @@ def test_pieces_carry_a_tensor_over_and_back() -> None:
     again, back = transfers.to_device(pieces, tensor.shape, tensor.dtype)
     back.wait()
     assert torch.equal(again, tensor)
+
+
+def test_both_ends_of_a_copy_on_the_device_live_until_it_is_waited_for() -> None:
+    tensor, transfers = torch.randn(7), Transfers(CPU)
+    source = weakref.ref(tensor.untyped_storage())
+    pieces, out = transfers.to_host(tensor)
+    del tensor
+    assert source() is not None
+    out.wait()
+    assert source() is None
+    again, back = transfers.to_device(pieces, torch.Size([7]), torch.float32)
+    target = weakref.ref(again.untyped_storage())
+    del again
+    assert target() is not None
+    back.wait()
+    assert target() is None
 
 
 def test_the_stream_of_the_models_own_device_waits(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """Pictures are written by Pillow, harmed by hand, and go the whole way through `build_dataset`."""
 
 import json
+import random
 import shutil
 from pathlib import Path
 
@@ -132,6 +133,18 @@ def test_augmentation_is_a_function_of_seed_epoch_and_row_and_only_for_training(
     assert torch.equal(encoder().collate(data, rows)["pixel_values"], plain)
     never = encoder(augment=False).collate_augmented(data, rows, seed=1, epoch=0)
     assert torch.equal(never["pixel_values"], plain)
+
+
+def test_batches_draw_no_random_numbers_as_a_thread_beside_the_step_makes_them(folder, tmp_path):
+    pictures = encoder(augment=True)
+    data = build(DataSource(str(folder)), pictures, tmp_path / "cache")
+
+    def states():
+        return torch.get_rng_state().tolist(), str(np.random.get_state()), random.getstate()
+
+    before = states()
+    pictures.collate_augmented(data, [0, 1, 2], seed=1, epoch=0)
+    assert states() == before
 
 
 def test_augmentation_flips_half_the_pictures_and_moves_them_by_at_most_an_eighth():

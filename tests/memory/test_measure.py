@@ -1,4 +1,5 @@
 import functools
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,9 +8,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from qlora_trainer.memory.foresight import simulate_run
-from qlora_trainer.memory.measure import predict_cpu, without_evaluation
+from qlora_trainer.memory.measure import predict_cpu, watched_step, without_evaluation
+from qlora_trainer.tasks.causal_lm import CausalLM
+from qlora_trainer.training.step import train_step
 from qlora_trainer.training.techniques import Techniques
 from tests.memory.models import loaded_steps, real_steps, run_shape, tiny_config
+from tests.training.tiny import CPU, adapted_llama, batch, optimizer_for
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "qwen3"])
@@ -131,3 +135,20 @@ def test_streamed_layers_take_what_was_foreseen(folder):
     assert predicted.peak_bytes == pytest.approx(real.allocated_bytes, rel=0.001)
     _, whole = compared(folder)
     assert real.allocated_bytes < whole.allocated_bytes
+
+
+def test_a_window_made_beside_a_step_is_not_counted_with_it():
+    model, beside, found = adapted_llama(), [], []
+    optimizer, task = optimizer_for(model), CausalLM.for_model(model)
+    for makers in (0, 0, 1):  # the first has no states of the optimizer yet
+        with watched_step(model, optimizer, CPU, found):
+            for _ in range(makers):
+                thread = threading.Thread(target=lambda: beside.append(torch.zeros(2**22) + 1))
+                thread.start()
+                thread.join()
+            train_step(
+                model, [task.prepare(batch(2, 10, 1))], task=task, optimizer=optimizer,
+                learning_rate=0.0, device=CPU,
+            )  # fmt: skip
+    assert len(beside) == 1
+    assert found[1].peak_bytes == found[2].peak_bytes < beside[0].nbytes

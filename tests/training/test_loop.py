@@ -13,7 +13,7 @@ from qlora_trainer.tasks.causal_lm import CausalLM
 from qlora_trainer.training.log import read_metrics
 from qlora_trainer.training.loop import run_training
 from qlora_trainer.training.plan import TrainingPlan
-from tests.training.tiny import adapted_llama, held_out, make_run, trained_values
+from tests.training.tiny import adapted_llama, after_step, held_out, make_run, trained_values
 
 
 def plan(total_steps: int, **settings: object) -> TrainingPlan:
@@ -326,15 +326,12 @@ def test_a_loss_that_turns_bad_keeps_the_steps_before_it(tmp_path: Path) -> None
     model = adapted_llama()
     lines: list[str] = []
     run = make_run(tmp_path, model, total_steps=4, lines=lines)
-    window = run.windows.window
 
-    def spoiled(step: int) -> list[dict[str, torch.Tensor]]:
-        if step == 2:
-            with torch.no_grad():
-                model.lm_head.weight[3] = float("nan")
-        return window(step)
+    def spoil() -> None:
+        with torch.no_grad():
+            model.lm_head.weight[3] = float("nan")
 
-    run.windows.window = spoiled  # type: ignore[method-assign, assignment]
+    after_step(run, 2, spoil)
     with pytest.raises(UserError, match="step 2: the loss is nan"):
         run_training(run, plan(4))
     assert "the state after step 2 is saved" in "\n".join(lines)

@@ -1,3 +1,6 @@
+import contextlib
+import threading
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -38,3 +41,20 @@ def test_numbered_micro_batches_go_on_through_the_epochs() -> None:
 
 def test_real_batches_are_collated_only_when_asked() -> None:
     assert len(Windows(lambda e: Epoch(e, 10**9, 1), 4).window(5)) == 4
+
+
+def test_several_threads_may_look_for_places_at_a_time() -> None:
+    counts, together = [3, 5], threading.Barrier(2)
+
+    def batches(epoch: int) -> Numbers:
+        with contextlib.suppress(threading.BrokenBarrierError):
+            together.wait(0.3)  # for the other thread, where it may come as far
+        return Numbers(epoch, counts[epoch])
+
+    windows = Windows(batches, 1)
+    other = threading.Thread(target=windows.position, args=(1,))
+    other.start()
+    windows.window(0)
+    other.join()
+    assert windows.steps_of(2) == 8
+    assert windows.window(3) == [(1, 0)]

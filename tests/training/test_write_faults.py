@@ -1,7 +1,6 @@
 """The disk is full, a file is in the way, memory is short: a clear error, and nothing is lost."""
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,8 +10,8 @@ from qlora_trainer.errors import UserError
 from qlora_trainer.training.folder import RunFolder
 from qlora_trainer.training.log import read_metrics
 from qlora_trainer.training.loop import run_training
-from qlora_trainer.training.plan import Run, TrainingPlan
-from tests.training.tiny import adapted_llama, make_run, trained_values
+from qlora_trainer.training.plan import TrainingPlan
+from tests.training.tiny import adapted_llama, after_step, make_run, trained_values
 
 PLAN = TrainingPlan(total_steps=4, learning_rate=1e-2, seed=5)
 
@@ -22,18 +21,6 @@ def uninterrupted(tmp_path: Path) -> dict[str, torch.Tensor]:
     model = adapted_llama()
     run_training(make_run(tmp_path / "whole", model, total_steps=4), PLAN)
     return trained_values(model)
-
-
-def before_step(run: Run, step: int, act: Callable[[], None]) -> None:
-    """Have something happen to the run from outside, just before a step."""
-    window = run.windows.window
-
-    def then(number: int) -> list[dict[str, torch.Tensor]]:
-        if number == step:
-            act()
-        return window(number)
-
-    run.windows.window = then  # type: ignore[method-assign, assignment]
 
 
 def finishes_as(expected: dict[str, torch.Tensor], folder: Path) -> bool:
@@ -60,7 +47,7 @@ def test_metrics_that_cannot_be_written_stop_the_run_with_its_steps_saved(
         pytest.skip("this system has no /dev/full")
     run = make_run(tmp_path / "run", adapted_llama(), total_steps=4)
     metrics = tmp_path / "run" / "metrics.jsonl"
-    before_step(run, 2, lambda: put_in_the_way(metrics, obstacle))
+    after_step(run, 2, lambda: put_in_the_way(metrics, obstacle))
     with pytest.raises(UserError) as caught:
         run_training(run, PLAN)
     message = str(caught.value)
@@ -85,7 +72,7 @@ def test_one_sequence_that_stops_fitting_midway_keeps_the_steps_before_it(
     def refuse(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    before_step(run, 2, lambda: model.model.norm.register_forward_pre_hook(refuse) and None)
+    after_step(run, 2, lambda: model.model.norm.register_forward_pre_hook(refuse) and None)
     with pytest.raises(UserError, match=r"step 2: out of memory with a single sequence of 10 tok"):
         run_training(run, PLAN)
     assert "the state after step 2 is saved" in "\n".join(lines)

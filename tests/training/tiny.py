@@ -116,6 +116,18 @@ def make_run(
     )
 
 
+def after_step(run: Run, step: int, act: Callable[[], None]) -> None:
+    """Have something happen to the run from outside, once a step (counted from 1) is applied."""
+    log = run.log.step
+
+    def then(values: Any, counts_left: Any) -> None:
+        log(values, counts_left)
+        if values["step"] == step:
+            act()
+
+    run.log.step = then  # type: ignore[method-assign]
+
+
 def held_out(before: Callable[[], None] | None = None) -> Callable[[], list[dict[str, Tensor]]]:
     """Held-out batches; `before` is called as each evaluation begins."""
 
