@@ -17,6 +17,7 @@ from qlora_trainer.base.host_head import HostHead
 from qlora_trainer.base.layer_shards import WeightlessShards
 from qlora_trainer.base.layer_stream import HostStore, stream_of
 from qlora_trainer.base.layers import decoder_layers
+from qlora_trainer.base.nf4 import NF4Linear
 from qlora_trainer.base.spec import BaseSpec
 from qlora_trainer.lora.inject import adapter_parameters, inject_adapter, with_heads
 from qlora_trainer.lora.spec import AdapterSpec
@@ -158,6 +159,8 @@ class Program:
         for module in model.modules():
             if isinstance(module, HostHead):
                 module.transfers = heads
+            elif isinstance(module, NF4Linear):
+                module.on_cpu = self.on_cpu
         shards = None
         if stream is not None and isinstance(stream.store, HostStore):
             stream.store.transfers = weights
