@@ -130,6 +130,14 @@ def test_a_head_of_fewer_bits_is_measured_smaller(folder, bits):
     assert 0.95 * saved <= whole - small <= saved
 
 
+def test_embeddings_left_on_a_cpu_are_copied_nowhere(folder):
+    predicted, real = compared(folder, embeddings_on_host=True)
+    assert predicted.peak_bytes == pytest.approx(real.allocated_bytes, rel=0.001)
+    shape = run_shape()
+    shape = replace(shape, base=replace(shape.base, embeddings_on_host=True))
+    assert simulate_run(tiny_config("llama"), shape, None).accounts.moved_bytes == 0
+
+
 def test_streamed_layers_take_what_was_foreseen(folder):
     predicted, real = compared(folder, stream_layers=True)
     assert predicted.peak_bytes == pytest.approx(real.allocated_bytes, rel=0.001)
