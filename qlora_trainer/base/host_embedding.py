@@ -2,8 +2,8 @@
 
 Llama-3.1-8B's table is 1,002 MiB, of which a step of 2,048 tokens reads 16. The rows looked up on
 the host are the table's bits, so nothing changes but where it lies. Cost: the ids come to the host
-and the rows go to the device at the start of every pass. Weightless tables (`meta`) stay where they
-are; foresight books them as the host's.
+and the rows go to the device at the start of every pass, before anything is computed. Foresight
+books a weightless table (`meta`) as the host's, and both copies (`memory/transfers.py`).
 
 Given up: training them, and tables tied to an output head on the device, which needs them whole.
 """
@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from qlora_trainer.base.transfers import Transfers
 from qlora_trainer.errors import UserError
 
 
@@ -22,11 +23,12 @@ class HostEmbedding(nn.Module):
 
     Args:
         base: The embedding, of any class; its own forward does the look-up.
+        transfers: Copies of the device the model computes on; another may be put in its place.
     """
 
-    def __init__(self, base: nn.Module) -> None:
+    def __init__(self, base: nn.Module, transfers: Transfers) -> None:
         super().__init__()
-        self.base = base
+        self.base, self.transfers = base, transfers
 
     @property
     def weight(self) -> Tensor:
@@ -35,15 +37,13 @@ class HostEmbedding(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids: (B, T) on any device -> (B, T, D) there."""
-        if self.weight.is_meta:
-            rows: Tensor = self.base(ids)
-            return rows
-        rows = self.base(ids.to(self.weight.device))
-        return rows.to(ids.device)
+        return self.transfers.compute_on_host(self.base, ids)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "HostEmbedding":
         """Follow `model.to(dtype)`, and to `meta`; stay on the host where the model moves."""
-        probe = fn(torch.empty(0, dtype=self.weight.dtype))
+        probe = fn(torch.empty(0, dtype=self.weight.dtype, device=self.transfers.device))
+        if probe.device != self.transfers.device:
+            self.transfers = Transfers(probe.device)
         if probe.device.type == "meta":
             return cast(HostEmbedding, super()._apply(fn, recurse))
         if probe.dtype != self.weight.dtype:
@@ -89,6 +89,11 @@ def host_table(model: Any, beside: Sequence[Tensor] = ()) -> Tensor:
     return table
 
 
-def keep_on_host(model: Any) -> None:
-    """Put the wrapper around the model's embedding; its table must be where it shall stay."""
-    model.set_input_embeddings(HostEmbedding(model.get_input_embeddings()))
+def keep_on_host(model: Any, device: torch.device) -> None:
+    """Put the wrapper around the model's embedding; its table must be where it shall stay.
+
+    Args:
+        model: All of it settled.
+        device: Where it computes.
+    """
+    model.set_input_embeddings(HostEmbedding(model.get_input_embeddings(), Transfers(device)))

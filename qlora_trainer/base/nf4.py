@@ -41,6 +41,7 @@ class NF4Linear(nn.Module):
         compute_dtype: What products are computed in.
         fan_in_fan_out: The checkpoint stores the weight as (I, O), as GPT-2's Conv1D does; here
             it is (O, I) all the same. Whoever writes the weight back must transpose it.
+        on_cpu: Whether a CPU computes the products; None: as the codes lie. Foresight says it.
         codes, absmax, absmax_scale, absmax_code, absmax_offset: As in `NF4Tensors`.
         bias: (O,) in the compute dtype, or None.
     """
@@ -68,6 +69,7 @@ class NF4Linear(nn.Module):
         self.block_size = block_size
         self.compute_dtype = compute_dtype
         self.fan_in_fan_out = fan_in_fan_out
+        self.on_cpu: bool | None = None
         self.register_buffer("codes", tensors.codes)
         self.register_buffer("absmax", tensors.absmax)
         self.register_buffer("absmax_scale", tensors.absmax_scale)

@@ -70,7 +70,7 @@ def settle(
             model.layer_stream.add(path, layer)
     settling.settle("", device)
     if spec.embeddings_on_host:
-        keep_on_host(model)
+        keep_on_host(model, device)
     if spec.head_on_host:
         keep_head_on_host(model, device)
     for part in model.modules():

@@ -8,6 +8,7 @@ torch's pinned allocator rounds every request up to a power of two (CachingHostA
 tensor is stored in pieces whose sizes are such powers; the loss is below 1 MiB a tensor.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -83,6 +84,14 @@ class Transfers:
         """Begin to copy host buffers into a new tensor."""
         tensor = torch.empty(shape, dtype=dtype, device=self.device)
         return tensor, self._copy(pieces, tensor.view(-1).view(torch.uint8), back=True)
+
+    def compute_on_host(self, compute: Callable[[Tensor], Tensor], given: Tensor) -> Tensor:
+        """What comes of computing on the host with a device tensor, on the device again.
+
+        It waits for both copies, of memory that is not pinned; on a CPU there are none.
+        """
+        place = self.device if self.device.type == "meta" else torch.device("cpu")
+        return compute(given.to(place)).to(given.device)
 
     def give_back(self) -> None:
         """Return what the device's allocator keeps for later use; the next to ask waits for it."""

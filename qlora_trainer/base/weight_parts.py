@@ -77,7 +77,8 @@ def row_parts(base: Any, dtype: torch.dtype) -> Iterator[slice] | None:
     if dtype != torch.float32 or getattr(base, "codes", None) is None:
         return None
     row_bytes = base.in_features * dtype.itemsize
-    if base.codes.device.type != "cpu" or base.out_features * row_bytes <= PART_BYTES:
+    on_cpu = base.codes.device.type == "cpu" if base.on_cpu is None else base.on_cpu
+    if not on_cpu or base.out_features * row_bytes <= PART_BYTES:
         return None
     unit = row_unit(base)
     step = max(1, PART_BYTES // (row_bytes * unit)) * unit

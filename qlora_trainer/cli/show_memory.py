@@ -77,9 +77,16 @@ def show_foresight(foresight: Foresight, *, as_json: bool, notes: Sequence[str] 
     if foresight.pinned_bytes:
         out.print(
             f"  pinned host     {format_bytes(foresight.pinned_bytes)} of layer inputs, layers or "
-            f"head; {format_bytes(foresight.moved_bytes)} over PCIe a step, "
-            f"{foresight.moving_seconds:.1f} s at 12 GB/s, beside the computing (but for the head)"
+            "head"
         )
+    if foresight.moved_bytes:
+        out.print(
+            f"  over PCIe       {format_bytes(foresight.moved_bytes)} a step, "
+            f"{foresight.moving_seconds:.1f} s at 12 GB/s, beside the computing (but for head and "
+            "embeddings)"
+        )
+        if foresight.paged_bytes:
+            out.print("                  not what the driver pages of optimizer states")
     if not foresight.fits_without_retry and foresight.fits:
         out.print("  it fits only because the allocator gives cached memory back, which costs time")
     _show_sizes("by component, at the peak", foresight.by_component)

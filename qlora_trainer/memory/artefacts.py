@@ -22,16 +22,17 @@ def host_bytes_by_phase(accounts: Accounts) -> dict[str, int]:
     standing = PROCESS_BYTES + accounts.host_table_bytes + accounts.waiting_bytes
     states = standing + accounts.paged_bytes
     step = states + accounts.pinned_bytes  # pinned blocks are kept for the next step
+    rows = accounts.looked_up_bytes  # gone before the first layer computes
     snapshot = accounts.trained_bytes + accounts.optimizer_bytes
     largest = accounts.largest_tensor_bytes
     return {
         # weights are memory-mapped; one tensor at a time is private
         "load": standing + 2 * largest,
-        "rehearsal": step + snapshot + accounts.saving_bytes,
-        "forward": step,
+        "rehearsal": step + snapshot + max(rows, accounts.saving_bytes),
+        "forward": step + rows,
         "backward": step,
         "optimizer step": step,
-        "evaluation": step,
+        "evaluation": step + rows,
         "save": step + accounts.saving_bytes,
         "resume": states + accounts.resuming_bytes,
         "merge": PROCESS_BYTES + 3 * largest + _MERGE_BYTES,

@@ -59,7 +59,7 @@ class Foresight:
         large_unquantized: Path -> bytes of large weights outside NF4.
         paged_on_card: What is paged counts on the card (it does on Windows).
         pinned_bytes: Pinned host memory of offloaded layer inputs, streamed layers and a head.
-        moved_bytes: Over PCIe, both ways together, in one optimizer step.
+        moved_bytes: Over PCIe, both ways, in one optimizer step; see `Accounts` for what counts.
         part_bytes: Of sharded layers, what each process holds.
         gathered_bytes: Of sharded layers, received from the other processes in one optimizer step.
         host_bytes_by_phase: Host RAM of each phase; see `artefacts.host_bytes_by_phase`.

@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qlora_trainer.base.host_embedding import HostEmbedding
 from qlora_trainer.base.host_head import HostHead
 from qlora_trainer.base.layer_shards import WeightlessShards
 from qlora_trainer.base.layer_stream import HostStore, stream_of
 from qlora_trainer.base.layers import decoder_layers
+from qlora_trainer.base.nf4 import NF4Linear
 from qlora_trainer.base.spec import BaseSpec
 from qlora_trainer.lora.inject import adapter_parameters, inject_adapter, with_heads
 from qlora_trainer.lora.spec import AdapterSpec
@@ -99,9 +101,12 @@ class Accounts:
         pinned_bytes: Host memory that offloaded layer inputs take at most.
         waiting_bytes: Host memory, pinned as well, that streamed layers and a head there take.
         part_bytes: Of sharded layers, what the process holds.
-        moved_bytes: Over PCIe, both ways, by one forward and backward.
+        moved_bytes: Over PCIe, both ways, by one forward and backward: layer inputs, streamed
+            layers, a head, embeddings looked up on the host. Not the batch, and not what the
+            driver pages of optimizer states, which depends on what else is on the card.
         gathered_bytes: From the other processes, of sharded layers, likewise.
         host_table_bytes: Token embeddings left in host memory.
+        looked_up_bytes: Rows of them there, and token ids, on their way to or from the card.
         saving_bytes: Most copies on the host at one time while a state is saved.
         resuming_bytes: A saved state read back, before it is on the card.
     """
@@ -119,6 +124,7 @@ class Accounts:
     moved_bytes: int = 0
     gathered_bytes: int = 0
     host_table_bytes: int = 0
+    looked_up_bytes: int = 0
     saving_bytes: int = 0
     resuming_bytes: int = 0
 
@@ -156,10 +162,14 @@ class Program:
         apply_techniques(model, shape.techniques)
         transfers = WatchedTransfers(tracker)
         weights = WatchedTransfers(tracker, "streamed layers")
-        heads = WatchedTransfers(tracker, "embeddings and heads")
+        heads, rows = (WatchedTransfers(tracker, "embeddings and heads") for _ in range(2))
         for module in model.modules():
             if isinstance(module, HostHead):
                 module.transfers = heads
+            elif isinstance(module, HostEmbedding) and not self.on_cpu:
+                module.transfers = rows
+            elif isinstance(module, NF4Linear):
+                module.on_cpu = self.on_cpu
         shards = None
         if stream is not None and isinstance(stream.store, HostStore):
             stream.store.transfers = weights
@@ -201,8 +211,9 @@ class Program:
                 step=step,
                 processes=processes,
             )
-            accounts.pinned_bytes = transfers.most_bytes
-            accounts.moved_bytes = sum(each.taken() for each in (transfers, weights, heads)) // most
+            accounts.pinned_bytes, accounts.looked_up_bytes = transfers.most_bytes, rows.most_bytes
+            copies = (transfers, weights, heads, rows)
+            accounts.moved_bytes = sum(each.taken() for each in copies) // most
             if shards is not None:
                 accounts.gathered_bytes, shards.received_bytes = shards.received_bytes // most, 0
         tracker.set_phase("evaluation")

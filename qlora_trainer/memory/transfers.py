@@ -1,11 +1,13 @@
-"""Offloading as foresight sees it: host buffers outside the card, every copy counted.
+"""Copies as foresight sees them: host buffers outside the card, every copy counted.
 
-The schedule is `training/offload.py`'s own, run on weightless tensors. Only what a weightless
+The schedule is that of the step's own parts (`training/offload.py`, `base/layer_stream.py`,
+`base/host_head.py`, `base/host_embedding.py`), run on weightless tensors. Only what a weightless
 tensor cannot know is added: which buffers are the host's, how many of them are alive at one time,
 and how many bytes each copy moves.
 """
 
 import weakref
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -36,7 +38,7 @@ class WatchedTransfers(Transfers):
         what: Component of what is copied.
 
     Attributes:
-        most_bytes: The most host bytes alive at one time.
+        most_bytes: The most host bytes alive at one time, in buffers or to compute there.
         moved_bytes: Copied, both ways together, since `taken` was last asked.
     """
 
@@ -65,6 +67,17 @@ class WatchedTransfers(Transfers):
             self._tracker.tag(tensor, self._what)
         return tensor, copy
 
+    def compute_on_host(self, compute: Callable[[Tensor], Tensor], given: Tensor) -> Tensor:
+        """All that is made on the way is the host's, but for the result."""
+        made = self._tracker.log.allocations
+        first = len(made)
+        result = compute(self._copied(given, back=False))
+        for allocation in made[first:]:
+            allocation.on_host = True
+        size_bytes = sum(allocation.size_bytes for allocation in made[first:])
+        self.most_bytes = max(self.most_bytes, size_bytes)
+        return self._copied(result, back=True)
+
     def give_back(self) -> None:
         """Log it."""
         self._tracker.mark(EMPTY_CACHE)
@@ -79,6 +92,13 @@ class WatchedTransfers(Transfers):
 
     def move(self, pieces: list[Tensor], flat: Tensor, *, back: bool) -> None:
         """Copy, and count it under its direction."""
-        self._tracker.count_kernel(f"copy to {'the card' if back else 'host memory'}")
-        self.moved_bytes += flat.numel()
+        self._count(flat.nbytes, back=back)
         super().move(pieces, flat, back=back)
+
+    def _copied(self, tensor: Tensor, *, back: bool) -> Tensor:
+        self._count(tensor.nbytes, back=back)
+        return tensor.to(self.device, copy=True)
+
+    def _count(self, size_bytes: int, *, back: bool) -> None:
+        self._tracker.count_kernel(f"copy to {'the card' if back else 'host memory'}")
+        self.moved_bytes += size_bytes

@@ -34,7 +34,8 @@ def lengths() -> str:
         f"{found['left_free_bytes'] / GIB:.1f} GiB of each card stay free. The head is in 16 bit, "
         "in host memory but for the loss, unless stated. Where a length is not "
         "given it is the longest that fits; the next one tried does not, or the model ends there. "
-        "Copies run beside the computing, but for the head's. Unsloth's column is what it "
+        "Copies run beside the computing, but for the head's and the token embeddings'; what the "
+        "driver pages of optimizer states is not counted. Unsloth's column is what it "
         "[publishes](https://docs.unsloth.ai/basics/unsloth-benchmarks) for a card of that size."
     )
 

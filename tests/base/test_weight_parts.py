@@ -102,3 +102,5 @@ def test_a_weight_of_usual_size_comes_whole() -> None:
         4096, 14336, bias=False, compute_dtype=torch.float32, device=torch.device("meta")
     )
     assert row_parts(elsewhere, torch.float32) is None  # a GPU's allocator keeps memory
+    elsewhere.on_cpu = True  # a weightless one that stands for a CPU's
+    assert row_parts(elsewhere, torch.float32) is not None

@@ -181,6 +181,20 @@ def test_the_verdict_names_experts_left_in_16_bit_by_path_and_total(
     assert [line.split(maxsplit=2)[2] for line in told[2:4]] == list(experts)
 
 
+def test_what_crosses_pcie_is_said_with_what_is_not_counted(profile: Any) -> None:
+    lean = ("--max-seq-len", "32", "--set", "model.embeddings_on_host=true")
+    found = json.loads(profile("--json", *lean)[1])
+    ids, rows = 8 * 32, 32 * 64 * 2
+    assert found["moved_bytes"] == 8 * (ids + rows)  # of eight passes
+    assert found["paged_bytes"] == 0  # bitsandbytes pages no states so small
+    told = profile(*lean)[1]
+    assert f"over PCIe       {format_bytes(8 * (ids + rows))} a step" in told
+    assert "not what the driver pages" not in told
+    paged = profile(*lean, "--set", "adapter.rank=1024")[1]
+    assert "not what the driver pages of optimizer states" in paged
+    assert "over PCIe" not in profile("--max-seq-len", "32")[1]
+
+
 def test_disk_and_host_ram_follow_the_settings(profile: Any) -> None:
     few, many = (
         json.loads(profile("--json", "--max-seq-len", "32", "--set", f"output.keep_last={kept}")[1])

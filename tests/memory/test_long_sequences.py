@@ -31,6 +31,7 @@ CONFIG = LlamaConfig(
     tie_word_embeddings=False,
 )  # fmt: skip
 RESIDUAL_BYTES = TOKENS * WIDTH * 2
+LOOKED_UP_BYTES = TOKENS * 8 + RESIDUAL_BYTES  # ids go down, rows come up
 PLAIN = RunShape(
     base=BaseSpec("nf4"),
     adapter=AdapterSpec(rank=8, alpha=16),
@@ -103,7 +104,7 @@ def test_the_plain_step_holds_such_tensors(gpu) -> None:
 def test_every_input_but_the_last_waits_pinned_and_crosses_twice(long_run) -> None:
     inputs = (LAYERS - 1) * RESIDUAL_BYTES
     assert long_run.accounts.pinned_bytes == inputs
-    assert long_run.accounts.moved_bytes == 2 * inputs
+    assert long_run.accounts.moved_bytes == 2 * inputs + LOOKED_UP_BYTES
     kernels = long_run.trace.log.kernels
     assert kernels["copy to host memory"] == kernels["copy to the card"] > 0
 
@@ -114,6 +115,29 @@ def test_the_embeddings_are_not_on_the_card(long_run, gpu) -> None:
     plain = dataclasses.replace(LONG, base=BaseSpec("nf4"))
     more = simulate_run(CONFIG, plain, gpu).on(gpu).by_component["embeddings and heads"]
     assert more - long_run.on(gpu).by_component["embeddings and heads"] == table
+
+
+def test_ids_go_down_and_rows_come_up_in_every_pass(gpu) -> None:
+    shape = dataclasses.replace(PLAIN, base=BaseSpec("nf4", embeddings_on_host=True))
+    shape = dataclasses.replace(shape, accumulation=3)
+    run = simulate_run(CONFIG, shape, gpu)
+    found, kernels = run.on(gpu), run.trace.log.kernels
+    # the first step has one pass, the second stands for all with two, evaluation has one
+    assert kernels["copy to host memory"] == kernels["copy to the card"] == 4
+    ids, rows = TOKENS * 8, RESIDUAL_BYTES
+    copies = Counter(
+        (a.size_bytes, a.on_host)
+        for a in run.trace.log.allocations
+        if a.operator == "_to_copy.default" and "memory/transfers.py" in a.where
+    )
+    assert copies == {(ids, True): 4, (rows, False): 4}
+    assert found.moved_bytes == 3 * (ids + rows)
+    host = found.host_bytes_by_phase
+    assert host["forward"] - host["backward"] == ids + rows
+    assert (
+        simulate_run(CONFIG, dataclasses.replace(shape, base=PLAIN.base), gpu).on(gpu).moved_bytes
+        == 0
+    )
 
 
 def test_a_head_of_the_host_is_on_the_card_in_the_loss_and_nowhere_else(long_run, gpu) -> None:
@@ -158,10 +182,11 @@ def test_the_prediction_says_what_is_pinned_and_how_long_the_copies_take(long_ru
     found = long_run.on(gpu)
     inputs = (LAYERS - 1) * RESIDUAL_BYTES
     assert found.pinned_bytes == inputs
-    assert found.moved_bytes == 2 * inputs
-    assert found.moving_seconds == pytest.approx(2 * inputs / 12e9)
+    assert found.moved_bytes == 2 * inputs + LOOKED_UP_BYTES
+    assert found.moving_seconds == pytest.approx(found.moved_bytes / 12e9)
     plain = simulate_run(CONFIG, dataclasses.replace(LONG, activations="recompute"), gpu).on(gpu)
-    assert plain.moved_bytes == plain.pinned_bytes == 0
+    assert plain.moved_bytes == LOOKED_UP_BYTES
+    assert plain.pinned_bytes == 0
     assert found.host_bytes - plain.host_bytes == inputs
 
 

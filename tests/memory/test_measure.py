@@ -30,6 +30,18 @@ def test_predicted_peak_is_within_half_a_percent_of_real_steps(
     assert predicted.peak_bytes == pytest.approx(real.allocated_bytes, rel=0.005)
 
 
+@pytest.mark.parametrize("activations", ["keep", "recompute"])
+def test_weights_that_come_in_parts_are_foreseen_so(activations):
+    config = tiny_config("llama")
+    config.hidden_size, config.head_dim, config.num_hidden_layers = 1024, 256, 2
+    config.intermediate_size = 4096  # times 1,024 in fp32 two parts of 8 MiB
+    shape = run_shape("nf4", activations, torch.float32, micro_batch_size=1, seq_len=32)
+    predicted, real = predict_cpu(config, shape), real_steps(config, shape)
+    assert predicted.peak_bytes == pytest.approx(real.allocated_bytes, rel=0.005)
+    for phase in ("forward", "backward"):
+        assert predicted.by_phase[phase] == pytest.approx(real.by_phase[phase], rel=0.005)
+
+
 def test_real_phases_agree_with_predicted_phases():
     config, shape = tiny_config("llama"), run_shape()
     predicted, real = predict_cpu(config, shape), real_steps(config, shape)
@@ -128,6 +140,14 @@ def test_a_head_of_fewer_bits_is_measured_smaller(folder, bits):
     )
     saved = 6000 * 128 * (16 - bits) // 8
     assert 0.95 * saved <= whole - small <= saved
+
+
+def test_embeddings_left_on_a_cpu_are_copied_nowhere(folder):
+    predicted, real = compared(folder, embeddings_on_host=True)
+    assert predicted.peak_bytes == pytest.approx(real.allocated_bytes, rel=0.001)
+    shape = run_shape()
+    shape = replace(shape, base=replace(shape.base, embeddings_on_host=True))
+    assert simulate_run(tiny_config("llama"), shape, None).accounts.moved_bytes == 0
 
 
 def test_streamed_layers_take_what_was_foreseen(folder):

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from qlora_trainer.base.head import QuantizedHead
 from qlora_trainer.base.host_embedding import HostEmbedding
+from qlora_trainer.base.transfers import Transfers
 from qlora_trainer.memory.simulate import Trace
 from qlora_trainer.memory.tracker import AllocationTracker
 from qlora_trainer.tasks.linear_cross_entropy import (
@@ -123,5 +124,7 @@ def test_a_cpu_has_slices_and_others_have_none() -> None:
 
 
 def test_a_table_left_on_the_host_does_not_make_it_a_cpu() -> None:
-    model = nn.Sequential(HostEmbedding(nn.Embedding(4, 2)), nn.Linear(2, 3, device="meta"))
+    elsewhere = torch.device("meta")
+    table = HostEmbedding(nn.Embedding(4, 2), Transfers(elsewhere))
+    model = nn.Sequential(table, nn.Linear(2, 3, device=elsewhere))
     assert slice_for(model, None) is None
