@@ -82,10 +82,7 @@ def use_packed_attention(
     inner = model.config._attn_implementation
     if takes_example_lengths(model):
         return True
-    # The class says whether all its layers hand masks through to transformers' registry.
-    if inner not in wrapped or not getattr(model, "_supports_attention_backend", False):
-        return False
-    if why_masked(model, longest) is not None:
+    if inner not in wrapped or why_masked(model, longest) is not None:
         return False
     name = f"{PREFIX}{inner}"
     AttentionInterface.register(name, functools.partial(_attend, capability=capability))
@@ -95,12 +92,22 @@ def use_packed_attention(
 
 
 def why_masked(model: Any, longest: int | None = None) -> str | None:
-    """Why a model needs the mask of the whole row; None where its windows are known to `_attend`.
+    """Why a model needs the mask of the whole row; None where `_attend` can do without.
+
+    None as well where its attention takes no such mask: flash attention reads the positions.
 
     Args:
         model: Any transformers model of text.
         longest: Most tokens of an example.
     """
+    inner = model.config._attn_implementation
+    if inner == "flash_attention_2":
+        return None
+    if inner == "eager":
+        return "its attention is eager, which masks the scores it builds"
+    # The class says whether all its layers hand masks through to transformers' registry.
+    if not getattr(model, "_supports_attention_backend", False):
+        return "its layers take no attention from outside"
     config = model.config.get_text_config()
     if getattr(config, "attention_chunk_size", None) is not None:
         return "its attention goes in chunks, which only the mask knows"

@@ -124,7 +124,6 @@ def _foresee(
     from qlora_trainer.run.foresee_all import foresee_all
 
     budgets = [budget_of(card, config) for _, config in runs]
-    notes = dict.fromkeys(note for allowed in budgets for note in allowed.notes)
     asked = [(config, allowed) for (_, config), allowed in zip(runs, budgets, strict=True)]
     found: list[tuple[tuple[str, ...], Any]] = []
     with ConsoleReporter() as told:
@@ -132,6 +131,8 @@ def _foresee(
         for foresight in foresee_all(asked, with_timeline=report is not None):
             found.append((runs[len(found)][0], foresight))
             told.progress("simulating", len(found), len(runs))
+    known = (*budgets, *(foresight for _, foresight in found))
+    notes = dict.fromkeys(note for each in known for note in each.notes)
     if swept:
         show_sweep(found, as_json=as_json, notes=list(notes))
     else:

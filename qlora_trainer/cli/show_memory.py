@@ -1,7 +1,7 @@
 """How a memory prediction looks on a terminal, and as JSON."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -147,7 +147,8 @@ def show_answers(answers: Sequence[Answer], budget: Budget, *, as_json: bool) ->
         out.print_json(json.dumps(listed))
         return
     out.print(f"{escape(budget.gpu.name)}, {format_bytes(budget.budget_bytes)} for the run")
-    show_notes(budget.notes)
+    foreseen = (a.foresight.notes for a in answers if a.foresight is not None)
+    show_notes(dict.fromkeys(note for notes in (budget.notes, *foreseen) for note in notes))
     for a in answers:
         said = escape(f"{a.question:<7} {a.found}")
         if a.foresight is None:
@@ -182,7 +183,7 @@ def show_comparison(compared: Comparison, *, as_json: bool) -> None:
         )
 
 
-def show_notes(notes: Sequence[str]) -> None:
+def show_notes(notes: Iterable[str]) -> None:
     """What to know beside a verdict, indented."""
     for note in notes:
         out.print(f"  [dim]{escape(note)}[/]")

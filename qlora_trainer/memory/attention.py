@@ -28,17 +28,24 @@ from qlora_trainer.base.expanded_attention import FIRST_WITH_GROUPS
 from qlora_trainer.base.tiled_attention import takes_tiles, tiled_attention
 from qlora_trainer.memory.gpus import Gpu
 from qlora_trainer.memory.tracker import AllocationTracker
+from qlora_trainer.tasks.task import Batch
 
 # transformers' masks ask the tensors two questions; asking function -> answer
 ANSWERS = {
-    "find_packed_sequence_indices": True,  # "is every row one sequence?"
+    "find_packed_sequence_indices": True,  # "is every row one sequence?"; see `answers_for`
     "_ignore_causal_mask_sdpa": False,  # "does the given mask hide nothing?"
     "_ignore_bidirectional_mask_sdpa": False,
 }
+FORESEEN = "qlora_foresight"  # how the names of our attentions begin
 MATH = "math"
 FLASH = "flash"
 CPU_FLASH = "flash on the CPU"
 EFFICIENT = "memory-efficient"
+
+
+def answers_for(batch: Batch) -> dict[str, bool]:
+    """What transformers' masks are told of a prepared batch, which keeps positions that restart."""
+    return {"find_packed_sequence_indices": "position_ids" not in batch}
 
 
 def choose_kernel(
@@ -126,7 +133,7 @@ def attention_for(gpu: Gpu | None, *, in_tiles: bool = False) -> str:
     Returns:
         Its name.
     """
-    name = f"qlora_foresight_sm{gpu.capability}" if gpu is not None else "qlora_foresight_cpu"
+    name = f"{FORESEEN}_sm{gpu.capability}" if gpu is not None else f"{FORESEEN}_cpu"
     name += "_tiles" if in_tiles else ""
 
     def attend(

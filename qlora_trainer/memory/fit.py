@@ -54,7 +54,6 @@ class Fitter:
         expandable_segments: Of the allocator's configuration.
         paged_on_card: See `SimulatedRun.on`.
         on_cpu: With the CPU's own kernels; `gpu` then stands for the host's memory.
-        packed: Batches of several rows are not padded.
     """
 
     config: Any
@@ -64,7 +63,6 @@ class Fitter:
     expandable_segments: bool = False
     paged_on_card: bool = False
     on_cpu: bool = False
-    packed: bool = False
 
     def foresee(self, shape: RunShape) -> Foresight:
         """Simulate one configuration."""
@@ -91,7 +89,7 @@ class Fitter:
         return self._border(
             "train.micro_batch_size",
             lambda rows: replace(
-                self.shape, micro_batch_size=rows, padded=rows > 1 and not self.packed
+                self.shape, micro_batch_size=rows, padded=rows > 1 and not self.shape.packed
             ),
             most=_LARGEST_BATCH,
             limit="setting",

@@ -7,7 +7,7 @@ allocator. Nothing is written down as a formula, so nothing drifts from the code
 Numbers are for the torch, transformers and bitsandbytes installed here.
 
 Assumed, and said: every sequence has the full length; every token is trained (the loss then makes
-the most logits chunks); rows are not padded and not packed unless `padded` says so.
+the most logits chunks); of packed rows what `full_batch` says.
 """
 
 import re
@@ -15,19 +15,18 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from qlora_trainer.base.audit import LARGE_BYTES
-from qlora_trainer.base.load import build_weightless_base
-from qlora_trainer.base.tiled_attention import chooses_tiles
 from qlora_trainer.memory.artefacts import (
     PROCESS_BYTES,
     disk_peak_bytes,
     host_bytes_by_phase,
     merged_bytes,
 )
-from qlora_trainer.memory.attention import ANSWERS, attention_for
+from qlora_trainer.memory.attention import ANSWERS
+from qlora_trainer.memory.full_batch import full_batch, held_out_batch
 from qlora_trainer.memory.gpus import GpuProfile
 from qlora_trainer.memory.program import Accounts, Program, RunShape
 from qlora_trainer.memory.simulate import LiveTensor, Peaks, Trace, simulate
-from qlora_trainer.tasks.catalogue import task_kind
+from qlora_trainer.memory.weightless_model import notes_of, weightless_model
 from qlora_trainer.tasks.task import Batch
 
 __all__ = ["Foresight", "RunShape", "SimulatedRun", "foresee", "simulate_run"]
@@ -57,6 +56,7 @@ class Foresight:
         disk_bytes: Artefact -> bytes, one of each.
         trained_parameters: How many numbers are trained.
         large_unquantized: Path -> bytes of large weights outside NF4.
+        notes: What the user should know of the model's attention.
         paged_on_card: What is paged counts on the card (it does on Windows).
         pinned_bytes: Pinned host memory of offloaded layer inputs, streamed layers and a head.
         moved_bytes: Over PCIe, both ways, in one optimizer step; see `Accounts` for what counts.
@@ -87,6 +87,7 @@ class Foresight:
     disk_bytes: dict[str, int]
     trained_parameters: int
     large_unquantized: dict[str, int]
+    notes: tuple[str, ...] = ()
     paged_on_card: bool = False
     pinned_bytes: int = 0
     moved_bytes: int = 0
@@ -201,6 +202,7 @@ class SimulatedRun:
             disk_bytes=self._disk_bytes(),
             trained_parameters=self.accounts.trained_parameters,
             large_unquantized=self.accounts.large_unquantized,
+            notes=self.accounts.notes,
             pinned_bytes=self.accounts.pinned_bytes + self.accounts.waiting_bytes,
             moved_bytes=self.accounts.moved_bytes * self.shape.own_accumulation,
             part_bytes=self.accounts.part_bytes,
@@ -253,19 +255,15 @@ def simulate_run(
     Raises:
         UserError: The model cannot have these settings, or branches on values.
     """
-    model = build_weightless_base(
-        config, model_class or task_kind(shape.task).auto_class, shape.base
-    )
-    if model.config._attn_implementation == "sdpa":
-        card = None if gpu is None else gpu.card
-        tiles = card is None and chooses_tiles(shape.base.attention, shape.base.compute_dtype)
-        model.set_attn_implementation(attention_for(card, in_tiles=tiles))
-    accounts = Accounts()
-    trace = simulate(
-        Program(model, shape, accounts, batch, on_cpu=gpu is None),
-        gpu.card if gpu is not None else None,
-        answers=ANSWERS,
-    )
+    card = None if gpu is None else gpu.card
+    model = weightless_model(config, shape, card, model_class)
+    accounts = Accounts(notes=notes_of(model, shape))
+    held_out = None
+    if batch is None:
+        batch = full_batch(shape, model.config, model.config._attn_implementation)
+        held_out = held_out_batch(shape, model.config)
+    program = Program(model, shape, accounts, batch, held_out=held_out, on_cpu=card is None)
+    trace = simulate(program, card, answers=ANSWERS)
     return SimulatedRun(trace, shape, accounts)
 
 

@@ -22,6 +22,7 @@ from qlora_trainer.base.nf4 import NF4Linear
 from qlora_trainer.base.spec import BaseSpec
 from qlora_trainer.lora.inject import adapter_parameters, inject_adapter, with_heads
 from qlora_trainer.lora.spec import AdapterSpec
+from qlora_trainer.memory.attention import answers_for
 from qlora_trainer.memory.loading import watch_load
 from qlora_trainer.memory.log import RESET_PEAK
 from qlora_trainer.memory.saving import watch_resume, watch_save
@@ -55,6 +56,11 @@ class RunShape:
         regularized: Label smoothing and z-loss.
         chunked_loss: As in the run file.
         padded: Batches carry an attention mask.
+        packed: Rows hold several examples.
+        mask_free: Packed rows go without a mask where the model's attention can.
+        examples: Of a packed row, at most.
+        longest_held_out: Tokens of an evaluated row where those trained are packed; None: as many
+            as `seq_len`, 0: none is evaluated.
         task: What is learned.
         task_settings: As in the run file.
         techniques: What replaces modules of the model.
@@ -74,6 +80,10 @@ class RunShape:
     regularized: Regularized = PLAIN
     chunked_loss: bool = True
     padded: bool = False
+    packed: bool = False
+    mask_free: bool = True
+    examples: int = 2
+    longest_held_out: int | None = None
     task: str = "causal-lm"
     task_settings: Mapping[str, Any] = field(default_factory=dict)
     techniques: Techniques = field(default_factory=Techniques)
@@ -98,6 +108,7 @@ class Accounts:
         base_parameters: Numbers of the base, unpacked.
         largest_tensor_bytes: The largest tensor on its way to the card.
         large_unquantized: Path -> bytes of large weights outside NF4.
+        notes: What the user should know of the model's attention.
         pinned_bytes: Host memory that offloaded layer inputs take at most.
         waiting_bytes: Host memory, pinned as well, that streamed layers and a head there take.
         part_bytes: Of sharded layers, what the process holds.
@@ -118,6 +129,7 @@ class Accounts:
     base_parameters: int = 0
     largest_tensor_bytes: int = 0
     large_unquantized: dict[str, int] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
     pinned_bytes: int = 0
     waiting_bytes: int = 0
     part_bytes: int = 0
@@ -130,18 +142,24 @@ class Accounts:
 
 
 class Program:
-    """Load, adapt, resume, two steps, one evaluation, a save: what the tracker watches."""
+    """Load, adapt, resume, two steps, one evaluation, a save: what the tracker watches.
+
+    Micro-batches are given on the host and not yet prepared; without `held_out` the one that is
+    trained is evaluated.
+    """
 
     def __init__(
         self,
         model: Any,
         shape: RunShape,
         accounts: Accounts,
-        batch: Batch | None = None,
+        batch: Batch,
         *,
+        held_out: Batch | None = None,
         on_cpu: bool = False,
     ) -> None:
-        self.model, self.shape, self.accounts, self.batch = model, shape, accounts, batch
+        self.model, self.shape, self.accounts = model, shape, accounts
+        self.batch, self.held_out = batch, held_out
         self.on_cpu = on_cpu
 
     def __call__(self, tracker: AllocationTracker) -> None:
@@ -194,7 +212,8 @@ class Program:
         tracker.set_phase("resume")
         accounts.resuming_bytes = watch_resume(tracker, optimizer)
         tracker.set_phase("load")  # what a run that begins anew comes from
-        batch = task.prepare(self.batch or full_batch(shape, model.config))
+        batch = task.prepare(self.batch)
+        tracker.answers |= answers_for(batch)
         model.train()
         tracker.mark(RESET_PEAK)
         for step in range(2):
@@ -218,6 +237,9 @@ class Program:
                 accounts.gathered_bytes, shards.received_bytes = shards.received_bytes // most, 0
         tracker.set_phase("evaluation")
         model.eval()
+        if self.held_out is not None:
+            batch = task.prepare(self.held_out)
+            tracker.answers |= answers_for(batch)
         task.evaluate(model, to_device(batch, torch.device("meta")))
         tracker.set_phase("save")
         accounts.saving_bytes = watch_save(tracker, optimizer)
@@ -284,14 +306,3 @@ def tag_gradients(tracker: AllocationTracker, parameters: Iterable[nn.Parameter]
 
 def _with_heads(model: Any, shape: RunShape) -> AdapterSpec:
     return with_heads(shape.adapter, model) if task_kind(shape.task).new_head else shape.adapter
-
-
-def full_batch(shape: RunShape, config: Any = None) -> dict[str, Tensor]:
-    """The largest micro-batch of a run, on the host; a causal model's needs no configuration."""
-    return task_kind(shape.task).weightless_batch(
-        config,
-        rows=shape.micro_batch_size,
-        tokens=shape.seq_len,
-        padded=shape.padded,
-        settings=shape.task_settings,
-    )

@@ -75,7 +75,6 @@ def solve(
         budget.gpu,
         budget_bytes=budget.budget_bytes,
         paged_on_card=budget.paged_on_card,
-        packed=run.data.packing,
     )
     answers: list[Answer] = []
     for number, question in enumerate(questions):

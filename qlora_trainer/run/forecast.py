@@ -20,10 +20,12 @@ from typing import Any
 import torch
 
 from qlora_trainer.base.machine import host_memory_bytes
+from qlora_trainer.base.variable_length import FIRST_CAPABILITY
 from qlora_trainer.config.settings import RunConfig
+from qlora_trainer.data.packing import pack
 from qlora_trainer.errors import UserError
 from qlora_trainer.memory.foresight import simulate_run
-from qlora_trainer.memory.gpus import gpu_of_this_machine
+from qlora_trainer.memory.gpus import GpuProfile, gpu_of_this_machine
 from qlora_trainer.memory.loss_chunk import with_loss_chunk
 from qlora_trainer.memory.measure import watched_step
 from qlora_trainer.memory.program import RunShape
@@ -151,16 +153,14 @@ def forecast_run(
     name = gpu.name if gpu else "cpu"
 
     def foresee_batch(batch: Batch, count: int) -> int:
-        size = batch.get("input_ids", next(iter(batch.values()))).shape
-        exact = replace(shape, micro_batch_size=size[0], seq_len=size[-1],
-                        accumulation=count * processes.count)  # fmt: skip
+        exact = replace(shape, accumulation=count * processes.count)
         live = simulate_run(
             config, exact, gpu, model_class=source.kind.auto_class, batch=batch
         ).trace.live()
         return max(live.by_phase.get(phase, 0) for phase in _STEP_PHASES)
 
     config = task_config(run, source.config, setup.model_settings(data.encoder))
-    shape = _shape_of_data(run, run_shape(run, source.config, gpu, processes.count), data)
+    shape = shape_of_data(run, run_shape(run, source.config, gpu, processes.count), data, gpu)
     sharing = processes.local_count
     try:
         shape = with_auto(
@@ -219,12 +219,23 @@ def _counted(plan: str | Sequence[str]) -> str:
     return ", ".join(f"{count} {choice}" for choice, count in Counter(plan).items())
 
 
-def _shape_of_data(run: RunConfig, shape: RunShape, data: setup.RunData) -> RunShape:
-    """The largest batch that the rows at hand can make."""
+def shape_of_data(
+    run: RunConfig, shape: RunShape, data: setup.RunData, gpu: GpuProfile | None
+) -> RunShape:
+    """The shape with the largest batch that the rows at hand can make, on a card or (None) a CPU.
+
+    How many examples share a row matters to the variable-length kernel alone; where they attend one
+    by one they stay as they are in the shape, as every further one takes time to simulate.
+    """
     rows = min(run.train.micro_batch_size, len(data.train))
-    if run.task == "seq2seq-lm" or run.data.packing:
+    if run.task == "seq2seq-lm":
         return replace(shape, micro_batch_size=rows)
-    longest = int(data.train.lengths.max())
-    if data.held_out is not None and len(data.held_out):
-        longest = max(longest, int(data.held_out.lengths.max()))
+    lengths = None if data.held_out is None else data.held_out.lengths
+    held_out = 0 if lengths is None or not len(lengths) else int(lengths.max())
+    if run.data.packing:
+        at_once = gpu is not None and gpu.compute_capability >= FIRST_CAPABILITY
+        groups = pack(data.train.lengths, run.data.max_seq_len) if at_once else []
+        examples = max(map(len, groups), default=shape.examples)
+        return replace(shape, micro_batch_size=rows, examples=examples, longest_held_out=held_out)
+    longest = max(int(data.train.lengths.max()), held_out)
     return replace(shape, micro_batch_size=rows, seq_len=min(shape.seq_len, longest))

@@ -214,6 +214,9 @@ def run_shape(run: RunConfig, config: Any, gpu: GpuProfile | None, processes: in
         task=run.task,
         task_settings=_task_settings(run),
         padded=run.train.micro_batch_size > 1 and not run.data.packing,
+        packed=run.data.packing,
+        mask_free=run.data.mask_free_packing,
+        longest_held_out=None if run.data.eval or run.data.eval_fraction else 0,
         keep_last=run.output.keep_last,
         processes=processes,
     )

@@ -14,6 +14,7 @@ import torch
 from qlora_trainer.config.settings import RunConfig
 from qlora_trainer.errors import UserError
 from qlora_trainer.memory.foresight import Foresight, simulate_run
+from qlora_trainer.memory.full_batch import full_batch
 from qlora_trainer.memory.gpus import gpu_of_this_machine
 from qlora_trainer.memory.measure import (
     Measured,
@@ -21,7 +22,6 @@ from qlora_trainer.memory.measure import (
     measure_steps,
     without_evaluation,
 )
-from qlora_trainer.memory.program import full_batch
 from qlora_trainer.memory.simulate import Live
 from qlora_trainer.run.foresee import run_shape, task_config
 from qlora_trainer.run.report import Reporter, tensors_loaded
@@ -102,7 +102,7 @@ def measure_run(run: RunConfig, *, reporter: Reporter | None = None) -> Comparis
     for line in setup.set_activations(run, model, shape.activations):
         told.say(line)
     task = setup.make_task(run, model, source, None)
-    batch = task.prepare(full_batch(shape, config))
+    batch = task.prepare(full_batch(shape, config, model.config._attn_implementation))
     measured = measure_steps(
         model,
         [batch] * min(shape.accumulation, 2),

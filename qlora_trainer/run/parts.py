@@ -112,7 +112,7 @@ def prepare(
         *slow_compute_notes(source.base_spec.compute_dtype, source.device),
         *idle_notes(run, processes),
         *plain,
-        *setup.packing_notes(run, model),
+        *setup.attention_notes(run, model),
         *setup.notes(task, optimizer),
     ):
         told.say(line)

@@ -10,8 +10,8 @@ from typing import Any, cast
 
 import torch
 
+from qlora_trainer.base.attention_notes import attention_notes as base_notes
 from qlora_trainer.base.layers import decoder_layers, layer_count
-from qlora_trainer.base.packed_attention import how_packed, takes_example_lengths, why_masked
 from qlora_trainer.config.settings import RunConfig
 from qlora_trainer.data.encode import Encoder
 from qlora_trainer.data.rows import RecordEncoder, RowEncoder
@@ -231,19 +231,12 @@ def notes(task: Task, optimizer: AdapterAdamW) -> Iterator[str]:
     )
 
 
-def packing_notes(run: RunConfig, model: Any) -> Iterator[str]:
-    """What the user should know of packed rows: their kernel on a card, or a mask they keep."""
-    if not (run.data.packing and run.data.mask_free_packing):
-        return
-    said = how_packed(model)
-    if said is not None:
-        yield said
-    reason = None if takes_example_lengths(model) else why_masked(model, run.data.max_seq_len)
-    if reason is not None:
-        yield (
-            f"data.mask_free_packing: {type(model).__name__} keeps the mask of the whole packed "
-            f"row, because {reason}; its memory grows with the square of data.max_seq_len"
-        )
+def attention_notes(run: RunConfig, model: Any) -> Iterator[str]:
+    """What the user should know of the model's attention, of packed rows' above all."""
+    data = run.data
+    return base_notes(
+        model, packed=data.packing, mask_free=data.mask_free_packing, longest=data.max_seq_len
+    )
 
 
 def training_plan(run: RunConfig, windows: Windows, task: Task | None = None) -> TrainingPlan:

@@ -217,3 +217,26 @@ def test_several_processes_are_told_what_host_ram_they_take_together(profile: An
     together = f"on one machine together {format_bytes(3 * each)} of host RAM"
     assert " ".join(line) == f"3 processes each takes this of its card; {together}"
     assert "processes" not in profile("--max-seq-len", "64")[1]
+
+
+def test_packing_changes_the_prediction_only_where_it_keeps_the_mask(profile: Any) -> None:
+    def foreseen(*flags: str) -> Any:
+        flags = ("--json", "--max-seq-len", "512", "--micro-batch-size", "1", *flags)
+        return json.loads(profile(*flags)[1])
+
+    plain, packed = foreseen(), foreseen("--packing")
+    masked = foreseen("--packing", "--set", "data.mask_free_packing=false")
+    assert "variable-length flash attention" in packed["kernels"]
+    assert packed["allocated_bytes"] == pytest.approx(plain["allocated_bytes"], rel=0.01)
+    assert "memory-efficient attention" in masked["kernels"]
+    forward = [each["allocated_by_phase"]["forward"] for each in (packed, masked)]
+    assert forward[1] >= forward[0] + 512 * 512
+
+
+def test_eager_attention_is_said_with_the_verdict(profile: Any) -> None:
+    flags = ("--max-seq-len", "64", "--attention", "eager")
+    assert "builds all scores" in profile(*flags)[1]
+    assert "builds all scores" in profile(*flags, "--fit", "rank")[1]
+    assert "builds all scores" not in profile("--max-seq-len", "64")[1]
+    notes = json.loads(profile(*flags, "--packing", "--json")[1])["notes"]
+    assert any("keeps the mask of the whole packed row" in note for note in notes)

@@ -13,10 +13,12 @@ from transformers import (
 
 from qlora_trainer.base.layers import decoder_layers
 from qlora_trainer.base.load import BaseSpec, build_weightless_base, choose_attention, load_base
+from qlora_trainer.base.packed_attention import use_packed_attention
 from qlora_trainer.lora.inject import adapter_parameters, inject_adapter
 from qlora_trainer.lora.spec import AdapterSpec
+from qlora_trainer.memory.full_batch import full_batch
 from qlora_trainer.memory.measure import Measured, measure_steps
-from qlora_trainer.memory.program import RunShape, full_batch
+from qlora_trainer.memory.program import RunShape
 from qlora_trainer.tasks.causal_lm import CausalLM
 from qlora_trainer.training.activations import plan_activations
 from qlora_trainer.training.optimizer import AdapterAdamW
@@ -74,6 +76,8 @@ def loaded_steps(folder: Path, shape: RunShape) -> Measured:
 
 
 def steps_of(model, shape: RunShape) -> Measured:
+    if shape.packed and shape.mask_free:
+        use_packed_attention(model, shape.seq_len)
     inject_adapter(model, shape.adapter, dtype=shape.adapter_dtype)
     apply_techniques(model, shape.techniques)
     plan_activations(model, decoder_layers(model), shape.activations)
@@ -81,7 +85,7 @@ def steps_of(model, shape: RunShape) -> Measured:
         model, chunk_tokens=shape.loss_chunk_tokens, chunked=shape.chunked_loss
     )
     optimizer = AdapterAdamW(adapter_parameters(model), kind=shape.optimizer)
-    batch = task.prepare(full_batch(shape))
+    batch = task.prepare(full_batch(shape, attention=model.config._attn_implementation))
     return measure_steps(
         model,
         [batch] * min(shape.accumulation, 2),

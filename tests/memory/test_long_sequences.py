@@ -8,19 +8,14 @@ import dataclasses
 from collections import Counter
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import LlamaConfig
 
-from qlora_trainer.base.load import build_weightless_base
-from qlora_trainer.base.packed_attention import use_packed_attention
 from qlora_trainer.base.spec import BaseSpec
 from qlora_trainer.lora.spec import AdapterSpec
-from qlora_trainer.memory.attention import ANSWERS, attention_for
-from qlora_trainer.memory.foresight import SimulatedRun, simulate_run
+from qlora_trainer.memory.foresight import simulate_run
 from qlora_trainer.memory.gpus import read_gpu
 from qlora_trainer.memory.log import EMPTY_CACHE
-from qlora_trainer.memory.program import Accounts, Program, RunShape
-from qlora_trainer.memory.simulate import simulate
+from qlora_trainer.memory.program import RunShape
 from qlora_trainer.tasks.linear_cross_entropy import Regularized
 from qlora_trainer.training.techniques import Techniques
 
@@ -76,20 +71,10 @@ def test_no_fp32_residual_no_score_matrix_no_full_logits(long_run) -> None:
 
 
 def test_nor_with_packed_rows_a_small_head_and_streamed_layers(gpu) -> None:
-    model = build_weightless_base(CONFIG, AutoModelForCausalLM, LONG.base)
-    name = attention_for(gpu.card)
-    model.set_attn_implementation(name)
-    card = gpu.compute_capability
-    assert use_packed_attention(model, TOKENS, wrapped=(name,), capability=card)
-    first = torch.arange(TOKENS // 4)
-    order = torch.cat((first, first, torch.arange(TOKENS // 2)))[None]
-    ids = torch.zeros(1, TOKENS, dtype=torch.int64)
-    batch = {"input_ids": ids, "labels": ids, "position_ids": order}
-    trace = simulate(Program(model, LONG, Accounts(), batch), gpu.card, answers=ANSWERS)
-    kernels = {name.replace("variable-length flash", "flash") for name in trace.log.kernels}
+    packed = simulate_run(CONFIG, dataclasses.replace(LONG, packed=True, examples=3), gpu)
+    kernels = {name.replace("variable-length flash", "flash") for name in packed.trace.log.kernels}
     assert kernels == set(simulate_run(CONFIG, LONG, gpu).trace.log.kernels)
-    assert "variable-length flash attention, backward" in trace.log.kernels
-    packed = SimulatedRun(trace, LONG, Accounts())
+    assert "variable-length flash attention, backward" in packed.trace.log.kernels
     assert larger_than_the_residual(packed) == set()
     base = dataclasses.replace(LONG.base, head_bits=8, stream_layers=True)
     small = simulate_run(CONFIG, dataclasses.replace(LONG, base=base), gpu)

@@ -12,9 +12,9 @@ from qlora_trainer.base.spec import BaseSpec
 from qlora_trainer.lora.inject import adapter_parameters, inject_adapter
 from qlora_trainer.lora.spec import AdapterSpec
 from qlora_trainer.memory.foresight import RunShape, simulate_run
+from qlora_trainer.memory.full_batch import full_batch
 from qlora_trainer.memory.gpus import read_gpu
 from qlora_trainer.memory.measure import measure_steps
-from qlora_trainer.memory.program import full_batch
 from qlora_trainer.tasks.catalogue import task_kind
 from qlora_trainer.tasks.kind import TaskInputs
 from qlora_trainer.training.activations import plan_activations

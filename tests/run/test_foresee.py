@@ -8,8 +8,8 @@ import transformers
 
 from qlora_trainer.config.settings import RunConfig
 from qlora_trainer.errors import UserError
+from qlora_trainer.memory.full_batch import full_batch
 from qlora_trainer.memory.gpus import read_gpu
-from qlora_trainer.memory.program import full_batch
 from qlora_trainer.run.foresee import (
     foresee_run,
     read_model_config,
