@@ -64,7 +64,7 @@ def remembered_checksums(
     known, found, entries = _remembered(memory), {}, {}
     for path, state in states.items():
         entry = known.get(str(path.resolve()))
-        if _is_of(entry, state):
+        if isinstance(entry, dict) and _is_of(entry, state):
             found[path] = entry["sha256"]
     new = sha256_of_files(states.keys() - found.keys())
     for path, digest in new.items():
@@ -85,10 +85,9 @@ def _state(path: Path) -> dict[str, int]:
     }
 
 
-def _is_of(entry: Any, state: dict[str, int]) -> bool:
-    if not isinstance(entry, dict) or not isinstance(entry.get("sha256"), str):
-        return False
-    return all(entry.get(name) == value for name, value in state.items())
+def _is_of(entry: dict[str, Any], state: dict[str, int]) -> bool:
+    whole = isinstance(entry.get("sha256"), str)
+    return whole and all(entry.get(name) == value for name, value in state.items())
 
 
 def _remembered(memory: Path) -> dict[str, Any]:

@@ -22,9 +22,10 @@ from qlora_trainer.base.layer_stream import stream_of
 from qlora_trainer.memory.foresight import simulate_run
 from qlora_trainer.memory.loading import ROLE_COMPONENTS
 from qlora_trainer.memory.log import PHASE, RESET_PEAK
-from qlora_trainer.memory.program import RunShape, tag_gradients, watch_step
+from qlora_trainer.memory.program import RunShape
 from qlora_trainer.memory.simulate import Live, Trace
 from qlora_trainer.memory.tracker import AllocationTracker
+from qlora_trainer.memory.watched_step import tag_gradients, watch_step
 from qlora_trainer.tasks.task import Batch, Task
 from qlora_trainer.training.optimizer import AdapterAdamW
 

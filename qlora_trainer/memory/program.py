@@ -1,17 +1,16 @@
 """The program that is foreseen: load, adapt, resume, two training steps, one evaluation, a save.
 
 It calls the very functions the trainer calls, on weightless tensors, and tells the tracker which
-phase it is in and what belongs to which component. `watch_step` marks a step's phases for
-weightless and for real tensors alike.
+phase it is in and what belongs to which component.
 """
 
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from qlora_trainer.base.host_embedding import HostEmbedding
 from qlora_trainer.base.host_head import HostHead
@@ -28,14 +27,14 @@ from qlora_trainer.memory.log import RESET_PEAK
 from qlora_trainer.memory.saving import watch_resume, watch_save
 from qlora_trainer.memory.tracker import AllocationTracker
 from qlora_trainer.memory.transfers import WatchedTransfers
+from qlora_trainer.memory.watched_step import tag_gradients, watch_step
 from qlora_trainer.tasks.catalogue import task_kind
 from qlora_trainer.tasks.kind import TaskInputs
 from qlora_trainer.tasks.linear_cross_entropy import PLAIN, Regularized
-from qlora_trainer.tasks.task import Batch, Task, to_device
+from qlora_trainer.tasks.task import Batch, to_device
 from qlora_trainer.training.activations import Activation, plan_activations
 from qlora_trainer.training.optimizer import AdapterAdamW, OptimizerKind
-from qlora_trainer.training.processes import ALONE, Processes
-from qlora_trainer.training.step import StepResult, train_step
+from qlora_trainer.training.processes import Processes
 from qlora_trainer.training.techniques import Techniques, apply_techniques
 
 
@@ -258,50 +257,6 @@ class Program:
         accounts.trained_parameters = sum(p.numel() for p in parameters.values())
         accounts.trained_bytes = sum(p.nbytes for p in parameters.values())
         tag_gradients(tracker, parameters.values())
-
-
-def watch_step(
-    tracker: AllocationTracker,
-    model: Any,
-    micro_batches: Sequence[Batch],
-    *,
-    task: Task,
-    optimizer: AdapterAdamW,
-    device: torch.device,
-    step: int,
-    processes: Processes = ALONE,
-) -> None:
-    """One training step with its phases marked: the same for weightless and for real tensors."""
-
-    def before_update(_result: StepResult) -> bool:
-        tracker.follow_engine(None)
-        tracker.set_phase("optimizer step")
-        return True
-
-    tracker.follow_engine(("forward", "backward"))
-    train_step(
-        model,
-        micro_batches,
-        task=task,
-        optimizer=optimizer,
-        learning_rate=1e-4,
-        device=device,
-        step=step,
-        check=before_update,
-        processes=processes,
-    )
-
-
-def tag_gradients(tracker: AllocationTracker, parameters: Iterable[nn.Parameter]) -> None:
-    """Book gradients under their own name as the engine hands them over."""
-
-    def tag(parameter: Tensor) -> None:
-        if parameter.grad is not None:
-            tracker.tag(parameter.grad, "gradients")
-
-    for parameter in parameters:
-        if isinstance(parameter, nn.Parameter):
-            parameter.register_post_accumulate_grad_hook(tag)
 
 
 def _with_heads(model: Any, shape: RunShape) -> AdapterSpec:
