@@ -126,7 +126,7 @@ class Foresight:
 
     @property
     def moving_seconds(self) -> float:
-        """What the copies of a step take, were nothing computed meanwhile."""
+        """What the copies of a step take as pinned memory is copied, were nothing else done."""
         return self.moved_bytes / PCIE_BYTES_PER_SECOND
 
     @property
