@@ -54,6 +54,13 @@ def test_a_lossless_technique_is_taken_before_anything_is_lost(
     assert settings <= {"train.tiled_norms", "train.fused_mlp", "train.mlp_tile_tokens"}
 
 
+def test_a_packed_row_first_gives_up_its_mask(config: LlamaConfig, shape: RunShape) -> None:
+    masked = replace(shape, seq_len=8192, packed=True, mask_free=False, longest_held_out=0)
+    found = fitter_between(config, masked, replace(masked, mask_free=True)).smallest_change()
+    assert found is not None
+    assert found.overrides == ("data.mask_free_packing=true",)
+
+
 def test_what_is_left_is_all_needed(config: LlamaConfig, shape: RunShape) -> None:
     """Without any one of the changes the run does not fit."""
     every = lossless_changes(shape, on_cpu=False, streaming=False)
