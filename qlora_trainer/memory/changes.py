@@ -42,7 +42,7 @@ def lossless_changes(shape: RunShape, *, on_cpu: bool, streaming: bool) -> list[
         streaming: The layers' weights may come over the bus in every pass, which is by far the
             dearest.
     """
-    found = [_loss(shape), _recompute(shape), _smaller_batches(shape)]
+    found = [_mask_free(shape), _loss(shape), _recompute(shape), _smaller_batches(shape)]
     found += [_norms(shape), _mlp(shape)]
     if not on_cpu:
         found += [_paged(shape), _embeddings(shape), _head_on_host(shape), _offload(shape)]
@@ -59,6 +59,18 @@ def lossy_changes(shape: RunShape, *, on_cpu: bool) -> list[Change]:
     if shape.base.quantization != "nf4":
         found.append((_of_base("4-bit base", quantization="nf4"),))
     return [change for change in found if change]
+
+
+def _mask_free(shape: RunShape) -> Change:
+    if not shape.packed or shape.mask_free:
+        return ()
+    return (
+        Option(
+            {"data.mask_free_packing": "true"},
+            "packed rows without a mask (faster, same result)",
+            lambda run: replace(run, mask_free=True),
+        ),
+    )
 
 
 def _recompute(shape: RunShape) -> Change:

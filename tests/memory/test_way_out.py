@@ -63,6 +63,13 @@ def test_a_loss_of_all_logits_at_once_is_offered_the_chunked_one(
     assert found.overrides == ("train.chunked_loss=true",)
 
 
+def test_a_packed_row_first_gives_up_its_mask(config: LlamaConfig, shape: RunShape) -> None:
+    masked = replace(shape, seq_len=8192, packed=True, mask_free=False, longest_held_out=0)
+    found = fitter_between(config, masked, replace(masked, mask_free=True)).smallest_change()
+    assert found is not None
+    assert found.overrides == ("data.mask_free_packing=true",)
+
+
 def test_what_is_left_is_all_needed(config: LlamaConfig, shape: RunShape) -> None:
     """Without any one of the changes the run does not fit."""
     every = lossless_changes(shape, on_cpu=False, streaming=False)
