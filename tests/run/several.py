@@ -22,11 +22,11 @@ from rich.console import Console
 
 from qlora_trainer import Reporter, UserError, train
 from qlora_trainer.config.read import check_values
+from qlora_trainer.training.attempt import StepRunner
 from qlora_trainer.training.launch import join_processes
 from qlora_trainer.training.loop import run_training
 from qlora_trainer.training.plan import TrainingPlan
 from qlora_trainer.training.processes import Processes
-from qlora_trainer.training.windows import Windows
 from tests.training.tiny import adapted_llama, make_run, trained_values
 
 
@@ -58,22 +58,22 @@ class StopAfter(Reporter):
 
 @contextmanager
 def signalled_in(step: int, name: str) -> Iterator[None]:
-    """Within, this process sends itself a signal as it takes the window of a step.
+    """Within, this process sends itself a signal as it begins a step.
 
     Where every step is saved, the one before is by then: all wait until the main one has written.
     """
-    window = Windows.window
+    run = StepRunner.run
 
-    def take(windows: Windows, number: int) -> list[Any]:
-        if number + 1 == step:
+    def begin(runner: StepRunner, window: Any, **rest: Any) -> Any:
+        if rest["step"] + 1 == step:
             os.kill(os.getpid(), signal.Signals[name])
-        return window(windows, number)
+        return run(runner, window, **rest)
 
-    Windows.window = take  # type: ignore[method-assign]
+    StepRunner.run = begin  # type: ignore[method-assign]
     try:
         yield
     finally:
-        Windows.window = window  # type: ignore[method-assign]
+        StepRunner.run = run  # type: ignore[method-assign]
 
 
 class ShortOfMemory:
