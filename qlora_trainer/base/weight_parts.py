@@ -73,7 +73,7 @@ def frozen_input_gradient(base: Any, g: Tensor, into: Tensor | None = None) -> T
 
 
 def row_parts(base: Any, dtype: torch.dtype) -> Iterator[slice] | None:
-    """Rows of the parts a weight comes in; None where it comes whole."""
+    """Rows of the parts a weight comes in, of a weightless one the first two; None: it is whole."""
     if dtype != torch.float32 or getattr(base, "codes", None) is None:
         return None
     row_bytes = base.in_features * dtype.itemsize
@@ -83,6 +83,8 @@ def row_parts(base: Any, dtype: torch.dtype) -> Iterator[slice] | None:
     unit = row_unit(base)
     step = max(1, PART_BYTES // (row_bytes * unit)) * unit
     starts = range(0, base.out_features, step)
+    if base.codes.is_meta:  # each takes and frees what the one before it did
+        starts = starts[:2]
     return (slice(first, min(first + step, base.out_features)) for first in starts)
 
 
