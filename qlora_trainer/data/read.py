@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from qlora_trainer.base.checksums import sha256_of_file
 from qlora_trainer.data.faults import Fault, FaultLog
 from qlora_trainer.data.files import READERS, file_type, read_file, without_nulls
 from qlora_trainer.data.picture_files import is_picture, named_picture, picture_files
@@ -185,14 +186,10 @@ def _hash_files(files: tuple[Path, ...]) -> str:
     """SHA-256 over the files' contents in order; about a second per gigabyte."""
     whole = hashlib.sha256()
     for path in files:
-        part = hashlib.sha256()
         try:
-            with path.open("rb") as handle:
-                while block := handle.read(1 << 22):
-                    part.update(block)
+            whole.update(bytes.fromhex(sha256_of_file(path)))
         except OSError as error:
             raise UserError(f"data source {path}: cannot be read ({error.strerror})") from error
-        whole.update(part.digest())
     return whole.hexdigest()
 
 

@@ -64,29 +64,22 @@ def lossy_changes(shape: RunShape, *, on_cpu: bool) -> list[Change]:
 def _mask_free(shape: RunShape) -> Change:
     if not shape.packed or shape.mask_free:
         return ()
-    return (
-        Option(
-            {"data.mask_free_packing": "true"},
-            "packed rows without a mask (faster, same result)",
-            lambda run: replace(run, mask_free=True),
-        ),
-    )
+    what = "packed rows without a mask (faster, same result)"
+    return (_of_shape("data.mask_free_packing", what, mask_free=True),)
 
 
 def _recompute(shape: RunShape) -> Change:
     if shape.activations != "keep":
         return ()
-    return (_activations("recompute", "recompute activations (slower, same result)"),)
+    what = "recompute activations (slower, same result)"
+    return (_of_shape("train.activations", what, activations="recompute"),)
 
 
 def _offload(shape: RunShape) -> Change:
     if shape.activations == "offload":
         return ()
-    return (_activations("offload", "layer inputs in host memory (slower, same result)"),)
-
-
-def _activations(choice: Any, what: str) -> Option:
-    return Option({"train.activations": choice}, what, lambda run: replace(run, activations=choice))
+    what = "layer inputs in host memory (slower, same result)"
+    return (_of_shape("train.activations", what, activations="offload"),)
 
 
 def _smaller_batches(shape: RunShape) -> Change:
@@ -115,13 +108,13 @@ def _batch(rows: int, accumulation: int) -> Option:
 def _loss(shape: RunShape) -> Change:
     if shape.chunked_loss:
         return ()
-    return (
-        Option(
-            {"train.chunked_loss": "true"},
-            "logits in chunks (same result)",
-            lambda run: replace(run, chunked_loss=True),
-        ),
-    )
+    return (_of_shape("train.chunked_loss", "logits in chunks (same result)", chunked_loss=True),)
+
+
+def _of_shape(setting: str, what: str, **changed: Any) -> Option:
+    """One field of the run, and the setting that decides it."""
+    (value,) = changed.values()
+    return Option({setting: str(value).lower()}, what, lambda run: replace(run, **changed))
 
 
 def _norms(shape: RunShape) -> Change:
@@ -152,18 +145,17 @@ def _technique(values: dict[str, Any], what: str) -> Option:
 
 
 def _paged(shape: RunShape) -> Change:
-    kind: Any = _PAGED.get(shape.optimizer)
-    return () if kind is None else (_optimizer(kind, "paged optimizer states (same result)"),)
+    kind = _PAGED.get(shape.optimizer)
+    if kind is None:
+        return ()
+    return (_of_shape("train.optimizer", "paged optimizer states (same result)", optimizer=kind),)
 
 
 def _eight_bit_states(shape: RunShape) -> Change:
     if "8bit" in shape.optimizer:
         return ()
-    return (_optimizer("paged_adamw_8bit", "8-bit, paged optimizer states"),)
-
-
-def _optimizer(kind: Any, what: str) -> Option:
-    return Option({"train.optimizer": kind}, what, lambda run: replace(run, optimizer=kind))
+    what = "8-bit, paged optimizer states"
+    return (_of_shape("train.optimizer", what, optimizer="paged_adamw_8bit"),)
 
 
 def _embeddings(shape: RunShape) -> Change:
