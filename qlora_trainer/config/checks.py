@@ -30,6 +30,7 @@ class Contradiction:
 
 def contradictions(config: RunConfig) -> Iterator[Contradiction]:
     """Every contradiction between settings."""
+    yield from _row_order(config)
     yield from _held_out_rows(config)
     yield from _precision(config)
     yield from _head(config)
@@ -62,6 +63,18 @@ def _loss(config: RunConfig) -> Iterator[Contradiction]:
             f"train.loss_chunk_tokens = {train.loss_chunk_tokens}: is a choice of the chunked "
             "loss; set train.chunked_loss: true",
         )
+
+
+def _row_order(config: RunConfig) -> Iterator[Contradiction]:
+    data = config.data
+    if data.mega_batch_mult is None or (data.group_by_length and not data.packing):
+        return
+    other = ("data", "packing" if data.packing else "group_by_length")
+    yield Contradiction(
+        (("data", "mega_batch_mult"), other),
+        f"data.mega_batch_mult = {data.mega_batch_mult}: is a choice of data.group_by_length, "
+        f"but {'.'.join(other)} = {str(data.packing).lower()}; leave it out",
+    )
 
 
 def _held_out_rows(config: RunConfig) -> Iterator[Contradiction]:

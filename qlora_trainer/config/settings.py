@@ -127,6 +127,9 @@ class DataSettings(Settings):
         True, description="packed examples attend one by one; false: a mask over the whole row"
     )
     group_by_length: bool = Field(True, description="without packing, batch like lengths together")
+    mega_batch_mult: int | None = Field(
+        None, ge=1, description="group_by_length sorts so many micro-batches at once; null: all"
+    )
     loss_on: Literal["assistant", "last", "completion", "all"] = Field(
         "assistant", description="which tokens are learned"
     )

@@ -22,7 +22,6 @@ from qlora_trainer.data.order import hash_order, mix
 from qlora_trainer.data.packing import pack
 
 ORDERS = ("random", "by_length", "given")
-_BATCHES_PER_SORT = 50  # by_length sorts within so many batches, so epochs still differ
 
 _Array = np.ndarray[Any, np.dtype[Any]]
 Rows = list[list[int]]  # the rows of a micro-batch, each the examples in it
@@ -38,8 +37,10 @@ class BatchPlan:
         seed: Decides all orders.
         packing: Several examples may share a row.
         capacity: Most tokens of a packed row (`max_seq_len`).
-        order: `random`; `by_length` (rows of like length share a micro-batch, micro-batches in
-            random order: less padding); `given` (as the data set has them, for evaluation).
+        order: `random`; `by_length` (rows of like length share a micro-batch, rows of one length
+            change places per epoch, micro-batches come in random order: the least padding); `given`
+            (as the data set has them, for evaluation).
+        mega_batch_mult: `by_length` sorts within so many micro-batches; None: the whole epoch.
     """
 
     lengths: _Array
@@ -48,6 +49,7 @@ class BatchPlan:
     packing: bool = False
     capacity: int | None = None
     order: str = "random"
+    mega_batch_mult: int | None = None
     _groups: Rows = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -103,7 +105,7 @@ class BatchPlan:
         if self.order == "random":
             return [rows[index] for index in order], starts
         totals = np.array([sum(int(self.lengths[i]) for i in row) for row in rows])
-        window = size * _BATCHES_PER_SORT
+        window = count if self.mega_batch_mult is None else size * self.mega_batch_mult
         for start in range(0, count, window):
             part = order[start : start + window]
             order[start : start + window] = part[np.argsort(-totals[part], kind="stable")]

@@ -7,13 +7,24 @@ from pydantic import ValidationError
 
 from qlora_trainer.config.settings import RunConfig
 
+_FIRST_MEGA_BATCH = 50  # what `data.mega_batch_mult` was before it was a setting
+
 
 def with_todays_defaults(earlier: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Settings of a run that an older version began: what is new since stands at its default."""
+    """Settings of a run that an older version began, whole: what is new since as it was then.
+
+    What did not exist stands at its default; the order of rows stays what it was.
+    """
+    if earlier is None:
+        return None
     try:
-        return None if earlier is None else RunConfig.model_validate(earlier).model_dump()
+        run = RunConfig.model_validate(earlier)
     except ValidationError:
         return earlier  # a setting has gone or is narrower now: the comparison names it
+    settings = run.model_dump()
+    if "mega_batch_mult" not in earlier["data"] and run.data.group_by_length:
+        settings["data"]["mega_batch_mult"] = None if run.data.packing else _FIRST_MEGA_BATCH
+    return settings
 
 
 def at_the_same_commit(run: RunConfig, earlier: dict[str, Any]) -> RunConfig:
@@ -42,6 +53,15 @@ def with_the_same_chunk(run: RunConfig, earlier: dict[str, Any]) -> RunConfig:
     """Go on with the loss's chunk that the run began with, whatever memory leaves room for now."""
     began = (earlier.get("train") or {}).get("loss_chunk_tokens")
     return run if run.train.loss_chunk_tokens is not None else with_chunk(run, began)
+
+
+def with_the_same_order(run: RunConfig, earlier: dict[str, Any]) -> RunConfig:
+    """Go on with the rows in the order that the run began in, whatever is the default now."""
+    began = (earlier.get("data") or {}).get("mega_batch_mult")
+    if run.data.mega_batch_mult is not None:
+        return run
+    data = run.data.model_copy(update={"mega_batch_mult": began})
+    return run.model_copy(update={"data": data})
 
 
 def with_chunk(run: RunConfig, tokens: int | None) -> RunConfig:

@@ -30,6 +30,7 @@ from qlora_trainer.run.resolve import (
     resolved_settings,
     with_the_same_chunk,
     with_the_same_dtype,
+    with_the_same_order,
     with_todays_defaults,
 )
 from qlora_trainer.tasks.task import ScoredTask
@@ -102,7 +103,8 @@ def _train(run: RunConfig, told: Reporter, processes: Processes, *, restart: boo
         asked, begun = run, None
         if earlier is not None:
             begun = processes.from_main(folder.read_json("environment.json"))
-            run = with_the_same_chunk(at_the_same_commit(run, earlier), earlier)
+            run = at_the_same_commit(run, earlier)
+            run = with_the_same_order(with_the_same_chunk(run, earlier), earlier)
             run = with_the_same_dtype(run, begun)
         with processes.main_first():
             source = setup.open_model(run, processes)

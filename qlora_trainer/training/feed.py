@@ -29,6 +29,7 @@ def make_windows(run: RunConfig, data: RunData, attention: str | None) -> Window
         packing=run.data.packing,
         capacity=run.data.max_seq_len,
         order="by_length" if run.data.group_by_length and not run.data.packing else "random",
+        mega_batch_mult=run.data.mega_batch_mult,
     )
     layout = row_layout(attention)
     augmenting = data.encoder if isinstance(data.encoder, Augmenting) else None
@@ -59,7 +60,10 @@ def eval_batches(
     if held_out is None:
         return None
     size = run.evaluation.micro_batch_size or run.train.micro_batch_size
-    plan = BatchPlan(held_out.lengths, micro_batch_size=size, order="by_length")
+    plan = BatchPlan(
+        held_out.lengths, micro_batch_size=size, order="by_length",
+        mega_batch_mult=run.data.mega_batch_mult,
+    )  # fmt: skip
 
     def begin() -> Iterator[Batch]:
         for number in processes.share(len(plan)):

@@ -45,6 +45,8 @@ BAD = {
     "unknown source key": ("model:\n  source: m\ndata:\n  train:\n  - {path: d, wieght: 2}\n", "run.yaml:5: data.train.0.wieght: unknown setting; did you mean weight"),
     "negative weight": ("model:\n  source: m\ndata:\n  train:\n  - {path: d, weight: -1}\n", "data.train.0.weight"),
     "unknown format": ("model:\n  source: m\ndata:\n  train:\n  - {path: d, format: xml}\n", "data.train.0.format = 'xml'"),
+    "an order for rows in no order": (SMALLEST + "  group_by_length: false\n  mega_batch_mult: 9\n", "run.yaml:6: data.mega_batch_mult = 9: is a choice of data.group_by_length, but data.group_by_length = false"),
+    "an order for packed rows": (SMALLEST + "  packing: true\n  mega_batch_mult: 9\n", "but data.packing = true; leave it out"),
     "two kinds of evaluation": (SMALLEST + "  eval: e\n  eval_fraction: 0.1\n", "run.yaml:6: data.eval_fraction = 0.1: data.eval is given too"),
     "patience without evaluation": (SMALLEST + "evaluation:\n  early_stopping_patience: 2\n", "needs held-out rows"),
     "evaluation of nothing": (SMALLEST + "evaluation:\n  every_steps: 2\n", "evaluation.every_steps = 2: needs held-out rows"),

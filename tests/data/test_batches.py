@@ -103,16 +103,33 @@ def test_packed_neighbours_change_between_epochs():
     assert pairs[0] != pairs[1]
 
 
-def test_by_length_pads_less_than_random_and_is_still_random():
-    lengths = np.random.default_rng(1).integers(1, 500, 2000)
+def test_by_length_pads_as_little_as_can_be():
+    lengths = np.random.default_rng(1).integers(1, 500, 2001)
 
-    def padded(order):
-        plan = BatchPlan(lengths, 8, order=order)
+    def padded(plan):
         return sum(len(b) * max(lengths[r[0]] for r in b) for b in plan.epoch(0))
 
-    assert padded("by_length") < 1.05 * lengths.sum() < padded("random")
-    plan = BatchPlan(lengths, 8, order="by_length")
-    assert plan.epoch(0) != plan.epoch(1)
+    least = sum(8 * int(longest) for longest in -np.sort(-lengths)[:2000:8]) + lengths.min()
+    assert padded(BatchPlan(lengths, 8, order="by_length")) == least < 1.01 * lengths.sum()
+    windows = BatchPlan(lengths, 8, order="by_length", mega_batch_mult=50)
+    assert least < padded(windows) < 1.05 * lengths.sum() < padded(BatchPlan(lengths, 8))
+
+
+def test_by_length_epochs_differ_in_order_and_in_neighbours():
+    plan = BatchPlan(np.arange(400) // 20, 8, order="by_length")
+    first, second = plan.epoch(0), plan.epoch(1)
+    assert [len(batch) for batch in first] == [8] * 50
+    assert {frozenset(r[0] for r in b) for b in first} != {
+        frozenset(r[0] for r in b) for b in second
+    }
+    shortest_to_longest = sorted(first, key=lambda batch: batch[0][0])
+    assert first not in (shortest_to_longest, shortest_to_longest[::-1])
+
+
+def test_the_order_by_length_that_0_1_0_had_never_changes():
+    """Pinned as 0.1.0 gave it, with two micro-batches sorted at once in place of its 50."""
+    plan = BatchPlan(np.arange(1, 12), 2, seed=42, order="by_length", mega_batch_mult=2)
+    assert plan.epoch(0) == [[[1], [0]], [[5]], [[7], [6]], [[10], [2]], [[9], [8]], [[4], [3]]]
 
 
 def test_given_keeps_the_order():

@@ -305,6 +305,38 @@ def test_a_run_begun_by_an_older_version_goes_on(make_run: Make) -> None:
         train(make_run(train={"max_steps": 2}, data={"packing": True}))
 
 
+def test_a_run_of_0_1_0_keeps_the_order_of_its_rows(make_run: Make, tmp_path: Path) -> None:
+    """It sorted 50 micro-batches at once, and its run file does not say so."""
+    rows = [{"prompt": "one " * (n % 7 + 1), "completion": f"{n}"} for n in range(110)]
+    data = tmp_path / "many.jsonl"
+    data.write_text("\n".join(map(json.dumps, rows)))
+    settings = {"max_steps": 4, "micro_batch_size": 2}
+
+    def make(place: str, **more: Any) -> RunConfig:
+        of_data = {"train": str(data), "eval_fraction": 0.0, **more}
+        output = {"folder": str(tmp_path / place), "save_every_steps": 2}
+        return make_run(data=of_data, train=settings, output=output)
+
+    def values(place: str) -> dict[str, torch.Tensor]:
+        return load_file(tmp_path / place / "adapter" / "adapter_model.safetensors")
+
+    folder = train(make("as-then", mega_batch_mult=50)).folder
+    as_then = values("as-then")
+    train(make("as-now"))
+    now = values("as-now")
+    assert any(not torch.equal(now[name], held) for name, held in as_then.items())
+    written = yaml.safe_load((folder / "run.yaml").read_text())
+    del written["data"]["mega_batch_mult"]
+    (folder / "run.yaml").write_text(yaml.safe_dump(written))
+    for gone in ("adapter", "adapter-last", "states/step-00000004"):
+        shutil.rmtree(folder / gone, ignore_errors=True)
+    unfinish(folder)
+    assert train(make("as-then")).outcome.complete
+    resumed = values("as-then")
+    assert all(torch.equal(resumed[name], held) for name, held in as_then.items())
+    assert yaml.safe_load((folder / "run.yaml").read_text())["data"]["mega_batch_mult"] == 50
+
+
 def test_resuming_on_another_base_is_refused(
     make_run: Make, tiny_model: Path, tmp_path: Path
 ) -> None:
