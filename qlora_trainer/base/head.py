@@ -170,7 +170,10 @@ class QuantizedHead(nn.Module):
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """`x @ weight.T + bias`, no gradient recorded. x: (N, D) -> (N, V)."""
-        y = x.new_empty(x.shape[0], self.out_features)
+        return self.product_into(x.new_empty(x.shape[0], self.out_features), x, bias)
+
+    def product_into(self, y: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
+        """Write it into `y` (N, V)."""
         for rows, tile in self.tiles():
             y[:, rows] = nn.functional.linear(x, tile, None if bias is None else bias[rows])
         return y

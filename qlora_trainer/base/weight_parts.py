@@ -21,7 +21,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from qlora_trainer.base.quantize import SCALE_BLOCK_SIZE, NF4Tensors, dequantize_nf4
+from qlora_trainer.base.quantize import (
+    SCALE_BLOCK_SIZE,
+    NF4Tensors,
+    dequantize_absmax,
+    dequantize_nf4,
+)
 
 if TYPE_CHECKING:
     from qlora_trainer.base.nf4 import NF4Linear
@@ -49,8 +54,9 @@ def frozen_product(base: Any, x: Tensor) -> Tensor:
     if parts is None:
         return F.linear(x, dense_weight(base, x.dtype), bias)
     y = x.new_empty(x.shape[0], base.out_features)
+    held = _with_scales(base)
     for rows in parts:
-        weight = dense_rows(base, rows.start, rows.stop, x.dtype).t()
+        weight = dense_rows(base, rows.start, rows.stop, x.dtype, held).t()
         if bias is None:
             torch.mm(x, weight, out=y[:, rows])
         else:
@@ -65,10 +71,12 @@ def frozen_input_gradient(base: Any, g: Tensor, into: Tensor | None = None) -> T
     if parts is None:
         weight = dense_weight(base, g.dtype)
         return g @ weight if into is None else into.addmm_(g, weight)
-    if into is None:
-        into = g.new_zeros(g.shape[0], base.in_features)
+    held = _with_scales(base)
     for rows in parts:
-        into.addmm_(g[:, rows], dense_rows(base, rows.start, rows.stop, g.dtype))
+        weight = dense_rows(base, rows.start, rows.stop, g.dtype, held)
+        into = g[:, rows] @ weight if into is None else into.addmm_(g[:, rows], weight)
+        del weight  # before the next one is made
+    assert into is not None
     return into
 
 
@@ -94,9 +102,24 @@ def row_unit(layer: "NF4Linear") -> int:
     return whole // math.gcd(whole, layer.in_features)
 
 
-def dense_rows(layer: "NF4Linear", first: int, last: int, dtype: torch.dtype) -> Tensor:
-    """Rows of a weight in NF4; `first` a multiple of `row_unit`. -> (last - first, in)."""
-    held = layer.tensors
+def _with_scales(layer: "NF4Linear") -> NF4Tensors:
+    """Its codes with the scale of every block in fp32: made once, and not for each part."""
+    return NF4Tensors(layer.codes, dequantize_absmax(layer.tensors), None, None, None)
+
+
+def dense_rows(
+    layer: "NF4Linear", first: int, last: int, dtype: torch.dtype, held: NF4Tensors | None = None
+) -> Tensor:
+    """Rows of a weight in NF4. -> (last - first, in).
+
+    Args:
+        layer: Holds the weight.
+        first: A multiple of `row_unit`.
+        last: The row after the last.
+        dtype: Of the result.
+        held: What to read in place of `layer.tensors`.
+    """
+    held = layer.tensors if held is None else held
     begin, end = first * layer.in_features, last * layer.in_features
 
     def part(tensor: Tensor, elements: int) -> Tensor:

@@ -18,13 +18,13 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from qlora_trainer.base.head_product import HeadWeight
 from qlora_trainer.base.packed_attention import example_lengths, takes_example_lengths
 from qlora_trainer.data.encode import IGNORED, Encoder
 from qlora_trainer.errors import UserError
 from qlora_trainer.tasks.kind import EncoderInputs, TaskInputs, TaskKind, full_length_inputs
 from qlora_trainer.tasks.linear_cross_entropy import (
     PLAIN,
-    HeadWeight,
     Regularized,
     chunk_logits,
     linear_cross_entropy,

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qlora_trainer.base.head_product import HeadWeight
 from qlora_trainer.data.encode import IGNORED
 from qlora_trainer.tasks.linear_cross_entropy import (
     PLAIN,
-    HeadWeight,
     Regularized,
     chunk_logits,
     linear_cross_entropy,

@@ -22,8 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from qlora_trainer.base.head import QuantizedHead
-
-HeadWeight = Tensor | QuantizedHead  # (V, D)
+from qlora_trainer.base.head_product import HeadWeight, head_product
 
 
 @dataclass(frozen=True)
@@ -63,16 +62,12 @@ def chunk_logits(
     softcap: float | None,
 ) -> Tensor:
     """Logits of a few tokens in fp32 (fp64 for fp64 inputs), scaled and soft-capped: (C, V)."""
-    raw = _head_product(hidden, weight, bias)
-    return _finished(raw.to(_wide(raw.dtype)), logit_scale, softcap)
-
-
-def _head_product(hidden: Tensor, weight: HeadWeight, bias: Tensor | None) -> Tensor:
-    """What the head itself gives, in its dtype: (C, V)."""
     rows = hidden.to(weight.dtype)
     if isinstance(weight, QuantizedHead):
-        return weight.product(rows, bias)
-    return torch.nn.functional.linear(rows, weight, bias)
+        raw = weight.product(rows, bias)
+    else:
+        raw = torch.nn.functional.linear(rows, weight, bias)
+    return _finished(raw.to(_wide(raw.dtype)), logit_scale, softcap)
 
 
 def _finished(logits: Tensor, logit_scale: float, softcap: float | None) -> Tensor:
@@ -177,29 +172,28 @@ class _LinearCrossEntropy(torch.autograd.Function):
             slice_tokens = _even_chunk(chunk_tokens, max(1, slice_elements // weight.shape[0]))
         elif softcap is not None:  # needs another tensor like the slice
             slice_tokens = -(-chunk_tokens // 2)
-        # One place for every slice's widened logits, and before anything smaller: so large a piece
-        # of a CPU's memory is taken back and handed out zeroed each time, and a GPU's allocator
-        # would cut the free block it fits into.
+        # One place for every chunk's logits, one for every slice's widened ones, and both before
+        # anything smaller: so large a piece of a CPU's memory is taken back and handed out zeroed
+        # each time, and a GPU's allocator would cut the free block it fits into.
+        held = hidden.new_empty(chunk_tokens, weight.shape[0], dtype=weight.dtype)
         wide, room = _wide(weight.dtype), None
         if wide != weight.dtype:
             room = hidden.new_empty(slice_tokens, weight.shape[0], dtype=wide)
         chunks = zip(positions.split(chunk_tokens), targets.split(chunk_tokens), strict=True)
         for rows, labels in chunks:
             inputs = hidden.index_select(0, rows)  # (C, D)
-            gradient = _head_product(inputs, weight, bias)  # (C, V): logits until they are turned
+            gradient = held[: inputs.shape[0]]  # (C, V): logits until they are turned
+            head_product(gradient, inputs.to(weight.dtype), weight, bias)
             slices = zip(gradient.split(slice_tokens), labels.split(slice_tokens), strict=True)
             for part, of_part in slices:
                 total += _turn_slice(
                     part, of_part, room, grad_bias, logit_scale, softcap, regularized
                 )
-                del part  # a view would keep the chunk beside the next one
-            del slices
             if grad_hidden is not None:
                 below = _input_gradient(gradient, weight)  # (C, D)
                 grad_hidden.index_copy_(0, rows, below.to(hidden.dtype))
             if grad_weight is not None:
                 grad_weight += gradient.T @ inputs.to(weight.dtype)
-            del gradient
         of_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
         of_bias = None if grad_bias is None or bias is None else grad_bias.to(bias.dtype)
         ctx.gradients = (grad_hidden, of_weight, of_bias)

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from qlora_trainer.base.head import QuantizedHead
+from qlora_trainer.base.head_product import HeadWeight
 from qlora_trainer.base.host_embedding import compute_device
 from qlora_trainer.base.host_head import HostHead
 from qlora_trainer.tasks.linear_cross_entropy import (
     CACHE_ELEMENTS,
-    HeadWeight,
     Regularized,
     chunk_logits,
     default_chunk_tokens,
