@@ -19,6 +19,7 @@ from pathlib import Path
 from tables.attention import attention, attention_fp32
 from tables.export import export_proof, export_speed
 from tables.fits import fits
+from tables.head import head_fp32
 from tables.lengths import lengths
 from tables.memory import memory, profile_cost
 from tables.quickstart import quickstart
@@ -43,6 +44,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "load": load,
     "attention": attention,
     "attention-fp32": attention_fp32,
+    "head-fp32": head_fp32,
     "tasks": tasks,
     "trust": trust,
     "export-proof": export_proof,
