@@ -69,11 +69,11 @@ def _row_order(config: RunConfig) -> Iterator[Contradiction]:
     data = config.data
     if data.mega_batch_mult is None or (data.group_by_length and not data.packing):
         return
-    other = ("data", "packing" if data.packing else "group_by_length")
+    name = "packing" if data.packing else "group_by_length"
     yield Contradiction(
-        (("data", "mega_batch_mult"), other),
+        (("data", "mega_batch_mult"), ("data", name)),
         f"data.mega_batch_mult = {data.mega_batch_mult}: is a choice of data.group_by_length, "
-        f"but {'.'.join(other)} = {str(data.packing).lower()}; leave it out",
+        f"but data.{name} = {str(getattr(data, name)).lower()}; leave it out",
     )
 
 
