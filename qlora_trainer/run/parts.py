@@ -16,7 +16,7 @@ from qlora_trainer.run.check import inspect
 from qlora_trainer.run.continued import read_into
 from qlora_trainer.run.forecast import Forecast, forecast_run
 from qlora_trainer.run.report import Reporter, rows_read, tensors_loaded
-from qlora_trainer.run.resolve import with_chunk
+from qlora_trainer.run.resolve import with_setting
 from qlora_trainer.run.shares import idle_notes, require_agreement, require_passes, require_several
 from qlora_trainer.tasks.task import Task
 from qlora_trainer.training import setup
@@ -94,7 +94,7 @@ def prepare(
     gate = inspect(run, source, data)
     told.gate(gate)
     forecast = forecast_run(run, source, data, told, processes, choose_chunk=begins)
-    run = with_chunk(run, forecast.loss_chunk_tokens)
+    run = with_setting(run, "train", "loss_chunk_tokens", forecast.loss_chunk_tokens)
     settings = setup.model_settings(data.encoder)
     cached = run.model.quantized_cache is not None
     with processes.main_first() if cached else nullcontext():  # made by one, read by the others

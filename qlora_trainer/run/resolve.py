@@ -8,12 +8,13 @@ from pydantic import ValidationError
 from qlora_trainer.config.settings import RunConfig
 
 _FIRST_MEGA_BATCH = 50  # what `data.mega_batch_mult` was before it was a setting
+_CHOSEN_AT_THE_BEGINNING = (("train", "loss_chunk_tokens"), ("data", "mega_batch_mult"))
 
 
-def with_todays_defaults(earlier: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Settings of a run that an older version began, whole: what is new since as it was then.
+def earlier_made_whole(earlier: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Settings of a run that perhaps an older version began, with those it did not know.
 
-    What did not exist stands at its default; the order of rows stays what it was.
+    These stand at their defaults, and the order of rows at what it was.
     """
     if earlier is None:
         return None
@@ -21,10 +22,10 @@ def with_todays_defaults(earlier: dict[str, Any] | None) -> dict[str, Any] | Non
         run = RunConfig.model_validate(earlier)
     except ValidationError:
         return earlier  # a setting has gone or is narrower now: the comparison names it
-    settings = run.model_dump()
-    if "mega_batch_mult" not in earlier["data"] and run.data.group_by_length:
-        settings["data"]["mega_batch_mult"] = None if run.data.packing else _FIRST_MEGA_BATCH
-    return settings
+    sorts = run.data.group_by_length and not run.data.packing
+    if sorts and "mega_batch_mult" not in earlier["data"]:
+        run = with_setting(run, "data", "mega_batch_mult", _FIRST_MEGA_BATCH)
+    return run.model_dump()
 
 
 def at_the_same_commit(run: RunConfig, earlier: dict[str, Any]) -> RunConfig:
@@ -32,8 +33,7 @@ def at_the_same_commit(run: RunConfig, earlier: dict[str, Any]) -> RunConfig:
     model = earlier.get("model") or {}
     if run.model.revision is not None or model.get("source") != run.model.source:
         return run
-    pinned = run.model.model_copy(update={"revision": model.get("revision")})
-    return run.model_copy(update={"model": pinned})
+    return with_setting(run, "model", "revision", model.get("revision"))
 
 
 def with_the_same_dtype(run: RunConfig, begun: dict[str, Any] | None) -> RunConfig:
@@ -45,29 +45,25 @@ def with_the_same_dtype(run: RunConfig, begun: dict[str, Any] | None) -> RunConf
     """
     if begun is None or "compute_dtype" not in begun or run.model.compute_dtype != "auto":
         return run
-    model = run.model.model_copy(update={"compute_dtype": begun["compute_dtype"]})
-    return run.model_copy(update={"model": model})
+    return with_setting(run, "model", "compute_dtype", begun["compute_dtype"])
 
 
-def with_the_same_chunk(run: RunConfig, earlier: dict[str, Any]) -> RunConfig:
-    """Go on with the loss's chunk that the run began with, whatever memory leaves room for now."""
-    began = (earlier.get("train") or {}).get("loss_chunk_tokens")
-    return run if run.train.loss_chunk_tokens is not None else with_chunk(run, began)
+def with_the_same_choices(run: RunConfig, earlier: dict[str, Any]) -> RunConfig:
+    """Go on with what the run began with where nothing is asked for now.
+
+    That is the loss's chunk, whatever memory leaves room for, and the order of rows, whatever is
+    the default.
+    """
+    for section, name in _CHOSEN_AT_THE_BEGINNING:
+        if getattr(getattr(run, section), name) is None:
+            run = with_setting(run, section, name, (earlier.get(section) or {}).get(name))
+    return run
 
 
-def with_the_same_order(run: RunConfig, earlier: dict[str, Any]) -> RunConfig:
-    """Go on with the rows in the order that the run began in, whatever is the default now."""
-    began = (earlier.get("data") or {}).get("mega_batch_mult")
-    if run.data.mega_batch_mult is not None:
-        return run
-    data = run.data.model_copy(update={"mega_batch_mult": began})
-    return run.model_copy(update={"data": data})
-
-
-def with_chunk(run: RunConfig, tokens: int | None) -> RunConfig:
-    """The run with the loss's chunk that was chosen for it."""
-    train = run.train.model_copy(update={"loss_chunk_tokens": tokens})
-    return run.model_copy(update={"train": train})
+def with_setting(run: RunConfig, section: str, name: str, value: object) -> RunConfig:
+    """The run with one setting that was chosen for it."""
+    changed = getattr(run, section).model_copy(update={name: value})
+    return run.model_copy(update={section: changed})
 
 
 def resolved_settings(run: RunConfig, revision: str | None) -> dict[str, Any]:

@@ -27,11 +27,10 @@ from qlora_trainer.run.report import Reporter
 from qlora_trainer.run.rescore import free_memory, prove_saved
 from qlora_trainer.run.resolve import (
     at_the_same_commit,
+    earlier_made_whole,
     resolved_settings,
-    with_the_same_chunk,
+    with_the_same_choices,
     with_the_same_dtype,
-    with_the_same_order,
-    with_todays_defaults,
 )
 from qlora_trainer.tasks.task import ScoredTask
 from qlora_trainer.training import setup
@@ -99,12 +98,11 @@ def train(
 def _train(run: RunConfig, told: Reporter, processes: Processes, *, restart: bool) -> TrainResult:
     path = Path(run.output.folder).expanduser()
     with RunFolder(path, restart=restart, writes=processes.is_main) as folder:
-        earlier = with_todays_defaults(processes.from_main(folder.earlier_settings))
+        earlier = earlier_made_whole(processes.from_main(folder.earlier_settings))
         asked, begun = run, None
         if earlier is not None:
             begun = processes.from_main(folder.read_json("environment.json"))
-            run = at_the_same_commit(run, earlier)
-            run = with_the_same_order(with_the_same_chunk(run, earlier), earlier)
+            run = with_the_same_choices(at_the_same_commit(run, earlier), earlier)
             run = with_the_same_dtype(run, begun)
         with processes.main_first():
             source = setup.open_model(run, processes)
