@@ -1,7 +1,7 @@
 """A head's product on a CPU in fp32: in strips of the vocabulary, as the loss has it, beside whole.
 
     python scripts/benchmark_head.py [--json scripts/results/head-fp32.json]
-                                         [--repeats 25] [--threads 2]
+                                     [--repeats 25] [--threads 2]
 
 Random rows and weights in the shapes of real heads (`SHAPES`), each into memory that is there.
 Both take turns call by call in one process, so a slow moment of the machine meets both; the ratio

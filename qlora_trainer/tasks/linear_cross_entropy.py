@@ -61,12 +61,12 @@ def chunk_logits(
     logit_scale: float,
     softcap: float | None,
 ) -> Tensor:
-    """Logits of a few tokens in fp32 (fp64 for fp64 inputs), scaled and soft-capped: (C, V)."""
+    """Logits of a few tokens in fp32 (fp64 for fp64 inputs), scaled and soft-capped: (C, V).
+
+    No gradient is recorded.
+    """
     rows = hidden.to(weight.dtype)
-    if isinstance(weight, QuantizedHead):
-        raw = weight.product(rows, bias)
-    else:
-        raw = torch.nn.functional.linear(rows, weight, bias)
+    raw = head_product(rows.new_empty(rows.shape[0], weight.shape[0]), rows, weight, bias)
     return _finished(raw.to(_wide(raw.dtype)), logit_scale, softcap)
 
 
@@ -129,14 +129,14 @@ def _turn_slice(
 ) -> Tensor:  # fmt: skip
     """Overwrite what the head gave for a slice (S, V) with its gradient. -> loss sum.
 
-    Widened in `room` where there is one; adds to the bias's gradient.
+    A narrow one is widened in `room`; adds to the bias's gradient.
     """
-    wide = raw.to(_wide(raw.dtype)) if room is None else room[: raw.shape[0]].copy_(raw)
+    wide = raw if room is None else room[: raw.shape[0]].copy_(raw)
     logits = _finished(wide, logit_scale, softcap)
     loss, exact = _chunk_gradient(logits, targets, logit_scale, softcap, regularized)
     if grad_bias is not None:
         grad_bias += exact.sum(0)
-    if exact.dtype != raw.dtype:
+    if room is not None:
         raw.copy_(exact)
     return loss
 
