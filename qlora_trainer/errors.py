@@ -27,3 +27,8 @@ class UserError(Exception):
 
 class ToldElsewhereError(UserError):
     """A fault that the main process of several tells; the others leave without a word."""
+
+
+def first_line(error: BaseException) -> str:
+    """Of what an error says; its class where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

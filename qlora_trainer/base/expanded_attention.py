@@ -2,9 +2,10 @@
 
 torch's memory-efficient attention takes as many key heads as query heads; only flash attention
 takes fewer, and it begins at compute capability 8.0 (sdp::check_grouped_query_attention and
-check_sm_version, aten/src/ATen/native/transformers/cuda/sdp_utils.cpp). transformers' `sdpa` asks
-for groups wherever there is no mask, so a Turing card falls back to the kernel that builds every
-score. Here keys and values are repeated to all heads before: a few megabytes instead of T x T.
+check_sm_version, aten/src/ATen/native/transformers/cuda/sdp_utils.cpp) and not in fp32.
+transformers' `sdpa` asks for groups wherever there is no mask, so a Turing card, and any in fp32,
+falls back to the kernel that builds every score. Here keys and values are repeated to all heads
+before: a few megabytes instead of T x T.
 
 The function stands in transformers' public registries; it is set on the model instance.
 
@@ -14,6 +15,7 @@ The function stands in transformers' public registries; it is set on the model i
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 
@@ -23,17 +25,31 @@ NAME = "sdpa_expanded"
 FIRST_WITH_GROUPS = (8, 0)
 
 
-def use_expanded_attention(model: Any, compute_capability: tuple[int, int]) -> bool:
+def expands_keys(compute_capability: tuple[int, int], compute_dtype: torch.dtype) -> bool:
+    """Whether no fused kernel of a card takes fewer key heads than query heads.
+
+    >>> expands_keys((7, 5), torch.float16), expands_keys((8, 6), torch.bfloat16)
+    (True, False)
+    """
+    return compute_capability < FIRST_WITH_GROUPS or compute_dtype == torch.float32
+
+
+def use_expanded_attention(
+    model: Any, compute_capability: tuple[int, int], compute_dtype: torch.dtype
+) -> bool:
     """Expand keys and values first where a card's fused kernel needs it.
 
     Args:
         model: Of transformers; only one whose attention is `sdpa` is changed.
         compute_capability: Of the card.
+        compute_dtype: Of queries and keys.
 
     Returns:
         Whether it does now.
     """
-    return compute_capability < FIRST_WITH_GROUPS and replace_sdpa(model, NAME, attend_expanded)
+    return expands_keys(compute_capability, compute_dtype) and replace_sdpa(
+        model, NAME, attend_expanded
+    )
 
 
 def attend_expanded(

@@ -92,8 +92,15 @@ def host_table(model: Any, beside: Sequence[Tensor] = ()) -> Tensor:
 def keep_on_host(model: Any, device: torch.device) -> None:
     """Put the wrapper around the model's embedding; its table must be where it shall stay.
 
+    transformers takes the device of a model's first parameter, the table, for the model's, and
+    `generate` moves ids, mask and positions there at every token. So this instance, and no other
+    of its class, says where it computes.
+
     Args:
         model: All of it settled.
         device: Where it computes.
     """
     model.set_input_embeddings(HostEmbedding(model.get_input_embeddings(), Transfers(device)))
+    kind = type(model)
+    says = {"__module__": kind.__module__, "device": property(compute_device)}
+    model.__class__ = type(kind.__name__, (kind,), says)

@@ -11,6 +11,8 @@ import json
 import logging
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,20 +21,21 @@ import huggingface_hub
 from huggingface_hub import HfApi, constants, errors, hf_hub_download, snapshot_download
 from huggingface_hub.utils._validators import validate_repo_id
 
-from qlora_trainer.base.checkpoint import INDEX_FILE, SINGLE_FILE
+from qlora_trainer.base.checkpoint import INDEX_FILE, SINGLE_FILE, open_checkpoint
+from qlora_trainer.base.hub_failures import (
+    HUB_FAILURES,
+    TRANSFER_FAILURES,
+    explain_hub_error,
+    hub_status,
+)
 from qlora_trainer.base.shard_header import strange_shards
-from qlora_trainer.errors import UserError
+from qlora_trainer.errors import UserError, first_line
 from qlora_trainer.units import format_bytes
 
 _LOG = logging.getLogger(__name__)
-_TEXT_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken")
+_TEXT_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".spm", ".codes", ".tokenizer")
+_PREPROCESSING = ("*token*", "vocab*", "*processor_config.json", "*.spm", "*.model", "*.codes")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-# What huggingface_hub and the HTTP library below it raise when the network or the hub says no.
-_HUB_FAILURES: tuple[type[Exception], ...] = (
-    OSError,
-    errors.EntryNotFoundError,
-    *(kind for kind in (getattr(errors, "HTTPError", None),) if kind is not None),
-)
 
 
 @dataclass(frozen=True)
@@ -77,41 +80,13 @@ def resolve_model(
             )
         return ResolvedModel(folder.resolve(), source, None)
     _check_hub_name(source)
-    snapshot = None if _is_offline() else _fetch(source, revision, cache_dir, trust_remote_code)
+    snapshot = _whole(source, revision, cache_dir, trust_remote_code)
+    if snapshot is None and not _is_offline():
+        snapshot = _fetch(source, revision, cache_dir, trust_remote_code)
     if snapshot is None:
         snapshot = _cached(source, revision, cache_dir)
     commit = snapshot.name if _COMMIT.fullmatch(snapshot.name) else None
     return ResolvedModel(snapshot, source, commit)
-
-
-def explain_hub_error(error: Exception, source: str, revision: str | None) -> UserError:
-    """What a failure means and what to do about it."""
-    page = f"{constants.ENDPOINT}/{source}"
-    if isinstance(error, errors.GatedRepoError):
-        text = (
-            f"{source} is gated: accept its conditions at {page} with your account, then run "
-            "`hf auth login` (or set HF_TOKEN) on this machine"
-        )
-    elif isinstance(error, errors.RepositoryNotFoundError):
-        text = (
-            f"{source} is not on the hub, or is private: check the spelling at {page}; for a "
-            "private model run `hf auth login`; for a local model name its folder, which must exist"
-        )
-    elif isinstance(error, errors.RevisionNotFoundError):
-        text = f"{source} has no revision {revision!r}; branches and tags: {page}/branches"
-    elif isinstance(error, OSError) and error.errno == 28:
-        text = f"{source}: the disk is full ({constants.HF_HUB_CACHE}); free space, or set HF_HOME"
-    elif _status(error) in (401, 403):
-        text = (
-            f"{source}: the hub refuses access ({_status(error)}); run `hf auth login` with an "
-            f"account that may read {page}"
-        )
-    else:
-        text = (
-            f"{source} cannot be fetched ({type(error).__name__}: {_first_line(error)}); check the "
-            "network and run again: a download resumes. A local folder needs no network"
-        )
-    return UserError(text)
 
 
 def choose_files(names: list[str], shards: list[str], *, trust_remote_code: bool) -> list[str]:
@@ -142,7 +117,7 @@ def _check_hub_name(source: str) -> None:
         validate_repo_id(source)
     except errors.HFValidationError as error:
         raise UserError(
-            f"{source!r} is neither a folder nor a hub name (owner/name): {_first_line(error)}"
+            f"{source!r} is neither a folder nor a hub name (owner/name): {first_line(error)}"
         ) from error
 
 
@@ -152,11 +127,11 @@ def _fetch(
     """Bring what is not here yet; None where there is no network, which is said aloud."""
     try:
         info = HfApi().model_info(source, revision=revision, files_metadata=True)
-    except _HUB_FAILURES as error:
-        if (_status(error) or 500) < 500:  # the hub answers, and says no
+    except HUB_FAILURES as error:
+        if (hub_status(error) or 500) < 500:  # the hub answers, and says no
             raise explain_hub_error(error, source, revision) from error
         _LOG.warning(
-            "%s: the hub cannot be reached (%s); looking in the cache", source, _first_line(error)
+            "%s: the hub cannot be reached (%s); looking in the cache", source, first_line(error)
         )
         return None
     sizes = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or ()}
@@ -164,12 +139,35 @@ def _fetch(
         shards = _weight_files(source, revision, cache_dir, set(sizes))
         wanted = choose_files(list(sizes), shards, trust_remote_code=trust_remote_code)
         _check_space(source, wanted, sizes, info.sha, cache_dir)
-        found = snapshot_download(
-            source, revision=revision, cache_dir=cache_dir, allow_patterns=wanted
-        )
-    except _HUB_FAILURES as error:
+        with _transfer(source, revision):
+            found = snapshot_download(
+                source, revision=revision, cache_dir=cache_dir, allow_patterns=wanted
+            )
+    except HUB_FAILURES as error:
         raise explain_hub_error(error, source, revision) from error
     return Path(found)
+
+
+def _whole(
+    source: str, revision: str | None, cache_dir: Path | None, trust_remote_code: bool
+) -> Path | None:
+    """A commit's snapshot with nothing left to fetch: it cannot change, so nobody is asked."""
+    if revision is None or not _COMMIT.fullmatch(revision):
+        return None
+    suffixes = (*_TEXT_SUFFIXES, ".py") if trust_remote_code else _TEXT_SUFFIXES
+    try:  # fails where the list of the repository's files, if it was kept, names one not here
+        folder = Path(
+            snapshot_download(
+                source, revision=revision, cache_dir=cache_dir, local_files_only=True,
+                allow_patterns=[f"*{suffix}" for suffix in suffixes],
+                ignore_patterns=["*/*", "*.bin.index.json"],
+            )
+        )  # fmt: skip
+        open_checkpoint(folder)
+    except (OSError, UserError):
+        return None
+    # Another tool may have brought the weights alone.
+    return folder if any(any(folder.glob(pattern)) for pattern in _PREPROCESSING) else None
 
 
 def _cached(source: str, revision: str | None, cache_dir: Path | None) -> Path:
@@ -207,7 +205,8 @@ def _weight_files(
 
 
 def _index_shards(source: str, revision: str | None, cache_dir: Path | None) -> list[str]:
-    path = hf_hub_download(source, INDEX_FILE, revision=revision, cache_dir=cache_dir)
+    with _transfer(source, revision):
+        path = hf_hub_download(source, INDEX_FILE, revision=revision, cache_dir=cache_dir)
     try:
         content: Any = json.loads(Path(path).read_text(encoding="utf-8"))
         # The names become patterns of what to fetch, so a `*` here would fetch anything.
@@ -239,14 +238,14 @@ def _check_space(
         )
 
 
+@contextmanager
+def _transfer(source: str, revision: str | None) -> Iterator[None]:
+    """Tell what ends a download; hf_xet says a lost network and a full disk by RuntimeError."""
+    try:
+        yield
+    except TRANSFER_FAILURES as error:
+        raise explain_hub_error(error, source, revision) from error
+
+
 def _is_offline() -> bool:
     return bool(constants.HF_HUB_OFFLINE)
-
-
-def _status(error: Exception) -> int | None:
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    return status if isinstance(status, int) else None
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -74,7 +74,8 @@ def load_base(
 def choose_attention(model: Any, spec: BaseSpec, device: torch.device) -> None:
     """Give a model the attention its device computes best; what the user chose stays."""
     if device.type == "cuda":
-        use_expanded_attention(model, torch.cuda.get_device_capability(device))
+        capability = torch.cuda.get_device_capability(device)
+        use_expanded_attention(model, capability, spec.compute_dtype)
     if device.type == "cpu" and chooses_tiles(spec.attention, spec.compute_dtype):
         use_tiled_attention(model)
 

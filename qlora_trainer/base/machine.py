@@ -4,6 +4,7 @@
 nothing asks the network.
 """
 
+import os
 import platform
 import shutil
 import sys
@@ -16,6 +17,7 @@ import psutil
 import torch
 
 from qlora_trainer.base.dtype import NATIVE_BF16_CAPABILITY, cpu_multiplies_bf16
+from qlora_trainer.errors import first_line
 from qlora_trainer.units import format_bytes
 
 _PACKAGES = ("torch", "transformers", "bitsandbytes", "accelerate", "safetensors", "datasets")
@@ -53,7 +55,8 @@ def choose_device(requested: str, number: int = 0) -> torch.device:
     Raises:
         ValueError: A GPU is asked for and torch finds none, or none of that number.
     """
-    gpus = torch.cuda.device_count()
+    # A driver too old for this build is counted all the same, and fails whoever asks it more.
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if requested == "auto":
         return torch.device("cuda", number) if gpus else torch.device("cpu")
     device = torch.device(requested)
@@ -63,6 +66,36 @@ def choose_device(requested: str, number: int = 0) -> torch.device:
     if index >= gpus:
         raise ValueError(f"torch finds {gpus} GPUs; `qlora doctor` says why")
     return torch.device("cuda", index)
+
+
+def unused_gpu(device: torch.device) -> str | None:
+    """Why torch leaves a GPU alone that this machine seems to have; None where nothing is amiss.
+
+    Args:
+        device: What `auto` came to.
+    """
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1")
+    driver = shutil.which("nvidia-smi") is not None or Path("/dev/nvidia0").exists()
+    if device.type != "cpu" or hidden or not driver:
+        return None
+    if torch.version.cuda is None and torch.version.hip is None:
+        return f"torch {torch.__version__} is a CPU build"
+    return "torch finds no usable GPU"
+
+
+def windows_driver(system: str = sys.platform, release: str | None = None) -> bool:
+    """Whether Windows' display driver has the cards: on Windows, and on WSL, which says `linux`.
+
+    It cannot oversubscribe managed memory, so what is paged stands on the card
+    (microsoft/WSL#7198), and it may spill into RAM without a word (microsoft/WSL#11050).
+
+    Args:
+        system: As `sys.platform` says it.
+        release: Of the kernel; None asks for this machine's. WSL's own kernel says `microsoft` (in
+            a container too), those people build for it say `WSL2`.
+    """
+    kernel = (platform.release() if release is None else release).lower()
+    return system == "win32" or (system == "linux" and ("microsoft" in kernel or "wsl2" in kernel))
 
 
 def host_memory_bytes() -> tuple[int, int]:
@@ -120,8 +153,9 @@ def _gpu(index: int) -> Finding:
     advice = [
         "" if native else "bf16 is emulated on this card, so runs compute in fp16",
         "close what else uses the card" if busy else "",
-        "the driver may spill into RAM silently: turn off sysmem fallback in the driver's panel"
-        if sys.platform == "win32"
+        "the driver may spill into RAM silently: turn off sysmem fallback in the driver's panel "
+        "(WSL may not heed it)"
+        if windows_driver()
         else "",
     ]
     said = "; ".join(filter(None, advice))
@@ -139,13 +173,17 @@ def _cpu() -> Finding:
 def _nf4_works() -> Finding:
     """Quantize a tensor and read it back, on the device a run would take."""
     device = choose_device("auto")
-    weight = torch.linspace(-1, 1, 4096, device=device)
     try:
+        weight = torch.linspace(-1, 1, 4096, device=device)
         codes, state = bitsandbytes.functional.quantize_4bit(weight, quant_type="nf4")
         error = (bitsandbytes.functional.dequantize_4bit(codes, state) - weight).abs().max()
     except (RuntimeError, OSError, AttributeError) as failure:
         advice = "run `python -m bitsandbytes`; it tells which library is missing"
-        return Finding("nf4", f"bitsandbytes fails on {device}: {failure}", "bad", advice)
+        if isinstance(failure, torch.OutOfMemoryError):
+            advice = "another program fills the card; `nvidia-smi` names it"
+        elif "no kernel image" in str(failure):
+            advice = "install a build of torch with kernels for this card, as its site tells"
+        return Finding("nf4", f"fails on {device}: {first_line(failure)}", "bad", advice)
     if not error < 0.2:
         state_text = f"values come back wrong by {float(error):.3f} on {device}"
         advice = "reinstall bitsandbytes for your CUDA version"

@@ -22,7 +22,7 @@ from qlora_trainer.base.quantize import (
     empty_nf4,
     quantize_nf4,
 )
-from qlora_trainer.base.weight_parts import frozen_input_gradient, frozen_product
+from qlora_trainer.base.weight_parts import as_output, frozen_input_gradient, frozen_product
 
 # Rows up to which bitsandbytes' fused 4-bit kernel beats rebuilding the dense weight on CUDA
 # (decoding one token for a few sequences); it refuses larger ones by itself.
@@ -286,7 +286,8 @@ class _FrozenProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: NF4Linear) -> Tensor:
         ctx.layer, ctx.shape = layer, x.shape
-        return layer.product(x)
+        y = layer.product(x)
+        return as_output(y, y.shape)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None]:

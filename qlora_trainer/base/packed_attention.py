@@ -32,6 +32,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from qlora_trainer.base.expanded_attention import NAME as EXPANDED
+from qlora_trainer.base.host_embedding import compute_device
 from qlora_trainer.base.tiled_attention import NAME as TILED
 from qlora_trainer.base.variable_length import attend_at_once, why_example_by_example
 
@@ -197,7 +198,7 @@ def _why_example_by_example(
 
 def how_packed(model: Any) -> str | None:
     """In words, how packed examples attend on the model's card; None where it is on none."""
-    device = next(model.parameters()).device
+    device = compute_device(model)
     if device.type != "cuda" or not takes_example_lengths(model):
         return None
     config = model.config.get_text_config()

@@ -57,7 +57,7 @@ def quantize_nf4(weight: Tensor, *, block_size: int = 64, double_quant: bool = T
         raise ValueError(f"block_size = {block_size}: must be one of {BLOCK_SIZES}")
     with torch.no_grad():
         codes, absmax = _quantize_blocks(weight, block_size)
-        if absmax.device.type != "meta" and not bool(torch.isfinite(absmax.amax())):
+        if absmax.device.type != "meta" and not _is_finite(weight, absmax):
             raise ValueError("holds values that are not finite (NaN or infinity)")
         if not double_quant:
             return NF4Tensors(codes, absmax)
@@ -149,6 +149,13 @@ def quant_state(
         blocksize=block_size, quant_type="nf4", dtype=dtype, offset=tensors.absmax_offset,
         state2=nested,
     )  # fmt: skip
+
+
+def _is_finite(weight: Tensor, absmax: Tensor) -> bool:
+    """Whether a weight is; seen from its scales on a CPU. A card's kernel passes over NaN there."""
+    on_cpu = weight.device.type == "cpu"
+    extremes = (absmax.amax(),) if on_cpu else torch.aminmax(weight.detach())
+    return bool(torch.stack(list(extremes)).isfinite().all())
 
 
 def _quantize_blocks(weight: Tensor, block_size: int) -> tuple[Tensor, Tensor]:

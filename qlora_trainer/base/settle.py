@@ -126,6 +126,11 @@ class _Settling:
         if spec.embeddings_on_host:
             on_host.append(host_table(model, beside=on_host))
         self._on_host = {id(parameter) for parameter in on_host}
+        self._host_modules = {
+            path
+            for path, module in model.named_modules()
+            if any(id(p) in self._on_host for p in module.parameters(recurse=False))
+        }
         self._places = _parameter_places(model, set(self._quantized))
         self._count, self._number = len(self._quantized) + len(self._places), 0
         self._fp32 = stays_fp32(model, fp16=spec.compute_dtype == torch.float16)
@@ -170,7 +175,9 @@ class _Settling:
                 full_name = _full_name(path, name)
                 if self._has_turn(full_name, prefix):
                     dtype = self._buffers.get(full_name, buffer.dtype)
-                    module._buffers[name] = _moved(buffer.detach(), home, dtype)
+                    # Gemma multiplies what its table gave, there, by a scale held in a buffer.
+                    place = buffer.device if path in self._host_modules else home
+                    module._buffers[name] = _moved(buffer.detach(), place, dtype)
 
     def _told(self, path: str) -> None:
         self._number += 1

@@ -14,6 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qlora_trainer.errors import UserError, first_line
+from qlora_trainer.units import format_bytes
+
 _SMALLEST_PIECE = 2**20
 
 
@@ -29,6 +32,24 @@ def piece_sizes(size_bytes: int) -> list[int]:
         sizes.append(1 << (left.bit_length() - 1))
         left -= sizes[-1]
     return [*sizes, _SMALLEST_PIECE] if left else sizes
+
+
+def pinned_bytes(size_bytes: int) -> Tensor:
+    """Bytes of host memory that a card may copy by itself.
+
+    Raises:
+        UserError: The driver gives none. torch then says that CUDA is out of memory, though no
+            card is; under WSL it may be so long before the RAM is used up.
+    """
+    try:
+        return torch.empty(size_bytes, dtype=torch.uint8, pin_memory=True)
+    except RuntimeError as error:
+        raise UserError(
+            f"the driver gives no further {format_bytes(size_bytes)} of pinned host memory "
+            f"({first_line(error)}). Do without: model.stream_layers: false, "
+            "model.head_on_host: false, train.activations: recompute; under WSL and in containers "
+            "the limit is theirs (`memory` in .wslconfig; `ulimit -l`)"
+        ) from error
 
 
 class Copy:
@@ -68,9 +89,10 @@ class Transfers:
 
     def host_buffer(self, size_bytes: int) -> Tensor:
         """Bytes in host memory, pinned where the device copies by itself."""
+        if self.device.type == "cuda":
+            return pinned_bytes(size_bytes)
         place = self.device if self.device.type == "meta" else torch.device("cpu")
-        pinned = self.device.type == "cuda"
-        return torch.empty(size_bytes, dtype=torch.uint8, device=place, pin_memory=pinned)
+        return torch.empty(size_bytes, dtype=torch.uint8, device=place)
 
     def to_host(self, tensor: Tensor) -> tuple[list[Tensor], Copy]:
         """Begin to copy a contiguous tensor into new host buffers."""

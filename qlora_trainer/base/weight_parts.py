@@ -13,7 +13,7 @@ once a part. So do those on other devices, whose allocators keep memory.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -45,6 +45,16 @@ def dense_weight(base: Any, dtype: torch.dtype) -> Tensor:
 def dense_bias(base: Any, dtype: torch.dtype) -> Tensor | None:
     """Bias (out) of a linear-like base in `dtype`, or None."""
     return None if base.bias is None else base.bias.detach().to(dtype)
+
+
+def as_output(y: Tensor, shape: Sequence[int]) -> Tensor:
+    """`y` in another shape, as an autograd function's output that callers may add to in place.
+
+    To autograd it is no view; views that such a function returns may not be changed (Falcon adds
+    its attention's output to its MLP's).
+    """
+    shaped: Tensor = torch.ops.aten._unsafe_view.default(y, list(shape))
+    return shaped
 
 
 def frozen_product(base: Any, x: Tensor) -> Tensor:

@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from qlora_trainer.base.checksums import sha256_of_file
+from qlora_trainer.base.hub_failures import TRANSFER_FAILURES
 from qlora_trainer.data.faults import Fault, FaultLog
 from qlora_trainer.data.files import READERS, file_type, read_file, without_nulls
+from qlora_trainer.data.hub_faults import explain_data_error
 from qlora_trainer.data.picture_files import is_picture, named_picture, picture_files
 from qlora_trainer.data.text_lines import Row
 from qlora_trainer.errors import UserError
@@ -223,22 +225,13 @@ def _load_saved(source: DataSource, folder: Path) -> Any:
 
 def _load_hub(source: DataSource) -> Any:
     import datasets
-    from datasets.exceptions import DatasetNotFoundError
+    from datasets.exceptions import DatasetsError
 
     datasets.disable_progress_bars()
     try:
         table = datasets.load_dataset(source.path, source.name, revision=source.revision)
-    except (DatasetNotFoundError, ConnectionError, FileNotFoundError) as error:
-        raise UserError(
-            f"data source {source.path}: no such file here, and no such data set could be fetched "
-            f"from the Hugging Face hub ({str(error).splitlines()[0]}); mend the path, or go "
-            "online (unset HF_HUB_OFFLINE), or download the files and give their folder; a gated "
-            "data set needs `hf auth login`"
-        ) from error
-    except (ValueError, RuntimeError) as error:
-        raise UserError(
-            f"data source {source.path}: {error}; set `name` and `split` of the data set"
-        ) from error
+    except (DatasetsError, *TRANSFER_FAILURES, ValueError) as error:
+        raise UserError(f"data source {source.path}: {explain_data_error(error)}") from error
     return _pick_split(source, table)
 
 

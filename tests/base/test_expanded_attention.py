@@ -3,7 +3,7 @@ import copy
 import pytest
 import torch
 
-from qlora_trainer.base.expanded_attention import NAME, use_expanded_attention
+from qlora_trainer.base.expanded_attention import NAME, expands_keys, use_expanded_attention
 from tests.base.conftest import grouped_llama
 
 
@@ -21,7 +21,8 @@ def test_expanded_keys_change_neither_outputs_nor_gradients(model, padded):
     found = []
     for capability in ((8, 0), (7, 5)):
         tried = copy.deepcopy(model)
-        assert use_expanded_attention(tried, capability) == (capability == (7, 5))
+        expanded = use_expanded_attention(tried, capability, torch.bfloat16)
+        assert expanded == (capability == (7, 5))
         logits = tried(input_ids=tokens, attention_mask=mask).logits[mask.bool()]
         logits.square().mean().backward()
         found.append((logits, tried.model.layers[0].self_attn.k_proj.weight.grad))
@@ -29,8 +30,22 @@ def test_expanded_keys_change_neither_outputs_nor_gradients(model, padded):
         torch.testing.assert_close(expanded, plain, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("capability", "dtype", "expands"),
+    [
+        ((7, 5), torch.float16, True),
+        ((8, 6), torch.bfloat16, False),
+        ((8, 6), torch.float16, False),
+        ((8, 6), torch.float32, True),  # flash attention computes in 16 bit only
+        ((12, 0), torch.float32, True),
+    ],
+)
+def test_keys_are_expanded_where_no_fused_kernel_takes_groups(capability, dtype, expands):
+    assert expands_keys(capability, dtype) == expands
+
+
 def test_attention_chosen_by_the_user_stays(model):
     chosen = copy.deepcopy(model)
     chosen.set_attn_implementation("eager")
-    assert not use_expanded_attention(chosen, (7, 5))
+    assert not use_expanded_attention(chosen, (7, 5), torch.float16)
     assert chosen.config._attn_implementation != NAME

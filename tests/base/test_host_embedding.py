@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from qlora_trainer.base.audit import audit_base
 from qlora_trainer.base.host_embedding import HostEmbedding, compute_device
 from qlora_trainer.base.load import BaseSpec, build_weightless_base, load_base
+from qlora_trainer.base.settle import buffer_dtypes, settle
 from qlora_trainer.base.transfers import Transfers
 from qlora_trainer.errors import UserError
 from qlora_trainer.lora.inject import adapter_parameters, inject_adapter
@@ -87,6 +88,22 @@ def test_a_model_computes_where_all_else_is() -> None:
     model = torch.nn.Sequential(table, torch.nn.Linear(4, 4, device="meta"))
     assert next(model.parameters()).device.type == "cpu"
     assert compute_device(model).type == "meta"
+
+
+def test_a_model_says_where_it_computes(save_tiny: Callable[..., Path]) -> None:
+    """`generate` moves ids, mask and positions to `model.device`, which must be no table's."""
+    folder = save_tiny("gemma2", AutoModelForCausalLM)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    kind = type(model)
+    host = replace(HOST, head_on_host=True)
+    settle(model, host, torch.device("meta"), buffer_dtypes(model), None)
+    table = model.get_input_embeddings()
+    assert table.weight.device == CPU
+    # Gemma's scale is multiplied on the host, with what the table gave there
+    assert {buffer.device for buffer in table.buffers()} == {CPU}
+    assert model.device.type == "meta"
+    assert isinstance(model, kind)
+    assert kind.__dict__.get("device") is None  # the class itself is as it was
 
 
 def test_a_table_tied_to_the_head_is_refused(save_tiny: Callable[..., Path]) -> None:

@@ -101,6 +101,11 @@ def test_only_what_a_run_needs_is_chosen() -> None:
     assert "modeling.py" in choose_files(names, [], trust_remote_code=True)
 
 
+def test_every_kind_of_tokenizer_file_is_chosen() -> None:
+    names = ["bpe.codes", "source.spm", "target.spm", "xlnet.tokenizer"]
+    assert choose_files(names, [], trust_remote_code=False) == names
+
+
 class Hub(ThreadingHTTPServer):
     """As much of the hub as a download needs: repositories of files at one commit."""
 
@@ -149,6 +154,8 @@ class Answer(BaseHTTPRequestHandler):
         if name not in self.server.repositories:
             return self.refuse(404, "RepoNotFound")
         files = self.server.repositories[name]
+        if name == "owner/walled" and not path.startswith("/api/models/"):
+            return self.refuse(403, "")  # as a token without the right to read files
         if not path.startswith("/api/models/"):
             return self.send_file(files, "/".join(parts[4:]))
         if parts[2:3] == ["revision"] and parts[3] not in ("main", COMMIT):
@@ -199,6 +206,7 @@ def hub(save_tiny: SaveTiny) -> Iterator[Hub]:
     server.repositories = {
         "owner/name": sound | extra,
         "owner/single": {"model.safetensors": b""},
+        "owner/walled": {"model.safetensors": b""},
         "owner/pickled": {"config.json": b"{}", "pytorch_model.bin": b"pickle"},
     }
     server.requested, server.cut_once = [], set()
@@ -210,6 +218,12 @@ def hub(save_tiny: SaveTiny) -> Iterator[Hub]:
     thread.join()
 
 
+_XET_FAILS = """
+import huggingface_hub.file_download
+def fail(*_, **__):
+    raise RuntimeError({!r})
+huggingface_hub.file_download.http_get = fail  # as hf_xet ends, which takes its place on the hub
+"""
 _CLIENT = """
 import json, sys
 from pathlib import Path
@@ -224,14 +238,16 @@ for source, revision in json.loads(sys.argv[1]):
 """
 
 
-def resolve_online(endpoint: str, cache: Path, *sources: tuple[str, str | None]) -> list[Any]:
+def resolve_online(
+    endpoint: str, cache: Path, *sources: tuple[str, str | None], before: str = ""
+) -> list[Any]:
     environment = os.environ | {
         "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": endpoint, "HF_HUB_DISABLE_XET": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HOME": str(cache / "home"),
         "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1",
     }  # fmt: skip
     run = subprocess.run(
-        [sys.executable, "-c", _CLIENT, json.dumps(sources), str(cache)],
+        [sys.executable, "-c", before + _CLIENT, json.dumps(sources), str(cache)],
         capture_output=True, text=True, check=False, timeout=120, env=environment,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
@@ -262,19 +278,21 @@ def test_a_hub_model_comes_pinned_whole_and_without_pickles(hub: Hub, tmp_path: 
 
 
 def test_refusals_of_the_hub_say_what_to_do(hub: Hub, tmp_path: Path) -> None:
-    gated, missing, revision, pickled = resolve_online(
+    gated, missing, revision, pickled, walled = resolve_online(
         hub.endpoint,
         tmp_path / "cache",
         ("owner/gated", None),
         ("owner/mising", None),
         ("owner/name", "v9"),
         ("owner/pickled", None),
+        ("owner/walled", None),
     )
     assert f"owner/gated is gated: accept its conditions at {hub.endpoint}/owner/gated" in gated
     assert "hf auth login" in gated
     assert "owner/mising is not on the hub, or is private" in missing
     assert "owner/name has no revision 'v9'" in revision
     assert "owner/pickled has no safetensors weights, only: pytorch_model.bin" in pickled
+    assert "owner/walled: the hub refuses access (403); run `hf auth login`" in walled
     assert hub.requested == []
 
 
@@ -308,3 +326,39 @@ def test_without_a_network_the_cache_serves_and_else_the_way_out_is_said(tmp_pat
     assert "owner/other (revision main) is not in the cache" in missing
     assert "the hub cannot be reached" in missing
     assert "a download resumes" in missing
+
+
+@pytest.mark.parametrize("name", ["owner/name", "owner/single"])  # the index, the weights
+def test_what_xet_raises_is_told_like_any_other_failure(
+    hub: Hub, tmp_path: Path, name: str
+) -> None:
+    lost = "Task error: File reconstruction error: CAS Client Error: error sending request"
+    full = "Data processing error: I/O error: No space left on device (os error 28)"
+    (network,) = resolve_online(
+        hub.endpoint, tmp_path / "a", (name, None), before=_XET_FAILS.format(lost)
+    )
+    assert f"{name} cannot be fetched (RuntimeError: {lost}); check the network" in network
+    (disk,) = resolve_online(
+        hub.endpoint, tmp_path / "b", (name, None), before=_XET_FAILS.format(full)
+    )
+    assert f"{name}: the disk is full" in disk
+
+
+def test_a_pinned_commit_that_is_here_whole_is_not_asked_for(hub: Hub, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    files = hub.repositories["owner/name"]
+    files["tokenizer.json"] = b"{}"
+    ((folder, _),) = resolve_online(hub.endpoint, cache, ("owner/name", COMMIT))
+    del hub.repositories["owner/name"]  # renamed, made private, or out of the rate limit
+    pinned, newest = resolve_online(
+        hub.endpoint, cache, ("owner/name", COMMIT), ("owner/name", None)
+    )
+    assert pinned == [folder, COMMIT]
+    assert "owner/name is not on the hub, or is private" in newest
+    hub.repositories["owner/name"] = files
+    shard = next(path for path in Path(folder).iterdir() if path.name.startswith("model-"))
+    for lost in (shard, Path(folder) / "tokenizer.json"):
+        content = lost.read_bytes()
+        lost.unlink()
+        assert resolve_online(hub.endpoint, cache, ("owner/name", COMMIT)) == [[folder, COMMIT]]
+        assert lost.read_bytes() == content  # from the hub

@@ -6,7 +6,8 @@ from typing import Any, cast
 import pytest
 import torch
 
-from qlora_trainer.base.transfers import Copy, Transfers, piece_sizes
+from qlora_trainer.base.transfers import Copy, Transfers, piece_sizes, pinned_bytes
+from qlora_trainer.errors import UserError
 
 CPU = torch.device("cpu")
 
@@ -65,3 +66,9 @@ def test_the_stream_of_the_models_own_device_waits(monkeypatch: pytest.MonkeyPat
     broken_off = Copy(torch.ones(2), event, second)
     del broken_off
     assert waited == [(second, event)] * 2
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="only a machine without a card refuses it")
+def test_pinned_memory_that_is_refused_is_told_with_ways_out() -> None:
+    with pytest.raises(UserError, match=r"1.0 MiB of pinned host memory.*stream_layers: false"):
+        pinned_bytes(2**20)
