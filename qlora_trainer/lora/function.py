@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
-from qlora_trainer.base.weight_parts import frozen_input_gradient, frozen_product
+from qlora_trainer.base.weight_parts import as_output, frozen_input_gradient, frozen_product
 
 
 def draw_dropout_seed() -> int:
@@ -141,7 +141,7 @@ class LowRankLinearFunction(torch.autograd.Function):
         ctx.seed = draw_dropout_seed() if dropout else 0
         rows = x.reshape(-1, x.shape[-1])  # (N, in)
         y = low_rank_product(rows, base, lora_A, lora_B, scale, dropout, ctx.seed)
-        return y.view(*x.shape[:-1], y.shape[-1])
+        return as_output(y, (*x.shape[:-1], y.shape[-1]))
 
     @staticmethod
     @once_differentiable

@@ -41,6 +41,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from qlora_trainer.base.weight_parts import as_output
 from qlora_trainer.lora.function import as_factors
 from qlora_trainer.lora.projections import Projection, project, projection_gradients
 
@@ -193,7 +194,7 @@ class _Keep(torch.autograd.Function):
         y = mlp.forward(x.reshape(-1, x.shape[-1]), kept)
         ctx.save_for_backward(x, *factors, *kept)
         ctx.mlp = mlp
-        return y.view(x.shape)
+        return as_output(y, x.shape)
 
     @staticmethod
     @once_differentiable
@@ -218,7 +219,7 @@ class _Leave(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, mlp: GatedMLP) -> Tensor:
-        return mlp.forward(x.reshape(-1, x.shape[-1])).view(x.shape)
+        return as_output(mlp.forward(x.reshape(-1, x.shape[-1])), x.shape)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:

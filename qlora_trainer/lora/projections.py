@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from qlora_trainer.base.weight_parts import frozen_input_gradient, frozen_product
+from qlora_trainer.base.weight_parts import as_output, frozen_input_gradient, frozen_product
 from qlora_trainer.lora.function import (
     as_factors,
     draw_dropout_seed,
@@ -208,7 +208,7 @@ class _Project(torch.autograd.Function):
         ctx.save_for_backward(x, *factors)
         ctx.projections = projections
         projected = project(x.reshape(-1, x.shape[-1]), projections)
-        return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in projected)
+        return tuple(as_output(y, (*x.shape[:-1], y.shape[-1])) for y in projected)
 
     @staticmethod
     @once_differentiable
