@@ -256,7 +256,8 @@ class MemorySettings(Settings):
     """What a run may take of the machine, and what is tried before its first step."""
 
     desktop_share: Size | None = Field(
-        None, description="left to the desktop where a card is foreseen; null: 1 GiB on Windows"
+        None,
+        description="left to the desktop where a card is foreseen; null: 1 GiB on Windows, WSL",
     )
     must_fit: bool = Field(
         True, description="refuse a run that is foreseen not to fit the card, RAM or disk"

@@ -21,8 +21,8 @@ below, taken from c10/cuda/CUDACachingAllocator.cpp and c10/cuda/CUDAAllocatorCo
   come out up to one score matrix wrong in reserved memory, with this order exact to the byte);
 - a block used on another stream is free only after that stream's event (`record_stream`).
 
-Not modelled: max_split_size, roundup_power2_divisions, garbage_collection_threshold (off by
-default), CUDA graphs' private pools.
+Not modelled: the other keys of the allocator's configuration (`memory/allocator_settings.py` names
+those that are set), all off by default, and CUDA graphs' private pools.
 """
 
 from qlora_trainer.memory.blocks import Block, Pool

@@ -24,7 +24,7 @@ from transformers.integrations.sdpa_attention import (
 )
 from transformers.masking_utils import sdpa_mask
 
-from qlora_trainer.base.expanded_attention import FIRST_WITH_GROUPS
+from qlora_trainer.base.expanded_attention import expands_keys
 from qlora_trainer.base.tiled_attention import takes_tiles, tiled_attention
 from qlora_trainer.memory.gpus import Gpu
 from qlora_trainer.memory.tracker import AllocationTracker
@@ -49,8 +49,9 @@ def answers_for(batch: Batch) -> dict[str, bool]:
 
 
 def choose_kernel(
-    gpu: Gpu, dtype: torch.dtype, head_size: int, *, masked: bool, grouped: bool
-) -> str:
+    gpu: Gpu, dtype: torch.dtype, head_size: int, *, masked: bool, grouped: bool,
+    unequal: bool = False,
+) -> str:  # fmt: skip
     """The kernel `scaled_dot_product_attention` takes on a card.
 
     Args:
@@ -59,9 +60,10 @@ def choose_kernel(
         head_size: The larger one of keys and values.
         masked: A mask tensor is given (a causal flag is none).
         grouped: Fewer key heads than query heads, not expanded beforehand.
+        unequal: Values are of another size than keys, as in DeepSeek's attention.
     """
     half = dtype in (torch.float16, torch.bfloat16)
-    if half and gpu.capability >= 80 and head_size <= 256 and not masked:
+    if half and gpu.capability >= 80 and head_size <= 256 and not (masked or unequal):
         return FLASH
     known = half if gpu.capability >= 80 else dtype == torch.float16
     aligned = head_size % (8 if half else 4) == 0
@@ -153,8 +155,8 @@ def attention_for(gpu: Gpu | None, *, in_tiles: bool = False) -> str:
         if in_tiles and takes_tiles(module, query, key, value, attention_mask, **choices):
             return tiled_attention(query, key, value, scaling), None
         grouped = getattr(module, "num_key_value_groups", 1) > 1
-        # before 8.0 `base/expanded_attention.py` repeats the keys, as no fused kernel knows groups
-        early = gpu is not None and gpu.compute_capability < FIRST_WITH_GROUPS
+        # `base/expanded_attention.py` repeats the keys where no fused kernel knows groups
+        early = gpu is not None and expands_keys(gpu.compute_capability, query.dtype)
         if grouped and (early or not use_gqa_in_sdpa(attention_mask, key, value)):
             key = repeat_kv(key, module.num_key_value_groups)
             value = repeat_kv(value, module.num_key_value_groups)
@@ -171,8 +173,9 @@ def attention_for(gpu: Gpu | None, *, in_tiles: bool = False) -> str:
         kernel = MATH if dropout else CPU_FLASH
         if gpu is not None:
             kernel = choose_kernel(
-                gpu, query.dtype, width, masked=attention_mask is not None, grouped=grouped
-            )
+                gpu, query.dtype, width, masked=attention_mask is not None, grouped=grouped,
+                unequal=query.shape[-1] != value.shape[-1],
+            )  # fmt: skip
         out = _run(kernel, query, key, value, attention_mask, dropout, causal, scaling)
         return out.transpose(1, 2).contiguous(), None
 

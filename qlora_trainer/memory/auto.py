@@ -45,6 +45,7 @@ def choose_activations(
     gpu: GpuProfile | None,
     budget_bytes: int | None,
     *,
+    expandable_segments: bool = False,
     paged_on_card: bool = False,
     model_class: Any = AutoModelForCausalLM,
 ) -> Plan:
@@ -55,6 +56,7 @@ def choose_activations(
         shape: The run's settings; its own plan is not looked at.
         gpu: The card; None for a CPU.
         budget_bytes: What is free for the run; of a card, None takes its usable memory.
+        expandable_segments: Of the allocator's configuration.
         paged_on_card: Managed memory counts on the card.
         model_class: Of the task.
 
@@ -77,7 +79,12 @@ def choose_activations(
         run = simulate_run(config, changed, gpu, model_class=model_class)
         if gpu is None:
             return budget_bytes is None or run.trace.live().peak_bytes <= budget_bytes
-        found = run.on(gpu, budget_bytes=budget_bytes, paged_on_card=paged_on_card)
+        found = run.on(
+            gpu,
+            budget_bytes=budget_bytes,
+            expandable_segments=expandable_segments,
+            paged_on_card=paged_on_card,
+        )
         return found.fits_without_retry
 
     def guess(low: int, high: int) -> int:

@@ -23,7 +23,7 @@ from qlora_trainer.memory.artefacts import (
 )
 from qlora_trainer.memory.attention import ANSWERS
 from qlora_trainer.memory.full_batch import full_batch, held_out_batch
-from qlora_trainer.memory.gpus import GpuProfile
+from qlora_trainer.memory.gpus import SPARE_SHARE, GpuProfile
 from qlora_trainer.memory.program import Accounts, Program, RunShape
 from qlora_trainer.memory.simulate import LiveTensor, Peaks, Trace, simulate
 from qlora_trainer.memory.weightless_model import notes_of, weightless_model
@@ -57,7 +57,7 @@ class Foresight:
         trained_parameters: How many numbers are trained.
         large_unquantized: Path -> bytes of large weights outside NF4.
         notes: What the user should know of the model's attention.
-        paged_on_card: What is paged counts on the card (it does on Windows).
+        paged_on_card: What is paged counts on the card (it does on Windows and WSL).
         pinned_bytes: Pinned host memory of offloaded layer inputs, streamed layers and a head.
         moved_bytes: Over PCIe, both ways, in one optimizer step; see `Accounts` for what counts.
         part_bytes: Of sharded layers, what each process holds.
@@ -140,7 +140,7 @@ class Foresight:
         if not self.fits:
             return "does not fit"
         left = self.capacity_bytes - self.total_bytes
-        return "tight" if left < 0.05 * self.capacity_bytes else "fits"
+        return "tight" if left < SPARE_SHARE * self.capacity_bytes else "fits"
 
 
 @dataclass
@@ -166,7 +166,7 @@ class SimulatedRun:
             gpu: The card.
             budget_bytes: What of it is free for this process; its usable memory unless given.
             expandable_segments: Of the allocator's configuration.
-            paged_on_card: Managed memory counts on the card: Windows does not oversubscribe it.
+            paged_on_card: Managed memory counts on the card; see `windows_driver`.
             with_timeline: Keep allocated and reserved after every event.
         """
         capacity = gpu.usable_bytes if budget_bytes is None else budget_bytes

@@ -29,6 +29,7 @@ def with_loss_chunk(
     gpu: GpuProfile,
     *,
     budget_bytes: int | None = None,
+    expandable_segments: bool = False,
     paged_on_card: bool = False,
     model_class: Any = None,
 ) -> SimulatedRun:
@@ -39,6 +40,7 @@ def with_loss_chunk(
         run: Simulated with the least chunk, `default_chunk_tokens`.
         gpu: The card.
         budget_bytes: What of it is free for this process; None takes its usable memory.
+        expandable_segments: Of the allocator's configuration.
         paged_on_card: Managed memory counts on the card.
         model_class: Of the task.
 
@@ -54,7 +56,12 @@ def with_loss_chunk(
         return run
 
     def on(simulated: SimulatedRun) -> Foresight:
-        return simulated.on(gpu, budget_bytes=budget_bytes, paged_on_card=paged_on_card)
+        return simulated.on(
+            gpu,
+            budget_bytes=budget_bytes,
+            expandable_segments=expandable_segments,
+            paged_on_card=paged_on_card,
+        )
 
     vocabulary = config.get_text_config().vocab_size
     least, found = default_chunk_tokens(vocabulary), on(run)

@@ -73,3 +73,11 @@ def test_a_cpu_has_a_budget_too() -> None:
     size = simulate_run(CONFIG, kept, None).trace.live().peak_bytes
     assert choose_activations(CONFIG, SHAPE, None, size) == ("keep",) * LAYERS
     assert choose_activations(CONFIG, SHAPE, None, size - 1) != ("keep",) * LAYERS
+
+
+def test_segments_that_expand_leave_room_for_a_faster_plan(gpu) -> None:
+    kept = simulate_run(CONFIG, dataclasses.replace(SHAPE, activations="keep"), gpu)
+    size = kept.on(gpu, expandable_segments=True).total_bytes
+    assert size < kept.on(gpu).total_bytes
+    chosen = choose_activations(CONFIG, SHAPE, gpu, size, expandable_segments=True)
+    assert chosen == ("keep",) * LAYERS != choose_activations(CONFIG, SHAPE, gpu, size)

@@ -70,6 +70,12 @@ def test_heads_wider_than_flash_knows_take_the_next_kernel():
     )
 
 
+def test_values_of_another_size_than_keys_are_not_for_flash():
+    """Of DeepSeek's latent attention; torch's flash attention asks for equal head sizes."""
+    kernel = choose_kernel(RTX_3060, torch.bfloat16, 192, masked=False, grouped=False, unequal=True)
+    assert kernel == "memory-efficient"
+
+
 def test_efficient_attention_workspace_in_fp32_is_the_query_side_only():
     kernel = efficient_backward_kernel(T4, torch.float32, 64)
     size = efficient_backward_workspace_bytes(kernel, torch.float32, (1, 1, 128, 128, 64))

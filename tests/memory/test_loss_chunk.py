@@ -84,3 +84,13 @@ def test_what_is_set_and_a_loss_without_chunks_are_left_alone(gpu: GpuProfile) -
     for shape in (replace(short, loss_chunk_tokens=64), of_labels):
         run = simulate_run(config(), shape, gpu)
         assert with_loss_chunk(config(), run, gpu) is run
+
+
+def test_segments_that_expand_leave_room_for_a_larger_chunk(
+    least: SimulatedRun, gpu: GpuProfile
+) -> None:
+    shape = replace(SHAPE, loss_chunk_tokens=1024)
+    size = simulate_run(config(), shape, gpu).on(gpu, expandable_segments=True).total_bytes
+    larger = with_loss_chunk(config(), least, gpu, budget_bytes=size, expandable_segments=True)
+    assert larger.shape == shape
+    assert with_loss_chunk(config(), least, gpu, budget_bytes=size).shape != shape
