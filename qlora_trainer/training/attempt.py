@@ -84,7 +84,10 @@ class StepRunner:
                 numbers[:] = torch.stack([result.loss, result.gradient_norm]).tolist()
                 return self._may_move(*numbers, step=step, window=window, verify=verify)
 
-            result = self._attempt(window, step, learning_rate, check, f"step {step}")
+            scale = 1.0 if self._scaler is None else self._scaler.scale
+            result = self._attempt(
+                window, step, learning_rate, check, f"step {step}", loss_scale=scale
+            )
             if result is None:
                 continue  # fewer rows at a time
             if not result.applied:
@@ -98,11 +101,15 @@ class StepRunner:
     def rehearse(self, window: Sequence[Batch]) -> None:
         """Run one step as `run` would, only to see that it fits; the caller puts back what moved.
 
+        Its loss is not scaled: an overflow would be nothing `run` could not mend, but it would
+        leave adapters that are no numbers to whoever looks at them before they are put back.
+
         Raises:
             UserError: One row does not fit.
         """
         self._model.train()
-        while self._attempt(window, 0, 0.0, None, "rehearsal of the longest batch") is None:
+        when = "rehearsal of the longest batch"
+        while self._attempt(window, 0, 0.0, None, when, loss_scale=1.0) is None:
             pass
 
     def _attempt(
@@ -112,6 +119,8 @@ class StepRunner:
         learning_rate: float,
         check: Callable[[StepResult], bool] | None,
         when: str,
+        *,
+        loss_scale: float,
     ) -> StepResult | None:
         """Run the step once; None where it ran out of memory and smaller parts are to be tried."""
         batches = [part for batch in window for part in cut_rows(batch, self.micro_batch_parts)]
@@ -126,7 +135,7 @@ class StepRunner:
                 seed=self._seed,
                 step=step,
                 max_grad_norm=self._max_grad_norm,
-                loss_scale=self._scaler.scale if self._scaler is not None else 1.0,
+                loss_scale=loss_scale,
                 check=check,
                 processes=self._processes,
             )

@@ -71,6 +71,8 @@ def open_model(run: RunConfig, processes: Processes = ALONE) -> ModelSource:
         device = choose_device(model.device, processes.local_rank)
     except ValueError as error:
         raise UserError(f"model.device = {model.device!r}: {error}") from None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # bitsandbytes makes paged states for the current card
     if device.type == "cpu":
         keep_few_shapes()  # before the first matrix is multiplied
         keep_freed_pages()

@@ -182,10 +182,12 @@ class Processes:
         """Copy the main process' tensor into everyone's, bit for bit."""
         if self.hosts is None:
             return
-        # NCCL knows neither int16 nor managed memory: bytes, in a tensor of their own
+        # NCCL knows neither int16 nor managed memory: bytes, in a tensor of their own. Nor does it
+        # know the CPU, whose tensors paged states are to torch, wherever their pages lie.
         copy = tensor.detach().reshape(-1).clone()
+        group = self.hosts if copy.device.type == "cpu" else None
         with self.linked():
-            dist.broadcast(copy.view(torch.uint8), 0)
+            dist.broadcast(copy.view(torch.uint8), 0, group=group)
         tensor.detach().copy_(copy.view(tensor.shape))
 
     def require_same(self, facts: dict[str, Any]) -> None:

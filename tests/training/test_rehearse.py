@@ -11,7 +11,8 @@ from qlora_trainer.errors import UserError
 from qlora_trainer.training.log import read_metrics
 from qlora_trainer.training.loop import run_training
 from qlora_trainer.training.plan import Rehearsal, TrainingPlan
-from tests.training.test_attempt import SmallMemory
+from qlora_trainer.training.scaler import LossScaler
+from tests.training.test_attempt import SmallMemory, fp16_llama
 from tests.training.tiny import adapted_llama, batch, held_out, make_run, trained_values
 
 PLAN = TrainingPlan(total_steps=5, learning_rate=1e-2, seed=5, evaluate_every_steps=2)
@@ -56,6 +57,19 @@ def test_a_rehearsed_run_ends_with_the_same_bits_and_files(
     assert all(torch.equal(values[name], same_values[name]) for name in values)
     assert torch.equal(state, same_state)
     assert left == same_left
+
+
+def test_gradients_that_overflow_at_the_scale_of_fp16_do_not_end_the_rehearsal(
+    tmp_path: Path,
+) -> None:
+    model = fp16_llama(limit=1.0)  # the scale is halved until they no longer do
+    run = make_run(
+        tmp_path, model, total_steps=5, eval_batches=held_out(), rehearsal=longest(),
+        scaler=LossScaler(),
+    )  # fmt: skip
+    outcome = run_training(run, PLAN)
+    assert outcome.step == 5
+    assert outcome.overflows >= 3
 
 
 def test_a_batch_too_large_is_cut_before_the_first_step(tmp_path: Path) -> None:
