@@ -124,7 +124,7 @@ def merge_adapters(
     out: Path,
     *,
     format: str = "merged",
-    dtype: str = "fp16",
+    dtype: str = "auto",
     onto: str = "best",
     proof: ProofRequest | None,
     overwrite: bool = False,

@@ -9,22 +9,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
+import torch
 
+from qlora_trainer.base.device_memory import memory_left
 from qlora_trainer.errors import UserError
 from qlora_trainer.export.choices import Onto
 from qlora_trainer.export.companions import companion_bytes
 from qlora_trainer.export.fresh import compare_in_fresh_process
+from qlora_trainer.export.holding import (
+    Holding,
+    beside_weights_bytes,
+    choose_holding,
+    export_needs,
+    reference_needs,
+)
 from qlora_trainer.export.merge import MergeFigures, Progress
 from qlora_trainer.export.merged import Prepared, write_candidate
 from qlora_trainer.export.proof import (
     ProofRequest,
     check_limits,
-    choose_by,
     chosen_rows,
     reference_bytes,
 )
-from qlora_trainer.export.reference import References, private_bytes, write_references
+from qlora_trainer.export.reference import References, write_references
 from qlora_trainer.export.shards import DEFAULT_SHARD_BYTES
 from qlora_trainer.export.source import ExportSource
 
@@ -38,14 +45,14 @@ class Merged:
         kept: The way that was chosen; its folder has that name.
         reason: Why, in words.
         references: What it was compared with, in the first precision.
-        by: Whether the comparison held the whole "model", or one "layer" at a time.
+        holding: How the comparison held the two models.
     """
 
     parts: dict[str, Any]
     kept: Onto
     reason: str
     references: References | None
-    by: str = "model"
+    holding: Holding
 
 
 def disk_bytes(
@@ -73,13 +80,10 @@ def merge_and_prove(
         UserError: The chosen one is not the model that was trained, or there is too little memory
             to find out.
     """
-    by = "model"
+    holding = Holding()
     if proof is not None:
-        by = choose_by(
-            proof, private_bytes(prepared.held, source.spec, proof.precisions),
-            psutil.virtual_memory().available, by_layer_possible=not prepared.base.is_packed,
-        )  # fmt: skip
         proof = dataclasses.replace(proof, rows=chosen_rows(proof, prepared.widest))
+        holding = _choose_holding(source, prepared, proof)
     parts: dict[str, Any] = {}
     for way in ways:
         candidate = folder / way
@@ -91,10 +95,26 @@ def merge_and_prove(
         parts[way] = _merge_part(figures, time.perf_counter() - started)
     references = None
     if proof is not None:
-        references = _prove(source, prepared, folder, parts, proof, by)
+        references = _prove(source, prepared, folder, parts, proof, holding)
     kept, reason = _choose(parts)
     _refuse_failed(parts, kept)
-    return Merged(parts, kept, reason, references, by)
+    return Merged(parts, kept, reason, references, holding)
+
+
+def _choose_holding(source: ExportSource, prepared: Prepared, request: ProofRequest) -> Holding:
+    elements = sum(count for count, _ in prepared.held.values())
+    dtype = max(source.spec.compute_dtype, prepared.plan.dtype, key=lambda dtype: dtype.itemsize)
+    if "fp32" in request.precisions:
+        dtype = torch.float32
+    beside = beside_weights_bytes(request.rows, prepared.widest, dtype)
+    device, precisions = request.device, request.precisions
+    return choose_holding(
+        request,
+        reference_needs(prepared.held, source.spec, precisions, device, beside),
+        export_needs(elements, prepared.plan.dtype, precisions, device, beside),
+        memory_left(device),
+        by_layer_possible=not prepared.base.is_packed,
+    )
 
 
 def _merge_part(figures: MergeFigures, seconds: float) -> dict[str, Any]:
@@ -129,7 +149,7 @@ def _prove(
     folder: Path,
     parts: dict[str, Any],
     request: ProofRequest,
-    by: str,
+    holding: Holding,
 ) -> References:
     """Compare every candidate in every precision; the figures go into `parts`."""
     kept: References | None = None
@@ -137,8 +157,9 @@ def _prove(
         place = Path(tempfile.mkdtemp(prefix="reference-", dir=folder))
         request.say(f"running base + adapter ({precision})")
         references = write_references(
-            place, source, prepared.adapter, request, request.rows, precision=precision, by=by
-        )
+            place, source, prepared.adapter, request, request.rows, precision=precision,
+            by=holding.reference,
+        )  # fmt: skip
         for way, part in parts.items():
             request.say(f"running the export merged onto {way} in a new process ({precision})")
             part.setdefault("proof", {})[precision] = compare_in_fresh_process(
@@ -147,7 +168,7 @@ def _prove(
                 request,
                 precision=precision,
                 trust_remote_code=source.spec.trust_remote_code,
-                by=by,
+                by=holding.export,
             )
         if kept is None:
             kept = references

@@ -4,7 +4,7 @@ from typing import Literal
 
 JoinedFormat = Literal["merged", "adapter"]  # of several adapters
 Format = Literal[JoinedFormat, "gguf"]
-Dtype = Literal["fp16", "bf16", "fp32"]
+Dtype = Literal["auto", "fp16", "bf16", "fp32"]  # auto: bf16 where a family overflows in fp16
 Onto = Literal["original", "dequantized"]  # weights that an adapter is merged onto
 AskedOnto = Literal[Onto, "best"]  # best: both, and the nearer one is kept
 GgufType = Literal["f16", "q8_0", "q4_0"]

@@ -29,8 +29,9 @@ _REWRITTEN = ("config.json", "README.md", "adapter_config.json")
 _TOKENIZER = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
     "added_tokens.json", "chat_template.jinja", "chat_template.json", "vocab.json", "vocab.txt",
-    "merges.txt", "spiece.model", "sentencepiece.bpe.model", "preprocessor_config.json",
-    "processor_config.json", "generation_config.json", "additional_chat_templates",
+    "merges.txt", "spiece.model", "sentencepiece.bpe.model", "source.spm", "target.spm",
+    "target_vocab.json", "preprocessor_config.json", "processor_config.json",
+    "generation_config.json", "additional_chat_templates",
 )  # fmt: skip
 _DTYPE_NAMES = {
     torch.float16: "float16",

@@ -67,7 +67,7 @@ def export_merged(
     source: ExportSource,
     out: Path,
     *,
-    dtype: str = "fp16",
+    dtype: str = "auto",
     onto: str = "best",
     proof: ProofRequest | None,
     overwrite: bool = False,
@@ -79,7 +79,7 @@ def export_merged(
     Args:
         source: Base and adapter.
         out: The folder that shall appear.
-        dtype: "fp16", "bf16" or "fp32".
+        dtype: "fp16", "bf16", "fp32", or "auto" as for `prepare`.
         onto: "original" weights of the base, "dequantized" ones as training saw them, or "best":
             both are written and compared, and the one nearer to base + adapter is kept.
         proof: What is compared; None leaves the proof out, and the report says so.
@@ -102,7 +102,7 @@ def export_merged(
             source, prepared, ways, folder, proof,
             max_shard_bytes=max_shard_bytes, progress=progress,
         )  # fmt: skip
-        report = make_report(source, prepared, merged, proof, onto=onto, dtype=dtype)
+        report = make_report(source, prepared, merged, proof, onto=onto)
         _keep(folder, merged.kept)
         write_report(folder, report, model_card(report))
     return Exported(out, report)

@@ -14,10 +14,16 @@ from typing import Any
 
 import torch
 
+from qlora_trainer.base.device_memory import free_memory
 from qlora_trainer.errors import UserError
 from qlora_trainer.export import plain, turns
 from qlora_trainer.export.proof import Precision, ProofRequest
 from qlora_trainer.export.reference import References
+
+# As torch says it of a card, cuBLAS of its workspace, and torch and Python of host memory.
+_OUT_OF_MEMORY = (
+    "out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory", "MemoryError",
+)  # fmt: skip
 
 
 def compare_in_fresh_process(
@@ -44,8 +50,10 @@ def compare_in_fresh_process(
         config_folder: Whose configuration to open it with, where the file's own is not enough.
 
     Raises:
-        UserError: The export does not open, or not with every weight in its place.
+        UserError: The export does not open, or not with every weight in its place, or there is too
+            little memory for it.
     """
+    free_memory()  # this process' cache of base + adapter lies on the same card
     with tempfile.TemporaryDirectory(prefix="qlora-proof-") as place:
         result = Path(place, "result.json")
         job = {
@@ -67,7 +75,7 @@ def compare_in_fresh_process(
             env={**os.environ, "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"},
         )  # fmt: skip
         if done.returncode != 0 or not result.is_file():
-            raise UserError(_last_words(done))
+            raise UserError(last_words(done, by))
         found: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
     if found["bad_keys"]:
         raise UserError.from_faults(
@@ -108,14 +116,22 @@ def comparison_job(
     }
 
 
-def _last_words(done: "subprocess.CompletedProcess[str]") -> str:
-    if done.returncode == -9:
+def last_words(done: "subprocess.CompletedProcess[str]", by: str) -> str:
+    """Why a comparison came to nothing, and what helps, from how its process ended."""
+    lines = done.stderr.strip().splitlines()
+    without_memory = [line for line in lines if any(sign in line for sign in _OUT_OF_MEMORY)]
+    if done.returncode == -9 or without_memory:
+        ended = "was killed, most often for want of memory" if done.returncode == -9 else (
+            f"ran out of memory ({without_memory[-1].strip()})"
+        )  # fmt: skip
+        or_else = "leave the proof out (--no-proof)" if by == "layer" else (
+            "compare layer by layer (--proof-by layer)"
+        )  # fmt: skip
         return (
-            "the process that compared the export was killed, most often for want of memory; the "
-            "export was removed. Close other programs, or compare layer by layer "
-            "(--proof-by layer)"
+            f"the process that compared the export {ended}; the export was removed. Close other "
+            f"programs, or {or_else}"
         )
-    last = "\n  ".join(done.stderr.strip().splitlines()[-4:])
+    last = "\n  ".join(lines[-4:])
     return (
         "the export was written, but plain transformers cannot run it in a new process "
         f"(exit code {done.returncode}); it was removed. Its last words:\n  {last}"

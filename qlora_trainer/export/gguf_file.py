@@ -6,6 +6,7 @@ llama.cpp wants them. Embedding and head of a q4_0 file are kept in q8_0: they a
 most. The 4-bit K types need llama.cpp's `llama-quantize`, whose line the report gives.
 """
 
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ TYPES = {
 }
 _F32, _F16 = gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16
 _Q8 = gguf.GGMLQuantizationType.Q8_0
+_LARGEST_F16 = float(np.finfo(np.float16).max)
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ def write_gguf(merged: Path, file: Path, kind: str, *, name: str) -> GgufFigures
         name: Of the model, for the file's metadata.
 
     Raises:
-        UserError: The model or its tokenizer is not covered.
+        UserError: The model or its tokenizer is not covered, or a matrix passes fp16's range.
     """
     config: Any = load_config(merged)
     source = MappedCheckpoint(merged)
@@ -113,15 +115,15 @@ def write_gguf(merged: Path, file: Path, kind: str, *, name: str) -> GgufFigures
                 target, (*stored.shape[:-1], width), np.dtype(np.uint8), rows * width,
                 raw_dtype=storage,
             )  # fmt: skip
-    writer.write_header_to_file(path=file)
-    with refused_by(merged):
-        writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    if stretched is not None:
-        writer.write_tensor_data(stretched)
-    for stored, _, storage in planned:
-        writer.write_tensor_data(_encoded(stored, source, config, family, storage))
-    writer.close()
+    with closing(writer):
+        writer.write_header_to_file(path=file)
+        with refused_by(merged):
+            writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        if stretched is not None:
+            writer.write_tensor_data(stretched)
+        for stored, _, storage in planned:
+            writer.write_tensor_data(_encoded(stored, source, config, family, storage))
     types: dict[str, int] = {}
     for *_, storage in planned:
         types[storage.name] = types.get(storage.name, 0) + 1
@@ -180,6 +182,11 @@ def _encoded(
     step = max(1, BLOCK_ELEMENTS // columns)
     for start in range(0, rows, step):
         block = values[start : start + step].to(torch.float32).numpy()
+        if storage == _F16 and (largest := float(np.abs(block).max())) > _LARGEST_F16:
+            raise UserError(
+                f"--format gguf: {stored.name} holds {largest:g}, beyond {_LARGEST_F16:g}, the "
+                "largest of fp16; use --format merged --dtype bf16"
+            )
         part = gguf.quants.quantize(block, storage)
         result[start : start + step] = part.view(np.uint8).reshape(len(block), width)
     return result.view(np.float16) if storage == _F16 else result

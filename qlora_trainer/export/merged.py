@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from qlora_trainer.base.dtype import overflows_in_fp16
 from qlora_trainer.base.load import BaseSpec, build_weightless_base, load_config
 from qlora_trainer.base.nf4 import NF4Linear
 from qlora_trainer.errors import UserError
@@ -143,6 +144,32 @@ def plain_model(
     return PlainModel(model, config, architectures)
 
 
+def export_dtype(asked: str, model_type: str) -> str:
+    """The dtype a merged model is written in.
+
+    Args:
+        asked: "auto", "fp16", "bf16" or "fp32".
+        model_type: transformers' name of the family.
+
+    Raises:
+        UserError: No such dtype, or fp16 for a family that overflows in it.
+
+    >>> export_dtype("auto", "llama"), export_dtype("auto", "gemma2")
+    ('fp16', 'bf16')
+    """
+    if asked not in ("auto", *DTYPES):
+        raise UserError(f"--dtype {asked}: must be one of {', '.join(('auto', *DTYPES))}")
+    overflows = overflows_in_fp16(model_type)
+    if asked == "fp16" and overflows:
+        raise UserError(
+            f"--dtype fp16: {model_type} models overflow in fp16 and answer with NaN; "
+            "use --dtype bf16"
+        )
+    if asked == "auto":
+        return "bf16" if overflows else "fp16"
+    return asked
+
+
 def prepare(
     base_folder: Path,
     adapter_folder: Path,
@@ -159,15 +186,15 @@ def prepare(
         adapter_folder: In PEFT's format.
         model_class: A transformers model class or auto class, as in training.
         spec: How training held the base.
-        dtype: "fp16", "bf16" or "fp32".
+        dtype: "fp16", "bf16", "fp32", or "auto": fp16, and bf16 for a family that overflows in it.
         config_changes: Settings of the model configuration the task decided.
 
     Raises:
         UserError: The base is not whole, the adapter is broken or of another base, or the merge
-            cannot be written as a plain checkpoint.
+            cannot be written as a plain checkpoint, or not in this dtype.
     """
-    if dtype not in DTYPES:
-        raise UserError(f"--dtype {dtype}: must be one of {', '.join(DTYPES)}")
+    config = load_config(base_folder, trust_remote_code=spec.trust_remote_code)
+    dtype = export_dtype(dtype, config.model_type)
     base = MappedCheckpoint(base_folder)
     plain = plain_model(base_folder, model_class, spec, config_changes or {})
     held = build_weightless_base(copy.deepcopy(plain.config), model_class, spec)

@@ -153,9 +153,11 @@ def compare(job: Mapping[str, Any], turns: Any = None) -> dict[str, Any]:
     trust = bool(job["trust_remote_code"])
     auto = getattr(transformers, job["auto_class"])
     by_layer = job["by"] == "layer"
+    # Cast a layer at a time below: here that would make a whole copy. A GGUF file is unpacked to
+    # float32 in any case, and another dtype would round it.
+    cast_later = by_layer and job["gguf_file"] is None
     model, info = auto.from_pretrained(
-        # Cast a layer at a time below: here that would make a whole copy.
-        job["folder"], dtype="auto" if by_layer else job["dtype"] or "auto",
+        job["folder"], dtype="auto" if cast_later else job["dtype"] or "auto",
         output_loading_info=True, trust_remote_code=trust, local_files_only=True, **_of_gguf(job),
     )  # fmt: skip
     model = model.eval()

@@ -1,8 +1,8 @@
-"""What the proof asks: rows, precisions, limits, and how much memory it may take.
+"""What the proof asks: rows, precisions, limits.
 
 `reference` runs base + adapter as training ran it and leaves its logits in a file; `fresh` starts a
 new process in which plain transformers opens the export and compares (`plain`). One model is in
-memory at a time, or where it does not fit, one layer at a time (`turns`).
+memory at a time, or where it does not fit (`holding`), one layer at a time (`turns`).
 
 Two precisions. `native`: base + adapter in training's compute dtype, the export in the dtype it was
 written in; what a user will see. `fp32`: both sides compute in float32, so that what differs is
@@ -19,7 +19,6 @@ from torch import Tensor
 
 from qlora_trainer.errors import UserError
 from qlora_trainer.export.choices import By
-from qlora_trainer.units import format_bytes
 
 Row = Mapping[str, Tensor]
 Precision = Literal["native", "fp32"]
@@ -123,38 +122,6 @@ def _positions(row: Row) -> int:
 def _shortened(row: Row, most: int) -> Row:
     """A row of tokens without what is beyond the positions of all rows together."""
     return {name: value[:most] if value.dim() == 1 else value for name, value in row.items()}
-
-
-def choose_by(
-    request: ProofRequest, needed_bytes: int, available_bytes: int, *, by_layer_possible: bool
-) -> Literal["model", "layer"]:
-    """Hold the whole model or one layer at a time, and say why.
-
-    Args:
-        request: What was asked for.
-        needed_bytes: Private memory the larger of the two models takes.
-        available_bytes: Of memory.
-        by_layer_possible: The base's weights can be read a layer at a time.
-
-    Raises:
-        UserError: The whole model does not fit, and layers cannot be had.
-    """
-    if request.by == "model" or (request.by == "auto" and needed_bytes <= available_bytes):
-        return "model"
-    why = "as asked" if request.by == "layer" else (
-        f"the whole model needs about {format_bytes(needed_bytes)} of memory, "
-        f"{format_bytes(available_bytes)} are available"
-    )  # fmt: skip
-    if request.device.type != "cpu" and request.by == "auto":
-        return "model"  # the memory looked at is not the one it will be in
-    if not by_layer_possible:
-        raise UserError(
-            f"the comparison cannot run layer by layer ({why}): the base is packed in 4 bits by "
-            "bitsandbytes and is opened whole. Close other programs, or leave the proof out "
-            "(--no-proof)"
-        )
-    request.say(f"comparing layer by layer: {why}")
-    return "layer"
 
 
 def check_limits(figures: Mapping[str, float], onto: str, limit: float) -> str | None:

@@ -5,7 +5,7 @@ layer at a time from its files: the same modules, the same values, the same orde
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -233,26 +233,3 @@ def auto_class_name(architecture: str) -> str:
     """
     found = (auto for ending, auto in _AUTO_CLASSES if architecture.endswith(ending))
     return next(found, architecture)
-
-
-def private_bytes(
-    tensors: Mapping[str, tuple[int, bool]], spec: BaseSpec, precisions: Sequence[Precision]
-) -> int:
-    """Private memory the larger of the two models takes when held whole.
-
-    Base + adapter holds a little over half a byte a weight in NF4 and the compute dtype elsewhere;
-    the export is mapped from its files in native precision, and takes four bytes a weight in fp32.
-
-    Args:
-        tensors: Name -> (elements, whether it is held in NF4).
-        spec: How training held the base.
-        precisions: Of the comparison.
-    """
-    nf4_bytes = 0.5 + (0.016 if spec.double_quant else 4 / spec.block_size)
-    needed = 0.0
-    for precision in precisions:
-        wide = 4 if precision == "fp32" else spec.compute_dtype.itemsize
-        trained = sum(n * (nf4_bytes if packed else wide) for n, packed in tensors.values())
-        export = sum(n for n, _ in tensors.values()) * 4.0 if precision == "fp32" else 0.0
-        needed = max(needed, trained, export)
-    return int(needed)

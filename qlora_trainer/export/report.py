@@ -12,6 +12,7 @@ import torch
 import transformers
 import yaml
 
+from qlora_trainer.base.dtype import dtype_name
 from qlora_trainer.export.candidates import Merged
 from qlora_trainer.export.merged import Prepared
 from qlora_trainer.export.proof import ProofRequest
@@ -104,8 +105,10 @@ def _proof_words(report: Mapping[str, Any]) -> list[str]:
         f"Opened in a new process with plain transformers {report['transformers']} and compared "
         f"with base + adapter on {rows['positions']} positions of {rows['from']}."
     )
-    if rows.get("by") == "layer":
+    if rows.get("base_by") == "layer":
         words += " Both models were run layer by layer."
+    elif rows.get("by") == "layer":
+        words += " The export was run layer by layer."
     if report["reason"]:
         words += f" {report['reason']}"
     return [words + "\n", *comparison_table(report["ways"])]
@@ -119,7 +122,7 @@ def gguf_card(report: Mapping[str, Any]) -> str:
         {"base_model": base, "library_name": "gguf", "tags": ["qlora", "gguf", "qlora_trainer"]},
         sort_keys=False,
     )
-    ways = {f"merged onto {report['kept']}, fp16": report["ways"][report["kept"]]}
+    ways = {f"merged onto {report['kept']}, {report['dtype']}": report["ways"][report["kept"]]}
     if "proof" in gguf:
         ways[f"{gguf['type']} file, read back"] = {"proof": {"fp32": gguf["proof"]}}
     lines = [
@@ -144,10 +147,10 @@ def make_report(
     request: ProofRequest | None,
     *,
     onto: str,
-    dtype: str,
 ) -> dict[str, Any]:
     """The content of `export_report.json`."""
     parts, kept = merged.parts, merged.kept
+    dtype = dtype_name(prepared.plan.dtype)
     spec = prepared.adapter.spec
     notes = [*source.notes]
     notes += [
@@ -191,7 +194,8 @@ def make_report(
         else {
             "from": request.rows_from,
             "positions": int(proven["figures"]["positions"]),
-            "by": merged.by,
+            "by": merged.holding.export,
+            "base_by": merged.holding.reference,
         },
         "ways": parts,
         "notes": notes,

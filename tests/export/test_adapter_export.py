@@ -24,6 +24,18 @@ def test_adapter_is_exported_with_notes_and_the_bases_public_name(bench, tmp_pat
     assert (made.folder / "adapter_model.safetensors").read_bytes() == own
 
 
+def test_an_adapter_goes_out_with_every_file_of_marians_tokenizer(bench, tmp_path):
+    source = bench.source()
+    adapter = tmp_path / "adapter"
+    shutil.copytree(source.adapter_folder, adapter)
+    names = ("source.spm", "target.spm", "vocab.json", "target_vocab.json")
+    for name in names:
+        (adapter / name).write_bytes(name.encode())
+    made = export_adapter(replace(source, adapter_folder=adapter), tmp_path / "out")
+    for name in names:
+        assert (made.folder / name).read_bytes() == name.encode()
+
+
 def test_broken_adapter_is_not_exported(bench, tmp_path):
     source = bench.source()
     shutil.copytree(source.adapter_folder, tmp_path / "adapter")

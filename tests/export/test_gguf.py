@@ -158,6 +158,45 @@ def test_export_is_proven_through_the_file_itself(bench, tmp_path):
     assert "q8_0 file, read back" in (made.folder / "README.md").read_text()
 
 
+def test_a_family_that_overflows_in_fp16_is_merged_in_fp32_for_its_file(bench, tmp_path):
+    base = make_model(tmp_path / "base", "gemma2")
+    source = ExportSource(
+        base, bench.adapter(base), AutoModelForCausalLM,
+        BaseSpec("nf4", compute_dtype=torch.float32), "o/tiny",
+    )  # fmt: skip
+    made = export_gguf(source, tmp_path / "out", onto="dequantized", proof=builtin_proof(source))
+    assert made.report["dtype"] == "fp32"
+    assert "merged onto dequantized, fp32" in (made.folder / "README.md").read_text()
+    assert set(made.report["gguf"]["types"]) == {"F16", "F32"}
+
+
+def test_a_value_beyond_fp16_is_not_written_into_a_file(tmp_path):
+    merged = make_model(tmp_path / "merged", "gemma2")
+    model = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[3, 4] = 1e6
+    model.save_pretrained(merged)
+    with pytest.raises(UserError, match=r"0.mlp.up_proj.weight holds 1e\+06, beyond 65504"):
+        write_gguf(merged, tmp_path / "m.gguf", "f16", name="tiny")
+
+
+def test_file_proven_layer_by_layer_gives_the_same_figures(bench, tmp_path):
+    base = make_model(tmp_path / "base", "gemma3")  # opened with fp16 in its configuration
+    source = ExportSource(
+        base, bench.adapter(base), AutoModelForCausalLM,
+        BaseSpec("nf4", compute_dtype=torch.float32), "o/tiny",
+    )  # fmt: skip
+    found, said = [], []
+    for by in ("model", "layer"):
+        made = export_gguf(
+            source, tmp_path / by, kind="q8_0", onto="dequantized",
+            proof=builtin_proof(source, by=by, say=said.append),
+        )  # fmt: skip
+        found.append(made.report["gguf"]["proof"]["figures"])
+    assert found[0] == found[1]
+    assert said.count("running the GGUF file layer by layer: as asked") == 1
+
+
 def test_family_not_covered_names_the_tool_to_use(tmp_path):
     PhiConfig(num_hidden_layers=1).save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"phi models are not covered.*convert_hf_to_gguf"):

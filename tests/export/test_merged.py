@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from qlora_trainer.base.load import BaseSpec, load_base
 from qlora_trainer.errors import UserError
+from qlora_trainer.export.export import export_merged
 from qlora_trainer.export.merged import prepare, write_candidate
 from qlora_trainer.lora.files import load_adapter
 from tests.export import tiny
@@ -49,6 +50,21 @@ def export(
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).detach().norm() / b.detach().norm())
+
+
+def test_a_family_that_overflows_in_fp16_goes_out_in_bf16(bench, tmp_path):
+    source = bench.source("t5", target_modules=["q", "v"])
+    made = export_merged(source, tmp_path / "out", onto="original", proof=None)
+    assert made.report["dtype"] == "bf16"
+    assert {t.dtype for t in load_file(made.folder / "model.safetensors").values()} == {
+        torch.bfloat16
+    }
+    assert json.loads((made.folder / "config.json").read_text())["dtype"] == "bfloat16"
+    with pytest.raises(UserError, match=r"t5 models overflow in fp16.*use --dtype bf16"):
+        export_merged(source, tmp_path / "none", dtype="fp16", onto="original", proof=None)
+    assert not (tmp_path / "none").exists()
+    plain = export_merged(bench.source(), tmp_path / "llama", onto="original", proof=None)
+    assert plain.report["dtype"] == "fp16"
 
 
 @pytest.mark.parametrize("case", CASES)

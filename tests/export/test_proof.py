@@ -15,8 +15,8 @@ from qlora_trainer.export.export import builtin_proof, export_merged
 from qlora_trainer.export.fresh import compare_in_fresh_process, comparison_job
 from qlora_trainer.export.merged import prepare, write_candidate
 from qlora_trainer.export.plain import NOT_COUNTED, Comparison, compared_logits
-from qlora_trainer.export.proof import Limits, ProofRequest, check_limits, choose_by, chosen_rows
-from qlora_trainer.export.reference import private_bytes, write_references
+from qlora_trainer.export.proof import Limits, ProofRequest, check_limits, chosen_rows
+from qlora_trainer.export.reference import write_references
 from tests.export import tiny
 
 
@@ -179,7 +179,7 @@ def test_export_proven_layer_by_layer_in_a_fresh_process_says_so(bench, tmp_path
     made = export_merged(
         bench.source(), tmp_path / "out", dtype="bf16", onto="dequantized", proof=proof
     )
-    assert made.report["rows"]["by"] == "layer"
+    assert (made.report["rows"]["by"], made.report["rows"]["base_by"]) == ("layer", "layer")
     part = made.report["ways"]["dequantized"]["proof"]["native"]
     assert part["figures"]["top1_agreement"] > 0.9
     assert "layer by layer" in (made.folder / "README.md").read_text()
@@ -239,21 +239,3 @@ def test_base_that_does_not_tell_limits_apart_uses_the_tight_one():
     assert limits.of("original", quantized=True) == 0.9
     assert limits.of("original", quantized=False) == limits.of("dequantized", quantized=True) == 0.1
     assert replace(limits, mean_kl=0.2).of("dequantized", quantized=True) == 0.2
-
-
-def test_layers_are_taken_one_by_one_where_the_model_does_not_fit_and_it_is_said():
-    said = []
-    request = ProofRequest([], say=said.append)
-    spec = BaseSpec("nf4")
-    held = {"weight": (7 * 10**9, True)}
-    native = private_bytes(held, spec, ("native",))
-    both = private_bytes(held, spec, ("native", "fp32"))
-    assert native == pytest.approx(7e9 * 0.516)
-    assert both == 28 * 10**9
-    assert choose_by(request, native, 6 * 10**9, by_layer_possible=True) == "model"
-    assert said == []
-    assert choose_by(request, both, 6 * 10**9, by_layer_possible=True) == "layer"
-    assert "needs about 26.1 GiB of memory" in said[0]
-    assert choose_by(replace(request, by="model"), both, 1, by_layer_possible=True) == "model"
-    with pytest.raises(UserError, match="packed in 4 bits"):
-        choose_by(request, both, 6 * 10**9, by_layer_possible=False)
