@@ -20,6 +20,7 @@ from qlora_trainer.errors import ToldElsewhereError, UserError
 # How torch, oneDNN and Python say it as a RuntimeError; the last two for other reasons, too.
 _NO_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "std::bad_alloc")
 _PERHAPS_NO_MEMORY = ("could not create a primitive", "can't start new thread")
+_OF_THE_CARD = ("OutOfMemoryError", "AcceleratorError")
 _PROBED_BYTES = 2**26
 app = typer.Typer(
     no_args_is_help=True,
@@ -41,21 +42,37 @@ def main() -> None:
         show_error(str(error))
         sys.exit(2)
     except (MemoryError, RuntimeError) as error:
-        if not _is_no_memory(error):
+        said = _said_of_memory(error)
+        if said is None:
             raise
         from qlora_trainer.cli.show import show_error
 
-        show_error(
-            "the system gives this process no more memory; what was saved stands. Close other "
-            "programs, raise the limit (ulimit -v), or lower train.micro_batch_size or "
-            "data.max_seq_len; then run the same command again"
-        )
+        show_error(said)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # the reader of a pipe, such as `head`, has left
         sys.stderr.close()
         sys.exit(141)
+
+
+def _said_of_memory(error: MemoryError | RuntimeError) -> str | None:
+    """What to tell where the card or the system has refused memory; None where neither has."""
+    # Both are torch's, which may not even be imported yet.
+    if type(error).__name__ in _OF_THE_CARD and "out of memory" in str(error):
+        first = str(error).splitlines()[0].split(". ")[0]
+        return (
+            f"the card gives this process no more memory ({first}); what was saved stands. Close "
+            "what else uses the card (`nvidia-smi`), ask `qlora profile` what fits it, or set "
+            "model.stream_layers: true; then run the same command again"
+        )
+    if _is_no_memory(error):
+        return (
+            "the system gives this process no more memory; what was saved stands. Close other "
+            "programs, raise the limit (ulimit -v), or lower train.micro_batch_size or "
+            "data.max_seq_len; then run the same command again"
+        )
+    return None
 
 
 def _is_no_memory(error: MemoryError | RuntimeError) -> bool:

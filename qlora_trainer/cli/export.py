@@ -9,7 +9,10 @@ from qlora_trainer.errors import UserError
 from qlora_trainer.export import choices
 
 Out = Annotated[Path, typer.Option(help="folder to write")]
-Dtype = Annotated[choices.Dtype, typer.Option(help="of the merged weights")]
+Dtype = Annotated[
+    choices.Dtype,
+    typer.Option(help="of the merged weights; auto: fp16, bf16 for Gemma and T5"),
+]
 MergeOnto = Annotated[
     choices.AskedOnto, typer.Option(help="weights to merge onto; best tries both")
 ]
@@ -26,7 +29,7 @@ def export(
     folder: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="run or PEFT adapter folder")],
     out: Out,
     format: Annotated[choices.Format, typer.Option(help="what to write")] = "merged",
-    dtype: Dtype = "fp16",
+    dtype: Dtype = "auto",
     onto: MergeOnto = "best",
     gguf_type: Annotated[choices.GgufType, typer.Option(help="of a GGUF file")] = "f16",
     base: Base = None,
@@ -58,7 +61,7 @@ def merge_adapters(
     ],
     out: Out,
     format: Annotated[choices.JoinedFormat, typer.Option(help="what to write")] = "merged",
-    dtype: Dtype = "fp16",
+    dtype: Dtype = "auto",
     onto: MergeOnto = "best",
     base: Base = None,
     quantization: HeldIn = "nf4",

@@ -26,7 +26,7 @@ def profile(
         str | None, typer.Option(help="folder, config.json or hub name, with default settings")
     ] = None,
     gpu: Annotated[
-        str | None, typer.Option(help="card, such as rtx-3060-12gb; none: the one here")
+        str | None, typer.Option(help="card, such as rtx-3060-12gb; none: the run's own, here")
     ] = None,
     budget: Annotated[
         str | None, typer.Option(help="memory of the card that is free, such as '7.5 GiB'")
@@ -81,7 +81,10 @@ def profile(
         return
     from qlora_trainer.run.budget import choose_card
 
-    card = choose_card(gpu, budget, processes)
+    devices = {config.model.device for _, config in runs}
+    if gpu is None and len(devices) > 1:
+        raise UserError("--sweep model.device: a table is of one card; name it with --gpu")
+    card = choose_card(gpu, budget, processes, device=runs[0][1].model.device)
     if questions:
         verdicts = _fit(runs[0][1], card, questions, as_json=as_json)
     else:

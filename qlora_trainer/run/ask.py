@@ -1,5 +1,6 @@
 """Asking a trained adapter: load base and adapter as they were trained, answer prompts."""
 
+import json
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ from typing import Any
 
 import torch
 
+from qlora_trainer.base.device_memory import free_memory
 from qlora_trainer.base.fingerprint import base_fingerprint
 from qlora_trainer.base.machine import choose_device
 from qlora_trainer.config.read import read_run_file
@@ -67,6 +69,7 @@ def load_trained(
     if prompted and run.task != "causal-lm":
         raise _answers_no_prompts(folder, run)
     run = _with_attention_of_here(run, listener)
+    free_memory()
     source = setup.open_model(run)
     if base_trained_on(folder) != base_fingerprint(source.resolved.folder):
         raise UserError(
@@ -167,7 +170,13 @@ def answer_encoded(
             trained.model,
             asked,
             pad_token_id=choose_pad_id(tokenizer),
-            stop_token_ids=sorted({tokenizer.eos_token_id, *trained.source.stop_ids}),
+            stop_token_ids=sorted(
+                {
+                    tokenizer.eos_token_id,
+                    *trained.source.stop_ids,
+                    *learned_stop_ids(trained.folder, tokenizer),
+                }
+            ),
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
             temperature=temperature,
@@ -175,6 +184,21 @@ def answer_encoded(
             progress=progress,
         )
     return [tokenizer.decode(answer, skip_special_tokens=True).strip() for answer in answers]
+
+
+def learned_stop_ids(folder: Path, tokenizer: Any) -> list[int]:
+    """The special token that a run's answers ended with, where they ended with one.
+
+    A base that was taught to chat ends its turns with it, whatever its tokenizer's EOS is.
+
+    Args:
+        folder: The run folder, whose `data.json` tells.
+        tokenizer: Of the run.
+    """
+    file = folder / "data.json"
+    told = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    added = tokenizer.added_tokens_decoder.items()
+    return [i for i, token in added if token.special and token.content == told.get("end_of_turn")]
 
 
 def encode_prompts(

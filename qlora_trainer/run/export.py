@@ -56,7 +56,7 @@ def export_run(
     out: str | Path,
     *,
     format: Format = "merged",
-    dtype: str = "fp16",
+    dtype: str = "auto",
     onto: str = "best",
     gguf_type: str = "f16",
     base: str | None = None,
@@ -72,7 +72,7 @@ def export_run(
         folder: A run folder, or an adapter in PEFT's format, of any task.
         out: The folder that shall appear; whole, or not at all.
         format: A merged checkpoint, the adapter, or a GGUF file.
-        dtype: Of the merged checkpoint: "fp16", "bf16" or "fp32".
+        dtype: Of the merged checkpoint: "auto", "fp16", "bf16" or "fp32".
         onto: "original", "dequantized", or "best" of the two.
         gguf_type: "f16", "q8_0" or "q4_0".
         base: The base of a bare adapter folder, where its own note of it does not hold here.
@@ -109,9 +109,9 @@ def _check_choices(format: str, dtype: str, gguf_type: str) -> None:
     faults = []
     if gguf_type != "f16" and format != "gguf":
         faults.append(f"--gguf-type {gguf_type}: needs --format gguf, not {format}")
-    if dtype != "fp16" and format == "gguf":
-        faults.append(f"--dtype {dtype}: a GGUF file is made from fp16; name its --gguf-type")
-    if dtype != "fp16" and format == "adapter":
+    if dtype not in ("auto", "fp16") and format == "gguf":
+        faults.append(f"--dtype {dtype}: a GGUF file has types of its own; name its --gguf-type")
+    if dtype not in ("auto", "fp16") and format == "adapter":
         faults.append(f"--dtype {dtype}: an adapter goes out as it was trained; leave it out")
     if faults:
         raise UserError.from_faults("these choices have no effect together", faults)
@@ -122,7 +122,7 @@ def merge_adapter_folders(
     out: str | Path,
     *,
     format: JoinedFormat = "merged",
-    dtype: str = "fp16",
+    dtype: str = "auto",
     onto: str = "best",
     base: str | None = None,
     quantization: str = "nf4",
@@ -218,27 +218,29 @@ def open_export(
     adapter = _adapter_folder(folder)
     if _is_run(folder):
         return _open_run(folder, base, reporter or Reporter())
-    named = base or read_json(adapter / CONFIG_NAME).get("base_model_name_or_path")
+    settings = read_json(adapter / CONFIG_NAME)
+    named = base or settings.get("base_model_name_or_path")
     if not named:
         raise UserError(f"{adapter / CONFIG_NAME}: names no base; name it with --base")
     if quantization not in ("nf4", "none"):
         raise UserError(f"--quantization {quantization}: must be nf4 or none")
     device = choose_device("auto")
-    resolved = resolve_model(str(named), None, trust_remote_code=False)
+    in_a_folder = Path(str(named)).expanduser().is_dir()
+    revision = None if base or in_a_folder else settings.get("revision")
+    resolved = resolve_model(str(named), revision, trust_remote_code=False)
     config = load_config(resolved.folder)
     model_class = adapter_class(adapter, config)
     spec = BaseSpec(
         quantization, compute_dtype=choose_compute_dtype("auto", device, config.model_type)
     )
-    export = ExportSource(
-        resolved.folder, adapter, model_class, spec, str(named), resolved.revision,
-        label_settings(adapter, model_class, config),
-    )  # fmt: skip
-    return Opened(export, device)
+    labels, commit = label_settings(adapter, model_class, config), resolved.revision
+    found = ExportSource(resolved.folder, adapter, model_class, spec, str(named), commit, labels)
+    return Opened(found, device)
 
 
 def _open_run(folder: Path, base: str | None, told: Reporter) -> Opened:
-    run = read_run_file(folder / "run.yaml", [f"model.source={base}"] if base else [])
+    instead = [f"model.source={base}", "model.revision=null"] if base else []
+    run = read_run_file(folder / "run.yaml", instead)
     source = setup.open_model(run)
     _check_base(folder, source.resolved.folder, told, asked_for=base is not None)
     adapter, model_class = folder / "adapter", source.kind.auto_class

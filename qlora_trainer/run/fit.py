@@ -74,6 +74,7 @@ def solve(
         run_shape(run, config, budget.gpu, budget.processes),
         budget.gpu,
         budget_bytes=budget.budget_bytes,
+        expandable_segments=budget.expandable_segments,
         paged_on_card=budget.paged_on_card,
     )
     answers: list[Answer] = []
@@ -143,6 +144,7 @@ def _models(run: RunConfig, budget: Budget, told: Reporter) -> list[Answer]:
                 run.model_copy(update={"model": model}),
                 budget.gpu,
                 budget_bytes=budget.budget_bytes,
+                expandable_segments=budget.expandable_segments,
                 paged_on_card=budget.paged_on_card,
                 processes=budget.processes,
             )

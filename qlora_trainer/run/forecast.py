@@ -10,7 +10,6 @@ imports, mapped files and what the C library keeps; so the first step is tracked
 storage, and that very step is foreseen once more, with its own batch.
 """
 
-import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -19,19 +18,19 @@ from typing import Any
 
 import torch
 
-from qlora_trainer.base.machine import host_memory_bytes
+from qlora_trainer.base.machine import host_memory_bytes, windows_driver
 from qlora_trainer.base.variable_length import FIRST_CAPABILITY
 from qlora_trainer.config.settings import RunConfig
 from qlora_trainer.data.packing import pack
 from qlora_trainer.errors import UserError
+from qlora_trainer.memory.allocator_settings import AllocatorSettings, allocator_settings
 from qlora_trainer.memory.foresight import simulate_run
 from qlora_trainer.memory.gpus import GpuProfile, gpu_of_this_machine
-from qlora_trainer.memory.loss_chunk import with_loss_chunk
 from qlora_trainer.memory.measure import watched_step
 from qlora_trainer.memory.program import RunShape
 from qlora_trainer.memory.simulate import Live
 from qlora_trainer.memory.tracker import UnforeseeableOperator
-from qlora_trainer.run.foresee import run_shape, task_config, with_auto
+from qlora_trainer.run.foresee import run_shape, simulate_solved, task_config
 from qlora_trainer.run.report import Reporter
 from qlora_trainer.run.room import disk_of_all, room_on_card, room_on_cpu, room_on_disk
 from qlora_trainer.tasks.task import Batch
@@ -162,24 +161,19 @@ def forecast_run(
     config = task_config(run, source.config, setup.model_settings(data.encoder))
     shape = shape_of_data(run, run_shape(run, source.config, gpu, processes.count), data, gpu)
     sharing = processes.local_count
+    allocator = allocator_settings() if here else AllocatorSettings()
+    if allocator.note is not None:
+        told.say(allocator.note)
     try:
-        shape = with_auto(
-            run,
-            config,
-            shape,
-            gpu,
+        simulated = simulate_solved(
+            run, config, shape, gpu,
             here[1] if here else int(0.9 * host_memory_bytes()[1]) // sharing,
-            paged_on_card=sys.platform == "win32",
-        )
+            expandable_segments=allocator.expandable_segments, paged_on_card=windows_driver(),
+            choose_chunk=choose_chunk,
+        )  # fmt: skip
+        shape = simulated.shape
         if run.train.activations == "auto":
             told.say(f"train.activations: auto came to {_counted(shape.activations)}")
-        simulated = simulate_run(config, shape, gpu, model_class=source.kind.auto_class)
-        if here is not None and choose_chunk and run.train.activations == "auto":
-            simulated = with_loss_chunk(
-                config, simulated, here[0], budget_bytes=here[1],
-                paged_on_card=sys.platform == "win32", model_class=source.kind.auto_class,
-            )  # fmt: skip
-            shape = simulated.shape
     except (UnforeseeableOperator, RuntimeError) as error:
         told.say(f"memory: this model cannot be foreseen, so nothing is promised: {error}")
         return Forecast(
@@ -191,8 +185,9 @@ def forecast_run(
     else:
         rehearsed = run.memory.rehearse != "never"
         predicted, faults = room_on_card(
-            simulated, config, shape, here, told, rehearsed=rehearsed, sharing=sharing
-        )
+            simulated, config, shape, here, told, rehearsed=rehearsed, sharing=sharing,
+            expandable_segments=allocator.expandable_segments,
+        )  # fmt: skip
     predicted["disk_peak_bytes"] = disk_of_all(run, simulated, data)
     faults += room_on_disk(run, simulated, told)
     if faults and run.memory.must_fit:

@@ -18,8 +18,8 @@ from qlora_trainer.config.read import check_values, read_run_file
 from qlora_trainer.config.settings import RunConfig
 from qlora_trainer.errors import UserError
 from qlora_trainer.memory.auto import choose_activations
-from qlora_trainer.memory.foresight import Foresight, RunShape, simulate_run
-from qlora_trainer.memory.gpus import GpuProfile
+from qlora_trainer.memory.foresight import Foresight, RunShape, SimulatedRun, simulate_run
+from qlora_trainer.memory.gpus import GpuProfile, plannable_bytes
 from qlora_trainer.memory.loss_chunk import with_loss_chunk
 from qlora_trainer.tasks.catalogue import task_kind
 from qlora_trainer.training import setup
@@ -82,7 +82,7 @@ def foresee_run(
         gpu: The card.
         budget_bytes: What of it is free for this process; its usable memory unless given.
         expandable_segments: Of the allocator's configuration.
-        paged_on_card: Managed memory counts on the card, as on Windows.
+        paged_on_card: Managed memory counts on the card, as on Windows and WSL.
         with_timeline: Keep the course of allocated and reserved memory.
         processes: How many make the run together; the memory is of one of them.
 
@@ -91,18 +91,11 @@ def foresee_run(
     """
     config = read_model_config(run)
     setup.check_length(run, config)
-    kind = task_kind(run.task)
     changed = task_config(run, config)
-    shape = with_auto(
+    found = simulate_solved(
         run, changed, run_shape(run, config, gpu, processes), gpu, budget_bytes,
-        paged_on_card=paged_on_card,
+        expandable_segments=expandable_segments, paged_on_card=paged_on_card,
     )  # fmt: skip
-    found = simulate_run(changed, shape, gpu, model_class=kind.auto_class)
-    if run.train.activations == "auto":
-        found = with_loss_chunk(
-            changed, found, gpu, budget_bytes=budget_bytes, paged_on_card=paged_on_card,
-            model_class=kind.auto_class,
-        )  # fmt: skip
     return found.on(
         gpu,
         budget_bytes=budget_bytes,
@@ -112,27 +105,47 @@ def foresee_run(
     )
 
 
-def with_auto(
+def simulate_solved(
     run: RunConfig,
     config: Any,
     shape: RunShape,
     gpu: GpuProfile | None,
     budget_bytes: int | None,
     *,
+    expandable_segments: bool = False,
     paged_on_card: bool = False,
-) -> RunShape:
-    """The shape with `train.activations: auto` solved; as it is where that is not asked for."""
+    choose_chunk: bool = True,
+) -> SimulatedRun:
+    """A run simulated as `train.activations: auto` solves it; as it is where that is not asked for.
+
+    Of a card it is solved for what may be planned into, of a CPU for the budget as it is.
+
+    Args:
+        run: The settings.
+        config: Of the model, for the task.
+        shape: Of the run, `auto` not solved.
+        gpu: The card; None for a CPU.
+        budget_bytes: What is free for the run; of a card, None takes its usable memory.
+        expandable_segments: Of the allocator's configuration.
+        paged_on_card: Managed memory counts on the card.
+        choose_chunk: On a card, choose the loss's chunk as well.
+    """
+    model_class = task_kind(run.task).auto_class
     if run.train.activations != "auto":
-        return shape
+        return simulate_run(config, shape, gpu, model_class=model_class)
+    if gpu is not None:
+        budget_bytes = plannable_bytes(budget_bytes or gpu.usable_bytes)
     found = choose_activations(
-        config,
-        shape,
-        gpu,
-        budget_bytes,
-        paged_on_card=paged_on_card,
-        model_class=task_kind(run.task).auto_class,
-    )
-    return replace(shape, activations=found)
+        config, shape, gpu, budget_bytes, expandable_segments=expandable_segments,
+        paged_on_card=paged_on_card, model_class=model_class,
+    )  # fmt: skip
+    solved = simulate_run(config, replace(shape, activations=found), gpu, model_class=model_class)
+    if gpu is None or not choose_chunk:
+        return solved
+    return with_loss_chunk(
+        config, solved, gpu, budget_bytes=budget_bytes, expandable_segments=expandable_segments,
+        paged_on_card=paged_on_card, model_class=model_class,
+    )  # fmt: skip
 
 
 def read_model_config(run: RunConfig) -> Any:
@@ -205,7 +218,7 @@ def run_shape(run: RunConfig, config: Any, gpu: GpuProfile | None, processes: in
         seq_len=run.data.max_seq_len,
         accumulation=run.train.gradient_accumulation_steps,
         optimizer=run.train.optimizer,
-        # what `auto` can come down to; `with_auto` finds what it needs to be
+        # what `auto` can come down to; `simulate_solved` finds what it needs to be
         activations="offload" if run.train.activations == "auto" else run.train.activations,
         loss_chunk_tokens=run.train.loss_chunk_tokens,
         regularized=setup.regularized(run),

@@ -52,6 +52,7 @@ def _foresee(asked: tuple[RunConfig, Budget], with_timeline: bool) -> Foresight:
         run,
         allowed.gpu,
         budget_bytes=allowed.budget_bytes,
+        expandable_segments=allowed.expandable_segments,
         paged_on_card=allowed.paged_on_card,
         with_timeline=with_timeline,
         processes=allowed.processes,

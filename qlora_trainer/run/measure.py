@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 
+from qlora_trainer.base.machine import windows_driver
 from qlora_trainer.config.settings import RunConfig
 from qlora_trainer.errors import UserError
+from qlora_trainer.memory.allocator_settings import allocator_settings
 from qlora_trainer.memory.foresight import Foresight, simulate_run
 from qlora_trainer.memory.full_batch import full_batch
 from qlora_trainer.memory.gpus import gpu_of_this_machine
@@ -95,7 +97,15 @@ def measure_run(run: RunConfig, *, reporter: Reporter | None = None) -> Comparis
     auto_class = source.kind.auto_class
     simulated = simulate_run(config, shape, gpu[0] if gpu else None, model_class=auto_class)
     simulated.trace = without_evaluation(simulated.trace)
-    predicted = simulated.on(gpu[0], budget_bytes=gpu[1]) if gpu else simulated.trace.live()
+    predicted: Foresight | Live = simulated.trace.live()
+    if gpu is not None:
+        allocator = allocator_settings()
+        predicted = simulated.on(
+            gpu[0], budget_bytes=gpu[1], expandable_segments=allocator.expandable_segments,
+            paged_on_card=windows_driver(),
+        )  # fmt: skip
+        if allocator.note is not None:
+            told.say(allocator.note)
     resident = ResidentMemory()
     model = setup.load_model(run, source, tensors_loaded(told))
     setup.add_adapter(run, model, source.base_spec.compute_dtype, source.kind)

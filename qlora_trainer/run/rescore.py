@@ -6,7 +6,6 @@ elsewhere or with another batch size, sums are rounded otherwise: a few rows on 
 flip, and what follows of that is allowed and said, with the rows predicted otherwise now.
 """
 
-import gc
 import json
 import math
 import os
@@ -49,13 +48,6 @@ class Rescored:
 
     metrics: dict[str, float]
     changed: list[str]
-
-
-def free_memory() -> None:
-    """Give back what was let go of, on the GPU too, where a fresh process needs it."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def rescore_in_fresh_process(folder: Path) -> Rescored:

@@ -4,13 +4,12 @@ Each function says in one line what is foreseen of what is there, and returns wh
 the mildest change that would do, ready as `--set` flags.
 """
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from qlora_trainer.base.machine import free_disk_bytes, host_memory_bytes
+from qlora_trainer.base.machine import free_disk_bytes, host_memory_bytes, windows_driver
 from qlora_trainer.config.settings import RunConfig
 from qlora_trainer.errors import UserError
 from qlora_trainer.memory.artefacts import disk_peak_bytes
@@ -34,21 +33,28 @@ def room_on_card(
     *,
     rehearsed: bool,
     sharing: int = 1,
+    expandable_segments: bool = False,
 ) -> tuple[dict[str, Any], list[str]]:
     """Numbers for `memory.json`, and what is lacking of a card and of host memory.
 
-    Host memory is shared by so many processes on this machine.
+    Host memory is shared by so many processes on this machine. Segments that expand are of the
+    allocator's configuration.
     """
     gpu, free = here
-    windows = sys.platform == "win32"
-    found = simulated.on(gpu, budget_bytes=free, paged_on_card=windows)
+    windows = windows_driver()
+    found = simulated.on(
+        gpu, budget_bytes=free, expandable_segments=expandable_segments, paged_on_card=windows
+    )
     told.say(
         f"memory: {format_bytes(found.total_bytes)} foreseen of {format_bytes(free)} free on "
         f"{gpu.name}, most in {found.peak_phase}: {found.verdict}"
     )
     faults = []
     if not found.fits:
-        fitter = Fitter(config, shape, gpu, budget_bytes=free, paged_on_card=windows)
+        fitter = Fitter(
+            config, shape, gpu, budget_bytes=free, expandable_segments=expandable_segments,
+            paged_on_card=windows,
+        )  # fmt: skip
         faults.append(
             f"the card: {format_bytes(found.total_bytes)} needed, {format_bytes(free)} free; "
             + _way_out(fitter)

@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from qlora_trainer.base.device_memory import free_memory
 from qlora_trainer.base.files import write_text_atomically
 from qlora_trainer.base.fingerprint import base_fingerprint
+from qlora_trainer.base.machine import unused_gpu
 from qlora_trainer.config.settings import RunConfig
 from qlora_trainer.data.encode import Encoder
 from qlora_trainer.lora.files import save_adapter
@@ -24,7 +26,7 @@ from qlora_trainer.run.continued import (
 from qlora_trainer.run.parts import Parts, prepare
 from qlora_trainer.run.rehearsal import rehearsal_of
 from qlora_trainer.run.report import Reporter
-from qlora_trainer.run.rescore import free_memory, prove_saved
+from qlora_trainer.run.rescore import prove_saved
 from qlora_trainer.run.resolve import (
     at_the_same_commit,
     earlier_made_whole,
@@ -50,6 +52,7 @@ from qlora_trainer.training.plan import Run, TrainingOutcome
 from qlora_trainer.training.processes import Processes
 from qlora_trainer.training.resume import compare_settings, require_same_run, require_same_things
 from qlora_trainer.training.scaler import LossScaler
+from qlora_trainer.training.tokenizer import save_tokenizer
 from qlora_trainer.training.trackers import open_trackers
 
 
@@ -90,9 +93,12 @@ def train(
         UserError: Something only the user can mend; what was saved so far stays.
     """
     refuse_own_folder(run)
+    free_memory()  # of a model this process had before, which would count as another program's
     with join_processes(run.model.device) as processes, processes.together():
         told = reporter if reporter is not None and processes.is_main else Reporter()
-        return _train(run, told, processes, restart=restart)
+        result = _train(run, told, processes, restart=restart)
+    free_memory()
+    return result
 
 
 def _train(run: RunConfig, told: Reporter, processes: Processes, *, restart: bool) -> TrainResult:
@@ -106,6 +112,9 @@ def _train(run: RunConfig, told: Reporter, processes: Processes, *, restart: boo
             run = with_the_same_dtype(run, begun)
         with processes.main_first():
             source = setup.open_model(run, processes)
+        unused = unused_gpu(source.device) if run.model.device == "auto" else None
+        if unused is not None:
+            told.say(f"computing on the CPU: {unused}; `qlora doctor` says what to do")
         settings = resolved_settings(run, source.resolved.revision)
         settings["model"]["compute_dtype"] = asked.model.compute_dtype
         base = base_fingerprint(source.resolved.folder)
@@ -285,6 +294,6 @@ def _finished(
         target = folder.path / name
         if target.is_dir():
             write_text_atomically(target / "README.md", card)
-            (parts.source.tokenizer or parts.source.processor).save_pretrained(target)
+            save_tokenizer(parts.source.tokenizer or parts.source.processor, target)
     folder.write_json("result.json", {**asdict(outcome), "metrics": metrics, "memory": memory})
     return TrainResult(folder.path, folder.path / "adapter", outcome, metrics, settings["task"])

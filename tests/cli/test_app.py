@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
+import torch
 
-from qlora_trainer.cli.app import main
+from qlora_trainer.cli.app import _said_of_memory, main
 from qlora_trainer.cli.show import ConsoleReporter
 from qlora_trainer.config.tasks import TaskName
 from qlora_trainer.export import choices, gguf_file, merged
@@ -46,6 +47,24 @@ def test_init_writes_a_file_and_never_over_one(tmp_path: Path) -> None:
     assert again.returncode == 2
     assert "exists already" in again.stderr
     assert (tmp_path / "run.yaml").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0"), "the card"),
+        (torch.AcceleratorError("CUDA error: out of memory\nCUDA kernel errors might"), "the card"),
+        (MemoryError(), "the system"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: tried 9 bytes"), "the system"),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), None),
+        (torch.AcceleratorError("CUDA error: an illegal memory access"), None),
+    ],
+)
+def test_memory_that_is_refused_is_no_defect_of_ours(
+    error: RuntimeError | MemoryError, told: str | None
+) -> None:
+    found = _said_of_memory(error)
+    assert found is None if told is None else found is not None and found.startswith(told)
 
 
 def test_schema_is_json(tmp_path: Path) -> None:
@@ -186,5 +205,5 @@ def test_an_export_is_asked_for_what_there_is(
 
 
 def test_what_can_be_asked_for_is_what_the_export_can_write() -> None:
-    assert get_args(choices.Dtype) == tuple(merged.DTYPES)
+    assert get_args(choices.Dtype) == ("auto", *merged.DTYPES)
     assert get_args(choices.GgufType) == tuple(gguf_file.TYPES) == tuple(FURTHER_KL)

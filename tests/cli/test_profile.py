@@ -31,9 +31,10 @@ Told = tuple[int, str, str]
 def profile(model: str, capsys: pytest.CaptureFixture[str]) -> Any:
     """Run `qlora profile` on the tiny model in this process: exit code, output, errors."""
 
-    def run(*arguments: str, named: str = model, gpu: str = "rtx-3060-12gb") -> Told:
+    def run(*arguments: str, named: str = model, gpu: str | None = "rtx-3060-12gb") -> Told:
         with pytest.MonkeyPatch.context() as patch:
-            known = ["qlora", "profile", "--model", named, "--gpu", gpu]
+            card = [] if gpu is None else ["--gpu", gpu]
+            known = ["qlora", "profile", "--model", named, *card]
             patch.setattr(sys, "argv", [*known, *arguments])
             with pytest.raises(SystemExit) as left:
                 main()
@@ -151,6 +152,15 @@ def test_a_model_that_is_none_is_code_2(
     assert code == 2
     assert message in err
     assert "Traceback" not in err
+
+
+def test_the_card_here_is_the_one_of_the_run(profile: Any) -> None:
+    code, _, err = profile("--set", "model.device=cuda:63", gpu=None)
+    assert code == 2
+    assert "model.device = 'cuda:63': torch finds" in err
+    code, _, err = profile("--sweep", "model.device=cuda:0,cuda:1", gpu=None)
+    assert code == 2
+    assert "a table is of one card" in err
 
 
 def test_an_unknown_card_is_answered_with_the_nearest(profile: Any) -> None:

@@ -10,6 +10,7 @@ import peft
 import pytest
 import torch
 import transformers
+import yaml
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -75,6 +76,30 @@ def test_a_bare_adapter_needs_its_base(make_run: Make, tiny_model: Path, tmp_pat
     with pytest.raises(UserError, match="no such folder"):
         export_run(adapter, tmp_path / "none", base="/not/there")
     assert not (tmp_path / "none").exists()
+    # without --base, the very commit the adapter names is asked for
+    named = json.loads((adapter / "adapter_config.json").read_text())
+    named.update(base_model_name_or_path="owner/name", revision="ab" * 20)
+    (adapter / "adapter_config.json").write_text(json.dumps(named))
+    with pytest.raises(
+        UserError, match=rf"owner/name \(revision {'ab' * 20}\) is not in the cache"
+    ):
+        export_run(adapter, tmp_path / "none")
+
+
+def test_a_copy_of_a_base_from_the_hub_has_none_of_its_commits(
+    make_run: Make, tiny_model: Path, tmp_path: Path
+) -> None:
+    folder = train(make_run()).folder
+    file = folder / "run.yaml"
+    values = yaml.safe_load(file.read_text())
+    values["model"].update(source="owner/name", revision="ab" * 20)
+    file.write_text(yaml.safe_dump(values))
+    with pytest.raises(UserError, match="owner/name"):
+        export_run(folder, tmp_path / "none", prove=False)
+    exported = export_run(
+        folder, tmp_path / "merged", base=str(tiny_model), onto="original", prove=False
+    )
+    assert (exported.folder / "model.safetensors").is_file()
 
 
 def test_another_base_than_was_trained_on_is_refused_and_one_asked_for_is_said(

@@ -37,6 +37,28 @@ def test_more_tokens_need_more_memory_and_the_card_decides(tiny_model: Path) -> 
     assert tight.verdict == "does not fit"
 
 
+@pytest.mark.parametrize("chunk", ["null", "64"])
+def test_what_is_chosen_leaves_some_of_the_card_and_refuses_nothing(
+    tmp_path: Path, chunk: str
+) -> None:
+    """The layers' plan where the chunk is named, the chunk where it is not."""
+    transformers.LlamaConfig(
+        vocab_size=32_000, hidden_size=512, intermediate_size=4096, num_hidden_layers=2,
+        num_attention_heads=8, num_key_value_heads=4, max_position_embeddings=4096,
+    ).save_pretrained(tmp_path)  # fmt: skip
+    settings = ("data.max_seq_len=4096", "train.activations=auto")
+    run = run_for_model(str(tmp_path), [*settings, f"train.loss_chunk_tokens={chunk}"])
+    card, spare = read_gpu("rtx-3090-24gb"), 3 * 2**30 // 10
+    most = foresee_run(run, card)
+    enough = foresee_run(run, card, budget_bytes=most.total_bytes + spare)
+    assert (enough.total_bytes, enough.verdict) == (most.total_bytes, "fits")
+    less = foresee_run(run, card, budget_bytes=most.total_bytes + spare - 1)
+    assert less.total_bytes < most.total_bytes
+    least = foresee_run(run, card, budget_bytes=spare)
+    assert least.total_bytes <= less.total_bytes
+    assert foresee_run(run, card, budget_bytes=least.total_bytes).verdict == "tight"
+
+
 def test_a_config_file_of_any_name_is_enough(tiny_model: Path, tmp_path: Path) -> None:
     card = read_gpu("rtx-3060-12gb")
     file = tmp_path / "llama-tiny.json"
