@@ -34,7 +34,9 @@ OURS: dict[str, Any] = {
 PLAIN: dict[str, Any] = {
     "techniques": tuple(t for t in TECHNIQUES if t not in ("fused_mlp", "tiled_norms"))
 }
-OWN_CHOICE = {"activations": "keep", "mlp_keeps_inner": True}  # nothing computed again
+OWN_CHOICE = {  # nothing computed again
+    "activations": "keep", "mlp_keeps_inner": True, "attention_keeps_probabilities": True,
+}  # fmt: skip
 PEER: dict[str, Any] = {"attention": "sdpa"}
 FP32_ADAPTER = {
     "adapter_dtype": "float32", "compute_dtype": "bfloat16", "activations": "keep",

@@ -55,6 +55,7 @@ def run_ours(job: dict[str, Any], gate: Gate) -> None:
         mlp_keeps_inner=job.get("mlp_keeps_inner", False),
         fused_qkv="fused_qkv" in on,
         fused_linear="fused_linear" in on,
+        attention_keeps_probabilities=job.get("attention_keeps_probabilities", False),
     )
     apply_techniques(model, techniques)
     if job["data"]:

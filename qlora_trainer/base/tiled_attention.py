@@ -15,30 +15,32 @@ Backward, with g = dL/dO; P is computed again:
     dS = P * (dP - rowsum(dP * P))
     dQ = s dS K                   dK += s dS^T Q
 
-Saved: Q, K, V. Of the scores only a tile's n rows are ever alive (`TILE_ELEMENTS`), as in Rabe and
-Staats 2021 (arXiv:2112.05682); keys' gradients are summed over tiles in fp32. Scores stay in fp32
-between product and softmax, as in the kernel it replaces, whose error a test holds it to. Query
-heads that share a key head are rows of one product, so keys are never repeated. Given up: masks,
-dropout and windows (the model's `sdpa` takes those), and gradients of gradients.
+Saved: Q, K, V. Of the scores only a tile's n rows are ever alive (`attention_tiles.py`), as in
+Rabe and Staats 2021 (arXiv:2112.05682); keys' gradients are summed over tiles in fp32. Scores stay
+in fp32 between product and softmax, as in the kernel it replaces, whose error a test holds it to.
+Given up: masks, dropout and windows (the model's `sdpa` takes those), and gradients of gradients.
+
+All P may be kept instead, H T / 2 numbers a token: two fifths of the backward are then left out. A
+layer that is computed again anyway keeps them for that moment, where they are few (`KEPT_BYTES`);
+one that keeps its activations does where it is told to (`keep_probabilities`).
 
     B rows, H query heads, G key heads, R = H / G, T tokens, D head size
 """
 
 import sys
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from qlora_trainer.base.attention_tiles import Probabilities, Sizes, tile_of
 from qlora_trainer.base.own_attention import replace_sdpa
 
 NAME = "tiled"
-TILE_TOKENS = 64
-TILE_ELEMENTS = 2**22  # scores of one tile over all heads: 16 MiB in fp32
-_FEWEST_TOKENS = 8
+KEPT_BYTES = 2**25  # probabilities of one layer that is computed again
+_KEEPING = "_keeping_of_tiled_attention"
 # Tokens for which tiles win, by what is computed in. Below 768 torch's kernel takes 64 queries at a
 # time in fp32, too, and by its own loops; from 1,024 on it is level.
 _TOKENS = {torch.bfloat16: range(2, sys.maxsize), torch.float32: range(256, 1024)}
@@ -68,6 +70,11 @@ def use_tiled_attention(model: Any) -> bool:
     return replace_sdpa(model, NAME, attend_in_tiles)
 
 
+def attends_in_tiles(model: Any) -> bool:
+    """Whether it may: its attention is ours, of packed examples or as foreseen."""
+    return str(getattr(model.config, "_attn_implementation", "")).endswith(NAME)
+
+
 def leave_tiled_attention(model: Any) -> None:
     """Let a model attend by torch's own kernel again, as whoever loads it elsewhere will."""
     if model.config._attn_implementation == NAME:
@@ -84,7 +91,7 @@ def attend_in_tiles(
 ) -> tuple[Tensor, None]:
     """Attend in tiles where that is what is asked for, otherwise as `sdpa`. -> (B, T, H, D)."""
     if takes_tiles(module, query, key, value, attention_mask, **kwargs):
-        return tiled_attention(query, key, value, kwargs.get("scaling")), None
+        return tiles_of(module, query, key, value, kwargs.get("scaling")), None
     attended: tuple[Tensor, None] = sdpa_attention_forward(
         module, query, key, value, attention_mask, **kwargs
     )
@@ -119,8 +126,46 @@ def takes_tiles(
     )
 
 
+def tiles_of(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, scale: float | None = None
+) -> Tensor:
+    """`tiled_attention` of an attention, which keeps its probabilities where it was told to."""
+    told = module.__dict__.get(_KEEPING, _Keeping())
+    keeps = told.kept
+    if told.recomputed:
+        held = Sizes.of(query, key).probabilities * query.element_size()
+        keeps = held <= KEPT_BYTES
+    return tiled_attention(query, key, value, scale, keeps=keeps)
+
+
+def keep_probabilities(
+    layer: nn.Module, *, kept: bool | None = None, recomputed: bool | None = None
+) -> None:
+    """Say to the attentions of a layer, or of a model, when tiles keep their probabilities.
+
+    Args:
+        layer: Its attentions are told, on the instance.
+        kept: Whether they do in a layer that keeps its activations; None: as it was.
+        recomputed: Whether the layer computes its activations again; None: as it was.
+    """
+    for part in layer.modules():
+        if hasattr(part, "is_causal"):  # what an attention of transformers says of itself
+            was = part.__dict__.get(_KEEPING, _Keeping())
+            part.__dict__[_KEEPING] = _Keeping(
+                was.kept if kept is None else kept,
+                was.recomputed if recomputed is None else recomputed,
+            )
+
+
+class _Keeping(NamedTuple):
+    """What one attention was told."""
+
+    kept: bool = False
+    recomputed: bool = False
+
+
 def tiled_attention(
-    query: Tensor, key: Tensor, value: Tensor, scale: float | None = None
+    query: Tensor, key: Tensor, value: Tensor, scale: float | None = None, *, keeps: bool = False
 ) -> Tensor:
     """Causal attention, recording its gradients.
 
@@ -129,125 +174,70 @@ def tiled_attention(
         key: (B, G, T, D), and so is `value`.
         value: H is a multiple of G.
         scale: Of the scores; None is 1 / sqrt(D).
+        keeps: Keep the probabilities for the backward.
 
     Returns:
         (B, T, H, D), in the dtype of `query`.
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    attended: Tensor = _TiledAttention.apply(query, key, value, scale)
+    attended: Tensor = _TiledAttention.apply(query, key, value, scale, keeps)
     return attended
-
-
-class _Sizes(NamedTuple):
-    """Of one call."""
-
-    rows: int
-    groups: int
-    shared: int
-    tokens: int
-    head: int
-
-    @classmethod
-    def of(cls, query: Tensor, key: Tensor) -> "_Sizes":
-        rows, heads, tokens, head = query.shape
-        groups = key.shape[1]
-        return cls(rows, groups, heads // groups, tokens, head)
-
-    @property
-    def tile_tokens(self) -> int:
-        wide = TILE_ELEMENTS // max(1, self.rows * self.groups * self.shared * self.tokens)
-        return min(self.tokens, TILE_TOKENS, max(_FEWEST_TOKENS, wide))
-
-    def tiles(self) -> Iterator[tuple[int, int]]:
-        """First and last token of each."""
-        size = self.tile_tokens
-        return ((first, min(first + size, self.tokens)) for first in range(0, self.tokens, size))
-
-
-class _Scores:
-    """Where a tile's scores are made; the same memory for every tile."""
-
-    def __init__(self, query: Tensor, key: Tensor, sizes: _Sizes, scale: float) -> None:
-        self.query = query.unflatten(1, (sizes.groups, sizes.shared))  # (B, G, R, T, D)
-        self.sizes = sizes
-        wide = torch.promote_types(query.dtype, torch.float32)
-        batch = sizes.rows * sizes.groups
-        scaled = key.reshape(batch, sizes.tokens, sizes.head).to(wide, copy=True).mul_(scale)
-        self.key = scaled.mT  # (BG, D, T)
-        size, lines = sizes.tile_tokens, batch * sizes.shared
-        self._above = query.new_full((size, size), float("-inf"), dtype=wide).triu_(1)
-        self._queries = query.new_empty(lines * size * sizes.head, dtype=wide)
-        self._scores = query.new_empty(lines * size * sizes.tokens, dtype=wide)
-        self._probabilities = query.new_empty(lines * size * sizes.tokens)
-
-    def of(self, first: int, last: int) -> Tensor:
-        """Probabilities (BG, R n, t) of a tile, in the queries' dtype."""
-        rows, groups, shared, _, head = self.sizes
-        batch, size = rows * groups, last - first
-        lines = shared * size
-        queries = self._queries[: batch * lines * head]
-        queries.view(rows, groups, shared, size, head).copy_(self.query[:, :, :, first:last])
-        scores = self._scores[: batch * lines * last].view(batch, lines, last)
-        torch.bmm(queries.view(batch, lines, head), self.key[:, :, :last], out=scores)
-        scores.view(batch, shared, size, last)[..., first:].add_(self._above[:size, :size])
-        torch.softmax(scores, -1, out=scores)
-        if scores.dtype == self.query.dtype:  # fp64, for gradcheck
-            return scores
-        return self._probabilities[: scores.numel()].view_as(scores).copy_(scores)
 
 
 class _TiledAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        ctx.save_for_backward(query, key, value)
-        ctx.scale = scale
-        sizes = _Sizes.of(query, key)
-        rows, groups, shared, tokens, head = sizes
-        values = value.reshape(rows * groups, tokens, head)
-        scores = _Scores(query, key, sizes, scale)
-        out = query.new_empty(rows, tokens, groups * shared, head)
-        by_group = _by_group(out, sizes)
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, keeps: bool
+    ) -> Tensor:
+        keeps = keeps and any(ctx.needs_input_grad)
+        sizes = Sizes.of(query, key)
+        values = value.reshape(sizes.batch, sizes.tokens, sizes.head)
+        probabilities = Probabilities(query, key, sizes, scale, keeps)
+        out = torch.empty_like(query.transpose(1, 2), memory_format=torch.contiguous_format)
+        by_group = sizes.by_group(out)
         for first, last in sizes.tiles():
-            probabilities = scores.of(first, last)
-            tile = torch.bmm(probabilities, values[:, :last])  # (BG, R n, D)
-            by_group[:, :, :, first:last] = tile.view(rows, groups, shared, last - first, head)
+            tile = torch.bmm(probabilities.of(first, last), values[:, :last])  # (BG, n R, D)
+            part = by_group[:, :, first:last]
+            part.copy_(tile.view(part.shape))
+        ctx.save_for_backward(query, key, value, probabilities.all if keeps else None)
+        ctx.scale = scale
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value = ctx.saved_tensors
-        sizes = _Sizes.of(query, key)
-        rows, groups, shared, tokens, head = sizes
-        batch = rows * groups
-        keys, values = (tensor.reshape(batch, tokens, head) for tensor in (key, value))
-        scores = _Scores(query, key, sizes, ctx.scale)
-        grads = _by_group(grad_out, sizes)
-        grad_query = query.new_empty(rows, tokens, groups * shared, head)
-        of_query = _by_group(grad_query, sizes)
+        query, key, value, kept = ctx.saved_tensors
+        sizes = Sizes.of(query, key)
+        keys, values = (t.reshape(sizes.batch, sizes.tokens, sizes.head) for t in (key, value))
+        probabilities = None
+        if kept is None:
+            probabilities = Probabilities(query, key, sizes, ctx.scale, keeps=False)
+        by_group, grads = sizes.by_group(query.transpose(1, 2)), sizes.by_group(grad_out)
+        grad_query = torch.empty_like(grad_out, memory_format=torch.contiguous_format)
+        of_query = sizes.by_group(grad_query)
         wide = torch.promote_types(query.dtype, torch.float32)
         grad_key, grad_value = (keys.new_zeros(keys.shape, dtype=wide) for _ in range(2))
-        space = query.new_empty(batch * shared * sizes.tile_tokens * tokens)
+        space = query.new_empty(sizes.batch * sizes.shared * sizes.tile_tokens * sizes.tokens)
+        begin = 0
         for first, last in sizes.tiles():
-            probabilities = scores.of(first, last)
+            if probabilities is None:
+                made = tile_of(kept, begin, sizes, first, last)
+                begin += made.numel()
+            else:
+                made = probabilities.of(first, last)
             queries, g = (
-                tensor[:, :, :, first:last].reshape(batch, -1, head)  # (BG, R n, D)
-                for tensor in (scores.query, grads)
-            )
-            grad_value[:, :last] += torch.bmm(probabilities.mT, g)
-            slopes = space[: probabilities.numel()].view_as(probabilities)
+                sizes.as_rows(tensor[:, :, first:last]) for tensor in (by_group, grads)
+            )  # (BG, n R, D)
+            grad_value[:, :last] += torch.bmm(made.mT, g)
+            slopes = tile_of(space, 0, sizes, first, last)
             torch.bmm(g, values[:, :last].mT, out=slopes)  # dP, and then dS in its place
             torch.ops.aten._softmax_backward_data.out(
-                slopes, probabilities, -1, probabilities.dtype, grad_input=slopes
+                slopes, made, -1, made.dtype, grad_input=slopes
             )
             tile = torch.bmm(slopes, keys[:, :last]).mul_(ctx.scale)
-            of_query[:, :, :, first:last] = tile.view(rows, groups, shared, last - first, head)
+            part = of_query[:, :, first:last]
+            part.copy_(tile.view(part.shape))
             grad_key[:, :last] += torch.bmm(slopes.mT, queries)
         grad_key.mul_(ctx.scale)
         shaped = (tensor.to(query.dtype).view(key.shape) for tensor in (grad_key, grad_value))
-        return grad_query.transpose(1, 2), *shaped, None
-
-
-def _by_group(tensor: Tensor, sizes: _Sizes) -> Tensor:
-    """(B, T, H, D) seen as (B, G, R, T, D)."""
-    return tensor.unflatten(2, (sizes.groups, sizes.shared)).permute(0, 2, 3, 1, 4)
+        return grad_query.transpose(1, 2), *shaped, None, None

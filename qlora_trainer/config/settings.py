@@ -187,6 +187,11 @@ class TrainSettings(Settings):
         description="the fused MLP keeps what gate and up give, in layers that keep activations: "
         "faster, for two tensors of the MLP's width a layer",
     )
+    attention_keeps_probabilities: bool = Field(
+        False,
+        description="attention in tiles, as on a CPU, keeps its probabilities, in layers that keep "
+        "activations: faster, for heads x tokens^2 / 2 numbers a layer",
+    )
     fused_qkv: bool = Field(
         False,
         description="an attention's q, k and v as one function, rotary embedding as another",

@@ -25,7 +25,8 @@ from transformers.integrations.sdpa_attention import (
 from transformers.masking_utils import sdpa_mask
 
 from qlora_trainer.base.expanded_attention import expands_keys
-from qlora_trainer.base.tiled_attention import takes_tiles, tiled_attention
+from qlora_trainer.base.tiled_attention import NAME as TILED
+from qlora_trainer.base.tiled_attention import takes_tiles, tiles_of
 from qlora_trainer.memory.gpus import Gpu
 from qlora_trainer.memory.tracker import AllocationTracker
 from qlora_trainer.tasks.task import Batch
@@ -136,7 +137,7 @@ def attention_for(gpu: Gpu | None, *, in_tiles: bool = False) -> str:
         Its name.
     """
     name = f"{FORESEEN}_sm{gpu.capability}" if gpu is not None else f"{FORESEEN}_cpu"
-    name += "_tiles" if in_tiles else ""
+    name += f"_{TILED}" if in_tiles else ""
 
     def attend(
         module: Any,
@@ -153,7 +154,7 @@ def attention_for(gpu: Gpu | None, *, in_tiles: bool = False) -> str:
         choices: dict[str, Any] = {"dropout": dropout, "is_causal": is_causal, **kwargs}
         choices["position_bias"] = position_bias
         if in_tiles and takes_tiles(module, query, key, value, attention_mask, **choices):
-            return tiled_attention(query, key, value, scaling), None
+            return tiles_of(module, query, key, value, scaling), None
         grouped = getattr(module, "num_key_value_groups", 1) > 1
         # `base/expanded_attention.py` repeats the keys where no fused kernel knows groups
         early = gpu is not None and expands_keys(gpu.compute_capability, query.dtype)

@@ -21,6 +21,7 @@ from qlora_trainer.base.host_embedding import compute_device
 from qlora_trainer.base.layer_stream import bringing
 from qlora_trainer.base.layers import input_embeddings
 from qlora_trainer.base.select import trained_heads
+from qlora_trainer.base.tiled_attention import keep_probabilities
 from qlora_trainer.base.transfers import Transfers
 from qlora_trainer.lora.fuse import FusedGatedMLP
 from qlora_trainer.training.offload import Offload
@@ -87,6 +88,7 @@ def plan_activations(
         for part in layer.modules():
             if isinstance(part, FusedGatedMLP):
                 part.is_recomputed = plan[name] != "keep"
+        keep_probabilities(layer, recomputed=plan[name] != "keep")
     return ActivationPlan(plan)
 
 

@@ -145,7 +145,7 @@ def techniques(run: RunConfig) -> Techniques:
     train = run.train
     return Techniques(
         train.fused_mlp, train.mlp_tile_tokens, train.tiled_norms, train.mlp_keeps_inner,
-        train.fused_qkv, train.fused_linear,
+        train.fused_qkv, train.fused_linear, train.attention_keeps_probabilities,
     )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from qlora_trainer.base.norm import tile_norms
+from qlora_trainer.base.tiled_attention import attends_in_tiles, keep_probabilities
 from qlora_trainer.lora.fuse import fuse_mlps
 from qlora_trainer.lora.fuse_qkv import fuse_qkv
 from qlora_trainer.lora.inject import adapted_layers
@@ -29,6 +30,8 @@ class Techniques:
             activations (`plan_activations`).
         fused_qkv: q, k and v as one function, turned in one go.
         fused_linear: An adapter and its linear base as one function; off: torch's own operators.
+        attention_keeps_probabilities: Tiled attention keeps its probabilities, in layers that keep
+            their activations.
     """
 
     fused_mlp: bool = False
@@ -37,6 +40,7 @@ class Techniques:
     mlp_keeps_inner: bool = False
     fused_qkv: bool = False
     fused_linear: bool = True
+    attention_keeps_probabilities: bool = False
 
 
 def apply_techniques(model: nn.Module, techniques: Techniques) -> list[str]:
@@ -58,6 +62,12 @@ def apply_techniques(model: nn.Module, techniques: Techniques) -> list[str]:
     if not techniques.fused_linear:  # of what is left; q, k and v or an MLP in one have their own
         for layer in adapted_layers(model).values():
             layer.fused = False
+    keep_probabilities(model, kept=techniques.attention_keeps_probabilities)
+    if techniques.attention_keeps_probabilities and not attends_in_tiles(model):
+        notes.append(
+            "train.attention_keeps_probabilities: attention does not run in tiles here, so nothing "
+            "is kept"
+        )
     return notes
 
 

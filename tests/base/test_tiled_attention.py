@@ -1,6 +1,7 @@
 """Attention in tiles gives what torch's own gives, forward and backward, and leaves it the rest."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -8,12 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from qlora_trainer.base import attention_tiles
 from qlora_trainer.base import tiled_attention as module
 from qlora_trainer.base.packed_attention import use_packed_attention
 from qlora_trainer.base.tiled_attention import (
     NAME,
     attend_in_tiles,
     chooses_tiles,
+    keep_probabilities,
     leave_tiled_attention,
     takes_tiles,
     tiled_attention,
@@ -60,10 +63,66 @@ def test_in_float64_outputs_and_gradients_are_torchs(shape):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
 
 
-def test_gradients_are_those_of_the_function(monkeypatch):
-    monkeypatch.setattr(module, "TILE_TOKENS", 3)
+@pytest.mark.parametrize("keeps", [False, True])
+def test_gradients_are_those_of_the_function(monkeypatch, keeps):
+    monkeypatch.setattr(attention_tiles, "TILE_TOKENS", 3)
     tensors = inputs((1, 4, 2, 7, 4), torch.float64)
-    assert torch.autograd.gradcheck(tiled_attention, tensors)
+    assert torch.autograd.gradcheck(partial(tiled_attention, keeps=keeps), tensors)
+
+
+def saved_bytes(compute) -> tuple[Tensor, int]:
+    found: dict[int, int] = {}
+
+    def see(tensor: Tensor) -> Tensor:
+        found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(see, lambda tensor: tensor):
+        out = compute()
+    return out, sum(found.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_kept_probabilities_are_those_computed_again(shape, dtype):
+    tensors = inputs(shape, dtype)
+    pairs = zip(
+        outcomes(tiled_attention, tensors),
+        outcomes(partial(tiled_attention, keeps=True), tensors),
+        strict=True,
+    )
+    assert all(torch.equal(again, kept) for again, kept in pairs)
+    _, without = saved_bytes(lambda: tiled_attention(*tensors))
+    _, held = saved_bytes(lambda: tiled_attention(*tensors, keeps=True))
+    rows, heads, _, tokens, _ = shape
+    ends = [min(first + 64, tokens) for first in range(0, tokens, 64)]
+    counted = sum((end - 64 * index) * end for index, end in enumerate(ends))
+    assert held - without == rows * heads * counted * tensors[0].element_size()
+    with torch.no_grad():
+        _, nothing = saved_bytes(lambda: tiled_attention(*tensors, keeps=True))
+    assert nothing == 0
+
+
+@pytest.mark.parametrize(
+    ("told", "most", "keeps"),
+    [
+        ({}, 2**25, False),
+        ({"kept": True}, 0, True),
+        ({"kept": True, "recomputed": True}, 0, False),
+        ({"recomputed": True}, 2 * 2 * 65 * 65, True),  # one of 64 x 64, one of 1 x 65
+        ({"recomputed": True}, 2 * 2 * 64 * 64, False),
+        ({"recomputed": False}, 2**25, False),
+    ],
+)
+def test_an_attention_keeps_probabilities_where_it_was_told_to(monkeypatch, told, most, keeps):
+    monkeypatch.setattr(module, "KEPT_BYTES", most)
+    layer = torch.nn.Module()
+    layer.is_causal = True
+    keep_probabilities(torch.nn.Sequential(layer), **told)
+    tensors = inputs((1, 2, 1, 65, 8), torch.bfloat16)
+    _, expected = saved_bytes(lambda: tiled_attention(*tensors, keeps=keeps))
+    _, held = saved_bytes(lambda: attend_in_tiles(layer, *tensors, None)[0])
+    assert held == expected
 
 
 def distance(found: Tensor, exact: Tensor) -> float:
@@ -84,7 +143,7 @@ def test_it_errs_about_as_little_as_the_kernel_it_replaces(shape, dtype):
 
 
 def test_only_a_tile_of_scores_is_alive(monkeypatch):
-    monkeypatch.setattr(module, "TILE_ELEMENTS", 4 * 16 * 512)
+    monkeypatch.setattr(attention_tiles, "TILE_ELEMENTS", 4 * 16 * 512)
     largest = 0
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):

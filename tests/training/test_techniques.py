@@ -6,7 +6,9 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from qlora_trainer.base import tiled_attention
 from qlora_trainer.base.layers import decoder_layers
+from qlora_trainer.base.tiled_attention import use_tiled_attention
 from qlora_trainer.lora.fuse import FusedGatedMLP
 from qlora_trainer.lora.inject import adapted_layers
 from qlora_trainer.tasks.causal_lm import CausalLM
@@ -64,6 +66,23 @@ def test_only_layers_that_keep_their_activations_keep_what_gate_and_up_give() ->
         mlps = [module for module in model.modules() if isinstance(module, FusedGatedMLP)]
         assert sum(not mlp.is_recomputed for mlp in mlps) == keeping
         assert losses(model, steps=2) == pytest.approx(expected, rel=1e-4)
+
+
+def test_probabilities_are_kept_where_asked_for_and_change_no_loss(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(tiled_attention._TOKENS, torch.float32, range(2, 10**6))
+    expected = losses(adapted_llama(layers=3), steps=3)
+    for plan in (["keep"] * 3, ["recompute", "keep", "keep"], ["recompute"] * 3):
+        model = adapted_llama(layers=3)
+        assert use_tiled_attention(model)
+        notes = apply_techniques(model, Techniques(attention_keeps_probabilities=True))
+        assert notes == []
+        plan_activations(model, decoder_layers(model), plan)
+        assert losses(model, steps=3) == pytest.approx(expected, rel=1e-4)
+    model = adapted_llama(layers=3)
+    (note,) = apply_techniques(model, Techniques(attention_keeps_probabilities=True))
+    assert note.startswith("train.attention_keeps_probabilities: attention does not run in tiles")
 
 
 def test_a_model_we_do_not_know_keeps_its_plain_path_said_aloud() -> None:
