@@ -16,6 +16,9 @@ from torch import Tensor
 TILE_TOKENS = 64
 TILE_ELEMENTS = 2**22  # scores of one tile over all heads: 16 MiB in fp32
 _FEWEST_TOKENS = 8
+# Of all rows together; twice the tokens then cost less to hide than their products save in calls.
+# Not in fp32, whose products are slower.
+_FEW_HEADS = 16
 
 
 class Sizes(NamedTuple):
@@ -26,13 +29,15 @@ class Sizes(NamedTuple):
     shared: int
     tokens: int
     head: int
+    narrow: bool  # whether numbers are of 16 bits
 
     @classmethod
     def of(cls, query: Tensor, key: Tensor) -> "Sizes":
         """From queries (B, H, T, D) and keys (B, G, T, D)."""
         rows, heads, tokens, head = query.shape
         groups = key.shape[1]
-        return cls(rows, groups, heads // groups, tokens, head)
+        narrow = query.element_size() == 2
+        return cls(rows, groups, heads // groups, tokens, head, narrow)
 
     @property
     def batch(self) -> int:
@@ -42,8 +47,10 @@ class Sizes(NamedTuple):
     @property
     def tile_tokens(self) -> int:
         """Of every tile but the last."""
-        wide = TILE_ELEMENTS // max(1, self.batch * self.shared * self.tokens)
-        return min(self.tokens, TILE_TOKENS, max(_FEWEST_TOKENS, wide))
+        heads = self.batch * self.shared
+        wide = TILE_ELEMENTS // max(1, heads * self.tokens)
+        most = TILE_TOKENS * (2 if self.narrow and heads <= _FEW_HEADS else 1)
+        return min(self.tokens, most, max(_FEWEST_TOKENS, wide))
 
     @property
     def probabilities(self) -> int:
@@ -87,7 +94,7 @@ class Probabilities:
 
     def of(self, first: int, last: int) -> Tensor:
         """Probabilities (BG, n R, t) of a tile, in the queries' dtype."""
-        rows, groups, shared, _, head = self.sizes
+        rows, groups, shared, _, head, _ = self.sizes
         size = last - first
         lines = size * shared
         queries = self._queries[: self.sizes.batch * lines * head]
