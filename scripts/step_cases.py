@@ -10,6 +10,7 @@ the one dtype of the comparison (`in_dtype`), that which the machine multiplies 
     ablation    ours, and without one technique each
     alone       the same step without any of them, and with one each
     pages       ours keeping all, and the same giving freed pages back before every step
+    probabilities  ours keeping all, and the same without attention's probabilities
     compile     ours with plain norms and MLPs, and the same with these compiled
     dtype       ours in fp32 and in bf16, fp32 adapters both
     same-losses ours beside PEFT's plain path, fp32 adapters, on packed instructions; compared step
@@ -87,6 +88,7 @@ CONTENDERS: dict[str, dict[str, Any]] = {
     "ours-own": OURS | OWN_CHOICE,
     "ours-packed": OURS | OWN_CHOICE,
     "ours-own-without-freed-pages": without("freed_pages") | OWN_CHOICE,
+    "ours-own-without-probabilities": OURS | OWN_CHOICE | {"attention_keeps_probabilities": False},
     **{f"ours-without-{t.replace('_', '-')}": without(t) for t in TECHNIQUES},
     "ours-bare": OURS | {"techniques": ()},
     **{f"ours-only-{t.replace('_', '-')}": only(t) for t in TECHNIQUES},
@@ -124,6 +126,7 @@ PARTS: dict[str, dict[str, Any]] = {
         512, 1, ["ours-bare", *(f"ours-only-{t.replace('_', '-')}" for t in TECHNIQUES)]
     ),
     "pages-1x512": part(512, 1, ["ours-own", "ours-own-without-freed-pages"]),
+    "probabilities-1x512": part(512, 1, ["ours-own", "ours-own-without-probabilities"]),
     "compile-1x512": part(512, 1, ["ours-plain", "ours-compiled"]),
     "dtype-1x512": part(512, 1, ["ours-all-fp32", "ours-fp32"]),
     "same-losses": part(
