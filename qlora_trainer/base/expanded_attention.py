@@ -48,7 +48,7 @@ def use_expanded_attention(
         Whether it does now.
     """
     return expands_keys(compute_capability, compute_dtype) and replace_sdpa(
-        model, NAME, attend_expanded
+        model, NAME, attend_expanded, as_sdpa=True
     )
 
 

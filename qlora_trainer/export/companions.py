@@ -11,7 +11,7 @@ this machine copied into what is published.
 
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ _TOKENIZER = (
     "target_vocab.json", "preprocessor_config.json", "processor_config.json",
     "generation_config.json", "additional_chat_templates",
 )  # fmt: skip
+_SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 _DTYPE_NAMES = {
     torch.float16: "float16",
     torch.bfloat16: "bfloat16",
@@ -143,3 +144,28 @@ def write_config(
             config[key] = value
     content = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False)
     (out / "config.json").write_text(content + "\n", encoding="utf-8")
+
+
+def add_stop_ids(folder: Path, stop_ids: Sequence[int]) -> None:
+    """Let whoever generates with an export end answers where training taught them to end.
+
+    `generation_config.json` gets them beside the base's own; without that file readers take the
+    special tokens of `config.json`, and so does the one written here.
+
+    Args:
+        folder: Of the export, its `config.json` and what goes along already there.
+        stop_ids: Token ids; none changes nothing.
+    """
+    file = folder / "generation_config.json"
+    if file.is_file():
+        settings = json.loads(file.read_text(encoding="utf-8"))
+    else:
+        config = read_config_file(folder)
+        text = config.get("text_config") or config
+        settings = {name: text[name] for name in _SPECIAL if text.get(name) is not None}
+    known = settings.get("eos_token_id")
+    known = known if isinstance(known, list) else [] if known is None else [known]
+    missing = [token for token in stop_ids if token not in known]
+    if missing:
+        settings["eos_token_id"] = [*known, *missing]
+        file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

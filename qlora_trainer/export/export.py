@@ -5,7 +5,7 @@ sources untouched, and leaves either a complete folder under its final name or n
 """
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +95,7 @@ def export_merged(
         source.base_folder, source.adapter_folder, source.model_class, source.spec,
         dtype=dtype, config_changes=source.config_changes,
     )  # fmt: skip
+    prepared = replace(prepared, stop_ids=source.stop_ids)
     ways = prepared.ways(onto, proven=proof is not None)
     check_disk(out, disk_bytes(source, prepared, proof, copies=len(ways)))
     with building(out, overwrite=overwrite) as folder:

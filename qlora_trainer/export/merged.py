@@ -20,7 +20,7 @@ from qlora_trainer.errors import UserError
 from qlora_trainer.export.adapter import FittedAdapter, fit_adapter
 from qlora_trainer.export.checkpoint import MappedCheckpoint
 from qlora_trainer.export.choices import Onto
-from qlora_trainer.export.companions import copy_companions, write_config
+from qlora_trainer.export.companions import add_stop_ids, copy_companions, write_config
 from qlora_trainer.export.merge import MergeFigures, Progress, write_merged
 from qlora_trainer.export.plan import Plan, plan_export
 from qlora_trainer.export.rows import Quantization
@@ -40,6 +40,7 @@ class Prepared:
         architecture: Name of the model class.
         quantization: How training held the base, or None where it was not in NF4.
         config_changes: What `config.json` must say differently.
+        stop_ids: Tokens that end an answer besides those the base knows.
     """
 
     base: MappedCheckpoint
@@ -49,6 +50,7 @@ class Prepared:
     architecture: str
     quantization: Quantization | None
     config_changes: dict[str, Any]
+    stop_ids: tuple[int, ...] = ()
 
     @property
     def size_bytes(self) -> int:
@@ -251,4 +253,5 @@ def write_candidate(
         dtype=prepared.plan.dtype,
         changes=prepared.config_changes,
     )
+    add_stop_ids(folder, prepared.stop_ids)
     return figures

@@ -21,6 +21,7 @@ class ExportSource:
         revision: Commit of a hub model.
         config_changes: Settings of the model configuration the task decided.
         notes: What the report shall say of how the adapter came to be.
+        stop_ids: Tokens at which training taught answers to end.
     """
 
     base_folder: Path
@@ -31,6 +32,7 @@ class ExportSource:
     revision: str | None = None
     config_changes: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    stop_ids: tuple[int, ...] = ()
 
     @property
     def folders(self) -> tuple[Path, Path]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from qlora_trainer.memory.program import RunShape
+from qlora_trainer.training.activations import Activation
 
 _TILE_TOKENS = 2048  # of the fused MLP: small beside long sequences, large enough for the card
 _PAGED = {"adamw": "paged_adamw_32bit", "adamw_8bit": "paged_adamw_8bit"}
@@ -42,8 +43,8 @@ def lossless_changes(shape: RunShape, *, on_cpu: bool, streaming: bool) -> list[
         streaming: The layers' weights may come over the bus in every pass, which is by far the
             dearest.
     """
-    found = [_mask_free(shape), _loss(shape), _recompute(shape), _smaller_batches(shape)]
-    found += [_norms(shape), _mlp(shape)]
+    found = [_mask_free(shape), _loss(shape), _evaluated_rows(shape), _recompute(shape)]
+    found += [_smaller_batches(shape), _norms(shape), _mlp(shape)]
     if not on_cpu:
         found += [_paged(shape), _embeddings(shape), _head_on_host(shape), _offload(shape)]
     if streaming:
@@ -66,6 +67,14 @@ def _mask_free(shape: RunShape) -> Change:
         return ()
     what = "packed rows without a mask (faster, same result)"
     return (_of_shape("data.mask_free_packing", what, mask_free=True),)
+
+
+def _evaluated_rows(shape: RunShape) -> Change:
+    """Unless set, they are as many as of training."""
+    if (shape.held_out_rows or 1) == 1 or shape.longest_held_out == 0:
+        return ()
+    what = "one sequence per pass of evaluation (slower, same result)"
+    return (_of_shape("evaluation.micro_batch_size", what, held_out_rows=1),)
 
 
 def _recompute(shape: RunShape) -> Change:
@@ -195,11 +204,24 @@ def _smaller_head(shape: RunShape, *, on_cpu: bool) -> Change:
 
 
 def _streamed(shape: RunShape) -> Change:
-    """Not beside kept activations: a layer's weights have gone when its backward comes."""
-    if shape.base.stream_layers or shape.base.layer_parts > 1 or shape.activations == "keep":
+    """Never beside kept activations: a layer's weights have gone when its backward comes."""
+    if shape.base.stream_layers or shape.base.layer_parts > 1:
         return ()
     what = "layers in host memory, one on the card at a time (same result, much slower)"
-    return (_of_base(what, stream_layers=True),)
+    if shape.activations != "keep":
+        return (_of_base(what, stream_layers=True),)
+    return tuple(_streamed_with(what, activations) for activations in ("recompute", "offload"))
+
+
+def _streamed_with(what: str, activations: Activation) -> Option:
+    overrides = {"model.stream_layers": "true", "train.activations": activations}
+    return Option(
+        overrides,
+        what,
+        lambda run: replace(
+            run, base=replace(run.base, stream_layers=True), activations=activations
+        ),
+    )
 
 
 def _of_base(what: str, **values: Any) -> Option:

@@ -53,11 +53,12 @@ def full_batch(
 
 def held_out_batch(shape: RunShape, config: Any = None) -> dict[str, Tensor] | None:
     """The largest micro-batch that is evaluated, an example a row; None where it is as trained."""
-    if not shape.packed or shape.longest_held_out == 0:
+    if shape.longest_held_out == 0:
         return None
+    rows = shape.held_out_rows or shape.micro_batch_size
     tokens = min(shape.seq_len, shape.longest_held_out or shape.seq_len)
-    padded = shape.micro_batch_size > 1
-    return full_batch(replace(shape, packed=False, padded=padded, seq_len=tokens), config)
+    evaluated = replace(shape, packed=False, padded=rows > 1, micro_batch_size=rows, seq_len=tokens)
+    return None if evaluated == shape else full_batch(evaluated, config)
 
 
 def row_positions(tokens: int, examples: int) -> Tensor:

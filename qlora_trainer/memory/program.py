@@ -60,6 +60,7 @@ class RunShape:
         examples: Of a packed row, at most.
         longest_held_out: Tokens of an evaluated row where those trained are packed; None: as many
             as `seq_len`, 0: none is evaluated.
+        held_out_rows: Sequences per forward pass of an evaluation; None: as of training.
         task: What is learned.
         task_settings: As in the run file.
         techniques: What replaces modules of the model.
@@ -83,6 +84,7 @@ class RunShape:
     mask_free: bool = True
     examples: int = 2
     longest_held_out: int | None = None
+    held_out_rows: int | None = None
     task: str = "causal-lm"
     task_settings: Mapping[str, Any] = field(default_factory=dict)
     techniques: Techniques = field(default_factory=Techniques)

@@ -1,6 +1,5 @@
 """Asking a trained adapter: load base and adapter as they were trained, answer prompts."""
 
-import json
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from qlora_trainer.errors import UserError
 from qlora_trainer.lora.files import load_adapter
 from qlora_trainer.lora.inject import adapters_disabled
 from qlora_trainer.run.report import Reporter, tensors_loaded
+from qlora_trainer.run.stops import learned_stop_ids
 from qlora_trainer.tasks.generate import generate_tokens
 from qlora_trainer.training import setup
 from qlora_trainer.training.environment import base_trained_on
@@ -184,21 +184,6 @@ def answer_encoded(
             progress=progress,
         )
     return [tokenizer.decode(answer, skip_special_tokens=True).strip() for answer in answers]
-
-
-def learned_stop_ids(folder: Path, tokenizer: Any) -> list[int]:
-    """The special token that a run's answers ended with, where they ended with one.
-
-    A base that was taught to chat ends its turns with it, whatever its tokenizer's EOS is.
-
-    Args:
-        folder: The run folder, whose `data.json` tells.
-        tokenizer: Of the run.
-    """
-    file = folder / "data.json"
-    told = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    added = tokenizer.added_tokens_decoder.items()
-    return [i for i, token in added if token.special and token.content == told.get("end_of_turn")]
 
 
 def encode_prompts(

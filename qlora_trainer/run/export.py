@@ -27,6 +27,7 @@ from qlora_trainer.export.source import ExportSource, last_part
 from qlora_trainer.lora.peft_config import CONFIG_NAME, adapter_in, read_json
 from qlora_trainer.run.adapter_task import adapter_class, label_settings
 from qlora_trainer.run.report import Reporter
+from qlora_trainer.run.stops import learned_stop_ids
 from qlora_trainer.training import setup
 from qlora_trainer.training.environment import base_trained_on
 
@@ -245,9 +246,9 @@ def _open_run(folder: Path, base: str | None, told: Reporter) -> Opened:
     _check_base(folder, source.resolved.folder, told, asked_for=base is not None)
     adapter, model_class = folder / "adapter", source.kind.auto_class
     export = ExportSource(
-        source.resolved.folder, adapter, model_class,
-        source.base_spec.plain(), run.model.source,
+        source.resolved.folder, adapter, model_class, source.base_spec.plain(), run.model.source,
         source.resolved.revision, label_settings(adapter, model_class, source.config),
+        stop_ids=tuple(learned_stop_ids(folder, source.tokenizer)),
     )  # fmt: skip
     return Opened(export, source.device, run, source)
 
@@ -278,19 +279,18 @@ def held_out_proof(
         by: As for `export_run`.
         reporter: Told what the proof does.
     """
-    told = reporter or Reporter()
-    run, source = opened.run, opened.source
-    built_in = builtin_proof(opened.export, device=opened.device, by=by, say=told.say)
+    run, source, say = opened.run, opened.source, (reporter or Reporter()).say
+    built_in = builtin_proof(opened.export, device=opened.device, by=by, say=say)
     if run is None or source is None or run.task != "causal-lm":
         return built_in
-    if not (run.data.eval or run.data.eval_fraction):
+    if not run.data.eval and not run.data.eval_fraction:
         return built_in
     held_out = setup.open_data(run, source).held_out
-    assert held_out is not None
     return dataclasses.replace(built_in, rows=_rows(held_out), rows_from="held-out rows")
 
 
-def _rows(held_out: EncodedDataset) -> Sequence[dict[str, Any]]:
+def _rows(held_out: EncodedDataset | None) -> Sequence[dict[str, Any]]:
+    assert held_out is not None
     return [
         {
             "input_ids": torch.from_numpy(held_out.input_ids(index).astype("int64")),

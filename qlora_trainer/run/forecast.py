@@ -223,14 +223,19 @@ def shape_of_data(
     by one they stay as they are in the shape, as every further one takes time to simulate.
     """
     rows = min(run.train.micro_batch_size, len(data.train))
+    lengths = () if data.held_out is None else data.held_out.lengths
+    held_out = int(max(lengths, default=0))
+    asked = run.evaluation.micro_batch_size
+    if held_out and (asked is not None or len(lengths) < rows):
+        shape = replace(shape, held_out_rows=min(asked or rows, len(lengths)))
     if run.task == "seq2seq-lm":
         return replace(shape, micro_batch_size=rows)
-    lengths = None if data.held_out is None else data.held_out.lengths
-    held_out = 0 if lengths is None or not len(lengths) else int(lengths.max())
     if run.data.packing:
         at_once = gpu is not None and gpu.compute_capability >= FIRST_CAPABILITY
         groups = pack(data.train.lengths, run.data.max_seq_len) if at_once else []
         examples = max(map(len, groups), default=shape.examples)
         return replace(shape, micro_batch_size=rows, examples=examples, longest_held_out=held_out)
     longest = max(int(data.train.lengths.max()), held_out)
-    return replace(shape, micro_batch_size=rows, seq_len=min(shape.seq_len, longest))
+    return replace(
+        shape, micro_batch_size=rows, seq_len=min(shape.seq_len, longest), longest_held_out=held_out
+    )

@@ -230,6 +230,7 @@ def run_shape(run: RunConfig, config: Any, gpu: GpuProfile | None, processes: in
         packed=run.data.packing,
         mask_free=run.data.mask_free_packing,
         longest_held_out=None if run.data.eval or run.data.eval_fraction else 0,
+        held_out_rows=run.evaluation.micro_batch_size,
         keep_last=run.output.keep_last,
         processes=processes,
     )

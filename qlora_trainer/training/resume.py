@@ -45,6 +45,7 @@ MAY_CHANGE = (
     "train.beta2",
     "train.epsilon",
     "train.activations",
+    "train.attention_keeps_probabilities",
     "train.compile",
     "train.loss_chunk_tokens",
 )

@@ -120,6 +120,13 @@ def _said(parts: dict[str, Any]) -> str:
             " Keeping freed pages between steps of one shape makes a step of 1 x 512 that keeps "
             f"all {times} times as fast."
         )
+    if "probabilities-1x512" in parts:
+        without = "ours-own-without-probabilities"
+        times = _times(parts["probabilities-1x512"]["turns"], "ours-own", without)
+        said += (
+            " Keeping attention's probabilities makes a step of 1 x 512 that keeps all else "
+            f"{times} times as fast."
+        )
     if parts.get("same-losses", {}).get("losses"):
         said += f" {_same_losses(parts['same-losses'])}"
     return said

@@ -2,6 +2,7 @@ import copy
 
 import pytest
 import torch
+from transformers import StableLmConfig, StableLmForCausalLM
 
 from qlora_trainer.base.expanded_attention import NAME, expands_keys, use_expanded_attention
 from tests.base.conftest import grouped_llama
@@ -49,3 +50,18 @@ def test_attention_chosen_by_the_user_stays(model):
     chosen.set_attn_implementation("eager")
     assert not use_expanded_attention(chosen, (7, 5), torch.float16)
     assert chosen.config._attn_implementation != NAME
+
+
+def test_a_class_that_only_asks_the_registry_is_expanded_as_well():
+    torch.manual_seed(0)
+    config = StableLmConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, attn_implementation="sdpa",
+    )  # fmt: skip
+    model = StableLmForCausalLM(config).eval()
+    assert not getattr(model, "_supports_attention_backend", False)
+    tokens = torch.arange(12)[None] % 97
+    expected = model(input_ids=tokens).logits
+    assert use_expanded_attention(model, (7, 5), torch.float16)
+    assert model.config._attn_implementation == NAME
+    torch.testing.assert_close(model(input_ids=tokens).logits, expected, rtol=1e-4, atol=1e-6)

@@ -121,4 +121,15 @@ def test_evaluation_is_of_single_examples() -> None:
     assert longest is not None
     assert longest["input_ids"].shape == (2, 8)
     assert held_out_batch(replace(shape, longest_held_out=0)) is None
-    assert held_out_batch(replace(shape, packed=False)) is None
+    assert held_out_batch(replace(shape, packed=False, padded=True, longest_held_out=None)) is None
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_evaluation_has_its_own_number_of_rows(packed: bool) -> None:
+    shape = replace(SHAPE, packed=packed, seq_len=8, longest_held_out=None, held_out_rows=3)
+    evaluated = held_out_batch(shape)
+    assert evaluated is not None
+    assert evaluated["attention_mask"].shape == (3, 8)
+    shorter = held_out_batch(replace(shape, longest_held_out=6))
+    assert shorter is not None
+    assert shorter["input_ids"].shape == (3, 6)

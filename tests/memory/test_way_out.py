@@ -63,6 +63,26 @@ def test_a_loss_of_all_logits_at_once_is_offered_the_chunked_one(
     assert found.overrides == ("train.chunked_loss=true",)
 
 
+def test_many_rows_of_an_evaluation_are_offered_fewer(config: LlamaConfig) -> None:
+    short = RunShape(BaseSpec("nf4"), AdapterSpec(rank=8, alpha=16), seq_len=512, held_out_rows=256)
+    found = fitter_between(config, short, replace(short, held_out_rows=1)).smallest_change()
+    assert found is not None
+    assert found.overrides == ("evaluation.micro_batch_size=1",)
+
+
+def test_kept_activations_are_given_up_for_streamed_layers_before_anything_is_lost(
+    config: LlamaConfig, shape: RunShape
+) -> None:
+    kept = replace(shape, activations="keep")
+    streamed = lossless_changes(kept, on_cpu=False, streaming=True)[-1]
+    found = [option.apply(kept) for option in streamed]
+    assert [(run.base.stream_layers, run.activations) for run in found] == [
+        (True, "recompute"), (True, "offload"),
+    ]  # fmt: skip
+    fitter = Fitter(config, kept, CARD)
+    assert all(fitter.foresee(run).total_bytes < fitter.foresee(kept).total_bytes for run in found)
+
+
 def test_a_packed_row_first_gives_up_its_mask(config: LlamaConfig, shape: RunShape) -> None:
     masked = replace(shape, seq_len=8192, packed=True, mask_free=False, longest_held_out=0)
     found = fitter_between(config, masked, replace(masked, mask_free=True)).smallest_change()

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from qlora_trainer.run.ask import learned_stop_ids
+from qlora_trainer.run.stops import learned_stop_ids
 
 
 @pytest.mark.parametrize(
